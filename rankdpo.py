@@ -1,0 +1,500 @@
+"""RankDPO, BalancedDPO and their baselines on ranked lists of images: one file, read it top to bottom.
+
+    python rankdpo.py                                          # the toy world: tunes toy/models/sdxl on outputs/synpic
+    python rankdpo.py --loss dpo --beta 500                    # another objective of the family
+    python rankdpo.py --loss balanced --ref_refresh 50         # BalancedDPO: majority vote, reference refresh
+    torchrun --nproc_per_node 8 rankdpo.py --data synpic --model stabilityai/stable-diffusion-xl-base-1.0 \\
+        --resolution 1024 --beta 2500 --lr 2e-5 --steps 400 --global_batch_size 1024 --device_batch_size 2 \\
+        --gradient_checkpointing true                          # the paper's size; `bash train.sh sdxl` has the whole recipe
+
+Input is a folder that synpic.py wrote (metadata.jsonl and images), output a pipeline folder that
+`DiffusionPipeline.from_pretrained` loads, log.jsonl and curves.png. Stable Diffusion 1.x / 2.x (noise or v), SDXL and
+SD3 (rectified flow) differ in one spot, below. Losses and weights: losses.py, with the scale of beta.
+
+Where this departs from the paper (arXiv 2410.18013), which gives no beta, rate, optimiser or schedule:
+  - one noise is shared by the k images of a list, as public DPO trainers share it over a pair;
+    Algorithm 2 draws one each: --noise independent
+  - errors are means over C, H, W, so beta is ~65,000 times the beta of a summed SDXL error
+  - AdamW with a linear decay to zero: a constant rate ruins small models while loss and accuracy look fine
+The curve is the same on 1 and on N processes: noise and timestep depend on (seed, step, list) alone.
+"""
+import argparse
+import copy
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from losses import dcg_weights, denoising_error, dpo_weights, gain_weights, majority_vote, preference_loss, vote_weights
+
+HERE = Path(__file__).resolve().parent
+LOSSES = ("rankdpo", "dpo", "gain", "balanced", "sft", "weighted")
+
+
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    data: str = option("outputs/synpic", "folder with metadata.jsonl and images, as synpic.py writes it")
+    model: str = option(str(HERE / "toy/models/sdxl"), "diffusers pipeline to tune: a folder or a hub id")
+    out: str = option("outputs/rankdpo", "where the tuned pipeline, log.jsonl and curves.png go")
+    loss: str = option("rankdpo", "rankdpo (Eq. 7), dpo, gain (DPO + gain weights), balanced (majority vote), sft (on the winners), weighted (fine-tuning, phi as weight)", LOSSES)
+    beta: float = option(200., "for the mean squared error without a factor 1/2; 2500 is usual for SDXL at 1024 px")
+    lr: float = option(1e-4, "peak learning rate of AdamW; decays linearly to 0")
+    steps: int = option(200, "optimiser steps")
+    warmup_steps: int = option(10, "steps of linear warm-up")
+    global_batch_size: int = option(32, "lists (prompts) an optimiser step, over all processes")
+    device_batch_size: int = option(32, "lists a forward pass on one device; accumulation follows from it")
+    ref_refresh: int = option(0, "copy the policy into the reference every that many steps; 0 = never")
+    noise: str = option("shared", "one noise a list, or one an image (Algorithm 2)", ("shared", "independent"))
+    ties: str = option("drop", "what an even vote means for --loss balanced", ("drop", "literal", "random"))
+    resolution: int = option(0, "side in pixels to which images are resized and cropped; 0 = as they are")
+    precision: str = option("auto", "compute type; weights, errors and losses are fp32 always", ("auto", "fp32", "bf16"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    weight_decay: float = option(.01, "AdamW's")
+    max_grad_norm: float = option(1., "gradient clipping")
+    seed: int = option(0, "order of the lists, timesteps, noise")
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
+
+
+def parse(config, doc, argv=None):
+    """A dataclass from the command line. Wrong options end in one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{parser.prog}: {message} (--help lists the options)", 2)
+    for f in fields(config):
+        multiple = isinstance(f.default, tuple)
+        kind = type(f.default[0]) if multiple else type(f.default)
+        kind = (lambda s: {"true": True, "false": False}[s.lower()]) if kind is bool else kind
+        default = " ".join(map(str, f.default)) if multiple else f.default
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, nargs="+" if multiple else None, choices=f.metadata["choices"],
+                            metavar=f.name.upper() if f.metadata["choices"] is None else None,
+                            help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
+    return config(**vars(parser.parse_args(argv)))
+
+
+def fail(message, status=1):
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def pick_device(name="auto"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {name}: {str(e).splitlines()[0]}")
+
+
+def write_atomic(path, text):
+    """Write a text file so that a reader sees the old one or the new one, never half."""
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+# ----------------------------------------------------------------------------- what differs between model families
+# SD 1.x / 2.x, SDXL and SD3 differ in the six functions below and nowhere else.
+
+
+def load_pipeline(path, device="cpu", dtype=torch.float32):
+    """Any diffusers text-to-image pipeline from a folder or a hub id. A component that was saved as null (a safety
+    checker, the T5 of SD3) stays None: some pipelines ask for that in so many words."""
+    kwargs = {}
+    if (index := Path(path) / "model_index.json").is_file():
+        kwargs = {k: None for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is None}
+    elif Path(path).exists() or str(path).startswith((".", "/")):
+        raise SystemExit(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **kwargs)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{path}: could not load a pipeline: {str(e).splitlines()[0]}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def denoiser_of(pipe):
+    """("unet" or "transformer", the module that is trained)."""
+    name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+    return name, getattr(pipe, name)
+
+
+def sequence_length(pipe):
+    """SD3's T5 length: 256 as its pipeline has it, unless the tokenizer is shorter than CLIP's 77 (the toy models)."""
+    return 256 if pipe.tokenizer.model_max_length >= 77 else pipe.tokenizer.model_max_length
+
+
+def encode_prompts(pipe, prompts, size):
+    """Prompts -> {name: (N, ...) tensor}, all that the denoiser is conditioned on. `size` is (height, width) pixels."""
+    device = pipe.text_encoder.device
+    kind = type(pipe).__name__
+    if kind.startswith("StableDiffusionXL"):
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        h, w = size                                            # micro-conditioning stays fp32: bf16 rounds 1023 to 1024
+        time_ids = torch.tensor([h, w, 0, 0, h, w], dtype=torch.float32, device=device).repeat(len(prompts), 1)
+        return {"embeds": embeds, "pooled": pooled, "time_ids": time_ids}
+    if kind.startswith("StableDiffusion3"):
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False,
+                                                  max_sequence_length=sequence_length(pipe))
+        return {"embeds": embeds, "pooled": pooled}
+    if kind.startswith("StableDiffusion"):
+        embeds, _ = pipe.encode_prompt(prompts, device, 1, False)
+        return {"embeds": embeds}
+    raise SystemExit(f"{kind}: this trainer knows Stable Diffusion 1.x / 2.x, SDXL and SD3 pipelines")
+
+
+def encode_images(vae, pixels):
+    """(N, 3, H, W) in [-1, 1] -> scaled latents. The mean of the posterior, so that a cache has one answer."""
+    z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
+    return (z - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+
+
+def add_noise(scheduler, x, noise, u):
+    """x_t, the model's timestep and its target, for u (N,) uniform in [0, 1). x, noise: (N, C, h, w) fp32.
+
+    Diffusion: t = floor(1000 u), x_t = alpha x + sigma eps, target eps or v = alpha eps - sigma x.
+    Rectified flow: logit-normal sigma with the scheduler's shift, x_t = (1 - sigma) x + sigma eps, target eps - x."""
+    shape = (-1,) + (1,) * (x.dim() - 1)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        sigma = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))      # logit-normal(0, 1), SD3 Eq. 19
+        sigma = scheduler.config.shift * sigma / (1 + (scheduler.config.shift - 1) * sigma)
+        s = sigma.view(shape)
+        return (1 - s) * x + s * noise, 1000 * sigma, noise - x
+    t = (u * scheduler.config.num_train_timesteps).long()
+    alpha_bar = scheduler.alphas_cumprod.to(x.device)[t].view(shape)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    target = alpha * noise - sigma * x if scheduler.config.prediction_type == "v_prediction" else noise
+    return alpha * x + sigma * noise, t, target
+
+
+def predict(model, x_t, t, cond):
+    """The denoiser's prediction, (N, C, h, w)."""
+    if "time_ids" in cond:                                                       # SDXL
+        added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+        return model(x_t, t, encoder_hidden_states=cond["embeds"], added_cond_kwargs=added, return_dict=False)[0]
+    if "pooled" in cond:                                                         # SD3
+        return model(x_t, timestep=t, encoder_hidden_states=cond["embeds"], pooled_projections=cond["pooled"], return_dict=False)[0]
+    return model(x_t, t, encoder_hidden_states=cond["embeds"], return_dict=False)[0]   # SD 1.x, 2.x
+
+
+def save_pipeline(pipe, folder):
+    """save_pretrained into a temporary folder, then rename: the old folder stays whole until the new one is."""
+    folder = Path(folder)
+    tmp, old = Path(f"{folder}.tmp"), Path(f"{folder}.old")
+    for p in (tmp, old):
+        shutil.rmtree(p, ignore_errors=True)
+    pipe.save_pretrained(tmp, safe_serialization=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------- data: ranked lists, cached as latents
+
+
+def read_lists(folder):
+    """metadata.jsonl -> rows that can be trained on. Bad rows end the run with file, line and what to do."""
+    path = Path(folder) / "metadata.jsonl"
+    if not path.is_file():
+        fail(f"{path}: no such file; make it with synpic.py, or name its folder with --data")
+    rows = []
+    for n, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            k = len(row["file_names"])
+            if not isinstance(row["prompt"], str) or k < 2 or len(row["phi"]) != k or any(len(v) != k for v in row.get("scores", {}).values()):
+                raise ValueError("needs prompt, at least two file_names, and as many phi and scores as files")
+            row["phi"] = [float(p) for p in row["phi"]]
+            if not all(0 <= p <= 1 for p in row["phi"]):
+                raise ValueError("phi must lie in [0, 1]")
+            missing = [f for f in row["file_names"] if ".." in Path(f).parts or not (Path(folder) / f).is_file()]
+            if missing:
+                raise ValueError(f"image {missing[0]} is not in the folder")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            what = f"key {e} is missing" if isinstance(e, KeyError) else str(e)
+            fail(f"{path}, line {n}: {what}; mend or delete that row (synpic.py --stages label writes phi and rank anew)")
+        rows.append(row)
+    if not rows:
+        fail(f"{path}: no rows; run synpic.py to the end first")
+    return rows
+
+
+def open_image(path, resolution):
+    """An image file as (3, H, W) in [-1, 1]; with a resolution, its shorter side resized to that and centre-cropped."""
+    try:
+        image = Image.open(path).convert("RGB")
+    except OSError as e:
+        fail(f"{path}: not a readable image ({e}); delete it and run synpic.py again")
+    if resolution and image.size != (resolution, resolution):
+        scale = resolution / min(image.size)
+        w, h = (max(resolution, round(s * scale)) for s in image.size)
+        left, top = (w - resolution) // 2, (h - resolution) // 2
+        image = image.resize((w, h), Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+CHUNK = 64                                                     # lists a cache file
+
+
+@torch.no_grad()
+def build_cache(cfg, rows, pipe, rank, world, device, dtype):
+    """Latents and prompt embeddings of every list, computed once: chunk files that all processes share and read lazily.
+
+    The name of a cache is a hash of what went into it, so a change of images, prompts or model makes a new one."""
+    data = Path(cfg.data)
+    stamp = [[r["prompt"], [[f, (s := (data / f).stat()).st_size, s.st_mtime_ns] for f in r["file_names"]]] for r in rows]
+    key = hashlib.sha256(json.dumps([stamp, cfg.model, cfg.resolution, str(dtype)]).encode()).hexdigest()[:16]
+    folder = data / ".cache" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    encoders = [m for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None]
+    starts = [s for s in range(0, len(rows), CHUNK)][rank::world]
+    todo = [s for s in starts if not (folder / f"{s:07d}.safetensors").is_file()]
+    if todo:
+        pipe.vae.to(device, torch.float32)                     # SDXL's VAE overflows in fp16
+        for m in encoders:
+            m.to(device, dtype)
+    for start in tqdm(todo, desc="encode", unit="chunk", disable=rank > 0):
+        chunk, tensors = rows[start:start + CHUNK], {}
+        for n, row in enumerate(chunk, start):
+            x = torch.stack([open_image(data / f, cfg.resolution) for f in row["file_names"]])
+            tensors[f"{n}.latents"] = encode_images(pipe.vae, x).float().cpu().contiguous()
+            cond = encode_prompts(pipe, [row["prompt"]], x.shape[-2:])
+            tensors.update({f"{n}.{name}": t[0].cpu().contiguous() for name, t in cond.items()})
+        path = folder / f"{start:07d}.safetensors"
+        save_file(tensors, f"{path}.{rank}.tmp")
+        os.replace(f"{path}.{rank}.tmp", path)
+    return folder
+
+
+def read_cached(folder, n, files):
+    """{name: tensor} of list n; `files` keeps the opened chunk files."""
+    start = n // CHUNK * CHUNK
+    if start not in files:
+        files[start] = safe_open(folder / f"{start:07d}.safetensors", "pt")
+    names = [k for k in ("latents", "embeds", "pooled", "time_ids") if f"{n}.{k}" in files[start].keys()]
+    return {k: files[start].get_tensor(f"{n}.{k}") for k in names}
+
+
+def pair_weights(loss, row, ties, seed, n):
+    """What the labels of one list mean: (K, K) weights of pairs, or (K, K) with image weights on the diagonal for the
+    two objectives without pairs (sft: the best image, ties shared; weighted: phi normalised)."""
+    phi = torch.tensor([row["phi"]])                                            # (1, K)
+    if loss == "balanced":
+        if not row.get("scores"):
+            fail("--loss balanced needs the scores of every reward in metadata.jsonl: run synpic.py's score stage")
+        rewards = torch.tensor([list(v) for v in row["scores"].values()]).T[None]                  # (1, K, R)
+        return vote_weights(majority_vote(rewards, ties, torch.Generator().manual_seed(seed * 1_000_003 + n)))[0]
+    if loss == "sft":
+        best = (phi == phi.max()).float()
+        return torch.diag((best / best.sum())[0])
+    if loss == "weighted":
+        return torch.diag((phi / phi.sum().clamp(min=1e-6))[0])
+    return {"rankdpo": dcg_weights, "dpo": dpo_weights, "gain": gain_weights}[loss](phi)[0]
+
+
+def list_loss(cfg, policy_err, ref_err, weights, mask):
+    """(B, K), (B, K), (B, K, K), (B, K) -> loss (B,), metrics. Fine-tuning needs no pair and no reference."""
+    if cfg.loss in ("sft", "weighted"):
+        own = weights.diagonal(dim1=1, dim2=2)                                  # (B, K)
+        s = (policy_err - ref_err).detach()
+        best, worst = own.argmax(1, keepdim=True), own.masked_fill(~mask, 2).argmin(1, keepdim=True)
+        nan = torch.tensor(float("nan"))
+        return (own * policy_err).sum(1), {"accuracy": nan, "best_s": s.gather(1, best).mean(), "worst_s": s.gather(1, worst).mean(),
+                                           "weight": own[mask].mean(), "unweighted": nan}
+    return preference_loss(policy_err, ref_err, weights, cfg.beta, mask)
+
+
+def draw(cfg, step, n, shape):
+    """(u, noise) of list n at a step: u () uniform in [0, 1), noise (K, C, h, w). On the CPU and from (seed, step, list)
+    alone, so that any number of processes and any micro-batch draw the same."""
+    state = int(np.random.SeedSequence([cfg.seed, step, n]).generate_state(1, np.uint64)[0])
+    g = torch.Generator().manual_seed(state % 2 ** 63)
+    u = torch.rand((), generator=g)
+    noise = torch.randn(shape if cfg.noise == "independent" else (1,) + shape[1:], generator=g)
+    return u, noise.expand(shape)
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def provenance(device):
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    import diffusers, transformers
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return dict(commit=commit or "unknown", torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__, device=name)
+
+
+def plot_curves(log, path):
+    """log.jsonl -> curves.png: loss, implicit accuracy, winner's and loser's error against the reference, gradient norm."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [r for r in map(json.loads, Path(log).read_text().splitlines()) if "loss" in r]
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), constrained_layout=True)
+    for axis, (title, keys) in zip(axes, {"loss": ["loss"], "implicit accuracy": ["accuracy"], "error against the reference": ["best_s", "worst_s"],
+                                          "gradient norm": ["grad_norm"]}.items()):
+        for key in keys:
+            y = np.array([np.nan if r[key] is None else r[key] for r in rows])
+            line, = axis.plot(y, alpha=.3)
+            width = max(1, len(y) // 20)
+            smooth = np.convolve(y, np.ones(width) / width, "valid")
+            axis.plot(np.arange(len(smooth)) + width // 2, smooth, color=line.get_color(), label={"best_s": "winner", "worst_s": "loser"}.get(key))
+        axis.set_title(title), axis.set_xlabel("step")
+        if len(keys) > 1:
+            axis.axhline(0, color="k", lw=.5), axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(argv=None):
+    cfg = parse(Config, __doc__, argv)
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(cfg.device)
+    if world > 1:
+        device = torch.device("cuda", local) if device.type == "cuda" else device
+        # the long timeout is for the cache: processes wait there for the slowest
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    is_main = rank == 0
+    print0 = print if is_main else lambda *a, **k: None
+    for name in ("steps", "global_batch_size", "device_batch_size", "lr", "beta"):
+        if not getattr(cfg, name) > 0:
+            fail(f"--{name} must be positive, got {getattr(cfg, name)}")
+    if cfg.global_batch_size % world:
+        fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
+    local_batch = cfg.global_batch_size // world
+    micro = min(cfg.device_batch_size, local_batch)
+    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    # ---- data, models
+    rows = read_lists(cfg.data)
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        fail(f"{cfg.out}: exists and is not a folder; choose another --out")
+    pipe = load_pipeline(cfg.model)
+    part, model = denoiser_of(pipe)
+    scheduler = pipe.scheduler
+    folder = build_cache(cfg, rows, pipe, rank, world, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if world > 1:
+        dist.barrier()
+    del pipe                                                   # the VAE and the text encoders have done their work
+    weights = [pair_weights(cfg.loss, row, cfg.ties, cfg.seed, n) for n, row in enumerate(rows)]
+    if not any(w.any() for w in weights):
+        fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
+    K = max(len(row["phi"]) for row in rows)
+    model = model.to(device, torch.float32, memory_format=torch.channels_last if part == "unet" else torch.preserve_format)
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    model.requires_grad_(True).eval()                          # eval: s is exactly 0 where policy = reference
+    if cfg.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    parameters = list(model.parameters())                      # a list: a generator would be used up by the optimiser
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    if is_main:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        log = open(Path(cfg.out) / "log.jsonl", "w")
+        log.write(json.dumps(dict(config=asdict(cfg), world=world, precision=precision, lists=len(rows), **provenance(device))) + "\n")
+    print0(f"{cfg.loss}: {len(rows)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {world} process(es) on {device}, "
+           f"{precision}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
+
+    # ---- the training loop
+    files, start = {}, time.time()
+    bar = tqdm(range(cfg.steps), desc="train", unit="step", disable=not is_main)
+    for step in bar:
+        # which lists: a fresh permutation an epoch, the same on every process
+        positions = range(step * cfg.global_batch_size, (step + 1) * cfg.global_batch_size)
+        order = {e: np.random.default_rng([cfg.seed, e]).permutation(len(rows)) for e in {p // len(rows) for p in positions}}
+        mine = [int(order[p // len(rows)][p % len(rows)]) for p in positions][rank * local_batch:(rank + 1) * local_batch]
+        if cfg.ref_refresh and step and step % cfg.ref_refresh == 0:            # BalancedDPO: ref <- theta
+            reference.load_state_dict(model.state_dict())
+        warmup, decay = min(1, (step + 1) / max(1, cfg.warmup_steps)), 1 - step / cfg.steps
+        optimizer.param_groups[0]["lr"] = cfg.lr * warmup * decay
+
+        errors = []                                                             # (policy_err, ref_err, weights, mask) of my lists
+        for begin in range(0, local_batch, micro):
+            lists = mine[begin:begin + micro]
+            items = [read_cached(folder, n, files) for n in lists]
+            k = [len(i["latents"]) for i in items]                              # images of each list
+            draws = [draw(cfg, step, n, tuple(i["latents"].shape)) for n, i in zip(lists, items)]
+            x = torch.cat([i["latents"] for i in items]).to(device)             # (N, C, h, w), N = sum k
+            noise = torch.cat([d[1] for d in draws]).to(device)                 # (N, C, h, w)
+            u = torch.cat([d[0].repeat(n) for d, n in zip(draws, k)]).to(device)                   # (N,) one timestep a list
+            cond = {c: torch.cat([i[c][None].repeat_interleave(n, 0) for i, n in zip(items, k)]).to(device) for c in items[0] if c != "latents"}
+            x_t, t, target = add_noise(scheduler, x, noise, u)
+            with autocast:
+                prediction = predict(model, x_t, t, cond)
+                with torch.no_grad():
+                    anchor = predict(reference, x_t, t, cond)
+            mask = torch.arange(K, device=device) < torch.tensor(k, device=device)[:, None]        # (B, K)
+            w = torch.zeros(len(k), K, K, device=device)                        # (B, K, K)
+            for b, n in enumerate(lists):
+                w[b, :k[b], :k[b]] = weights[n]
+            policy_err, ref_err = torch.zeros(mask.shape, device=device), torch.zeros(mask.shape, device=device)
+            policy_err[mask] = denoising_error(prediction[None], target[None])[0]                  # (B, K), fp32
+            ref_err[mask] = denoising_error(anchor[None], target[None])[0]
+            loss, _ = list_loss(cfg, policy_err, ref_err, w, mask)              # (B,)
+            (loss.sum() / cfg.global_batch_size).backward()                     # mean over the lists of all processes
+            errors.append((policy_err.detach(), ref_err, w, mask))
+
+        # gradients are summed over processes once, after the last micro-batch
+        if world > 1:
+            for p in parameters:
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            fail(f"step {step}: the gradient is {grad_norm.item()}; lower --lr or --beta, or try --precision fp32. Nothing was saved")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # metrics of the whole batch, computed once from everybody's errors
+        everything = [torch.cat(e).float() for e in zip(*errors)]
+        if world > 1:
+            everything = [torch.cat(parts) for e in everything
+                          if dist.all_gather(parts := [torch.empty_like(e) for _ in range(world)], e.contiguous()) is None]
+        policy_err, ref_err, w, mask = everything
+        loss, metrics = list_loss(cfg, policy_err, ref_err, w, mask.bool())
+        if is_main:
+            row = {"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()}, "grad_norm": grad_norm.item(),
+                   "lr": optimizer.param_groups[0]["lr"], "lists_per_s": (step + 1) * cfg.global_batch_size / (time.time() - start)}
+            log.write(json.dumps({m: None if v != v else v for m, v in row.items()}) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.3f}", winner=f"{row['best_s']:+.1e}", loser=f"{row['worst_s']:+.1e}")
+
+    # ---- save: the whole pipeline with the tuned denoiser, published by renames
+    if is_main:
+        log.close()
+        plot_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
+        pipe = load_pipeline(cfg.model)
+        setattr(pipe, part, model.to("cpu", memory_format=torch.contiguous_format))
+        save_pipeline(pipe, Path(cfg.out) / "model")
+        print0(f"saved {Path(cfg.out) / 'model'}; log.jsonl and curves.png beside it")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
