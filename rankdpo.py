@@ -64,6 +64,7 @@ class Config:
     device_batch_size: int = option(32, "lists a forward pass on one device; accumulation follows from it")
     ref_refresh: int = option(0, "copy the policy into the reference every that many steps; 0 = never")
     noise: str = option("shared", "one noise a list, or one an image (Algorithm 2)", ("shared", "independent"))
+    labels: str = option("given", "controls: reversed or random labels must not help (RankDPO Table 4 has the random row)", ("given", "reversed", "random"))
     ties: str = option("drop", "what an even vote means for --loss balanced", ("drop", "literal", "random"))
     resolution: int = option(0, "side in pixels to which images are resized and cropped; 0 = as they are")
     precision: str = option("auto", "compute type; weights, errors and losses are fp32 always", ("auto", "fp32", "bf16"))
@@ -90,6 +91,9 @@ def parse(config, doc, argv=None):
 
 
 def fail(message, status=1):
+    """End with one line on stderr: the last one, below any progress bar."""
+    if status == 1:
+        raise SystemExit(message)
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(status)
 
@@ -126,7 +130,7 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
     elif Path(path).exists() or str(path).startswith((".", "/")):
         raise SystemExit(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **kwargs)
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as e:
         raise SystemExit(f"{path}: could not load a pipeline: {str(e).splitlines()[0]}")
     pipe.set_progress_bar_config(disable=True)
@@ -271,7 +275,7 @@ def build_cache(cfg, rows, pipe, rank, world, device, dtype):
     starts = [s for s in range(0, len(rows), CHUNK)][rank::world]
     todo = [s for s in starts if not (folder / f"{s:07d}.safetensors").is_file()]
     if todo:
-        pipe.vae.to(device, torch.float32)                     # SDXL's VAE overflows in fp16
+        pipe.vae.to(device)                                    # fp32: SDXL's VAE overflows in fp16
         for m in encoders:
             m.to(device, dtype)
     for start in tqdm(todo, desc="encode", unit="chunk", disable=rank > 0):
@@ -294,6 +298,17 @@ def read_cached(folder, n, files):
         files[start] = safe_open(folder / f"{start:07d}.safetensors", "pt")
     names = [k for k in ("latents", "embeds", "pooled", "time_ids") if f"{n}.{k}" in files[start].keys()]
     return {k: files[start].get_tensor(f"{n}.{k}") for k in names}
+
+
+def relabel(row, labels, seed, n):
+    """The row with its labels turned around, or shuffled among its images; images stay where they are."""
+    k = len(row["phi"])
+    order = np.random.default_rng([seed, n]).permutation(k) if labels == "random" else np.arange(k)
+    phi = [row["phi"][i] for i in order]
+    scores = {name: [s[i] for i in order] for name, s in row.get("scores", {}).items()}
+    if labels == "reversed":
+        phi, scores = [1 - p for p in phi], {name: [-x for x in s] for name, s in scores.items()}
+    return dict(row, phi=phi, scores=scores)
 
 
 def pair_weights(loss, row, ties, seed, n):
@@ -391,7 +406,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     # ---- data, models
-    rows = read_lists(cfg.data)
+    rows = [relabel(row, cfg.labels, cfg.seed, n) for n, row in enumerate(read_lists(cfg.data))]
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         fail(f"{cfg.out}: exists and is not a folder; choose another --out")
     pipe = load_pipeline(cfg.model)
@@ -405,7 +420,9 @@ def main(argv=None):
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
     K = max(len(row["phi"]) for row in rows)
-    model = model.to(device, torch.float32, memory_format=torch.channels_last if part == "unet" else torch.preserve_format)
+    model = model.to(device)                                   # fp32 weights, as loaded
+    if part == "unet":
+        model = model.to(memory_format=torch.channels_last)    # faster convolutions on GPU and CPU
     reference = copy.deepcopy(model).requires_grad_(False).eval()
     model.requires_grad_(True).eval()                          # eval: s is exactly 0 where policy = reference
     if cfg.gradient_checkpointing:
@@ -488,7 +505,7 @@ def main(argv=None):
         log.close()
         plot_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
         pipe = load_pipeline(cfg.model)
-        setattr(pipe, part, model.to("cpu", memory_format=torch.contiguous_format))
+        setattr(pipe, part, model.to("cpu").to(memory_format=torch.contiguous_format))
         save_pipeline(pipe, Path(cfg.out) / "model")
         print0(f"saved {Path(cfg.out) / 'model'}; log.jsonl and curves.png beside it")
     if world > 1:

@@ -368,7 +368,7 @@ def build_pipeline(name, vae):
             tokenizer=tok, text_encoder_2=text_encoder(tok, True), tokenizer_2=tok, text_encoder_3=None, tokenizer_3=None)
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder(tok, False), tokenizer=tok, unet=unet((32, 48), 64), safety_checker=None,
-        scheduler=DPMSolverMultistepScheduler(**betas, prediction_type="v_prediction", timestep_spacing="trailing"),
+        scheduler=DPMSolverMultistepScheduler(**betas, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1),
         feature_extractor=None, requires_safety_checker=False)
 
 
@@ -550,7 +550,7 @@ def main():
             if not vae_folder.exists():                        # taken from a shipped pipeline if this machine never built it
                 fail(f"{vae_folder}: missing; run --only vae first") if not (TOY / "models/sdxl/vae").is_dir() else None
                 vae_folder = TOY / "models/sdxl/vae"
-            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).to(device).eval().requires_grad_(False)
+            vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
             if stage in HARD:
                 shutil.rmtree(folder, ignore_errors=True)
                 save_reward(stage, *train_reward(stage, vae, device, minutes), folder)

@@ -47,8 +47,9 @@ if [ "$task" = toy ]; then
   exit
 fi
 
-# ---- the papers' recipe: four generators, five rewards, lists of four, 400 steps (arXiv 2410.18013, Sec. 4 and A.3).
-# The paper gives no beta, learning rate or optimiser. BETA and LR below are the usual values of public DPO trainers.
+# ---- the paper's recipe: four generators, lists of four, 400 steps (arXiv 2410.18013, Sec. 4 and A.3).
+# It gives no beta, learning rate or optimiser: BETA and LR are the usual values of public DPO trainers. Its five
+# rewards are HPSv2.1, MPS, PickScore, VQAScore and ImageReward; of those rewards.py has two today, and CLIP score.
 : "${PROMPTS:?set PROMPTS to a text file with one prompt a line (the paper: 58 k prompts of Pick-a-Pic v2)}"
 [ -f "$PROMPTS" ] || { echo "train.sh: PROMPTS=$PROMPTS: no such file" >&2; exit 1; }
 out=${OUT:-outputs/$task}

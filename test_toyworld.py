@@ -1,0 +1,143 @@
+"""The toy world: grammar, renderer, exact checker, and what is shipped in toy/.
+
+    pytest -q test_toyworld.py
+"""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import toyworld
+from toyworld import CATEGORIES, TOY, check, find_objects, grammar, held_out, layout, draw, prompts_of, render, slip
+
+
+def sample(n, seed):
+    """n (prompt, render) a category, over the whole grammar."""
+    rng, out = np.random.default_rng(seed), []
+    for tag in CATEGORIES:
+        options = [p for p, s in grammar().items() if s["tag"] == tag]
+        out += [(p, render(p, rng)) for p in (options[rng.integers(len(options))] for _ in range(n))]
+    return out
+
+
+@pytest.fixture(scope="module")
+def renders():
+    return sample(200, seed=3)
+
+
+def test_the_checker_accepts_its_own_renders(renders):
+    for tag in CATEGORIES:
+        passed = [check(p, image) for p, image in renders if grammar()[p]["tag"] == tag]
+        assert np.mean(passed) >= .99, tag
+
+
+def can_both_be_true(p, q):
+    """Might one picture show both? "a red circle" shows "a circle" too; that is no mistake of the checker."""
+    a, b = grammar()[p], grammar()[q]
+    if sorted(s for s, _ in a["objects"]) != sorted(s for s, _ in b["objects"]):
+        return False
+    x, y = dict(a["objects"]), dict(b["objects"])
+    return all(x[s] is None or y[s] is None or x[s] == y[s] for s in x)
+
+
+def test_the_checker_rejects_renders_of_another_prompt():
+    """Random pairs over the grammar, then pairs within each category, where the pictures are most alike."""
+    rng = np.random.default_rng(4)
+    for tag in (None,) + CATEGORIES:
+        options = [p for p, s in grammar().items() if tag in (None, s["tag"])]
+        pairs = [(options[rng.integers(len(options))], options[rng.integers(len(options))]) for _ in range(400)]
+        wrong = [check(p, render(q, rng)) for p, q in pairs if not can_both_be_true(p, q)]
+        assert len(wrong) > 200 and np.mean(wrong) <= .01, tag
+
+
+def test_the_checker_rejects_slips(renders):
+    rng = np.random.default_rng(5)
+    assert np.mean([check(p, render(slip(grammar()[p], rng), rng)) for p, _ in renders]) <= .01
+
+
+def test_the_checker_judges_relations_colours_and_numbers():
+    red_left = Image.fromarray(draw([("circle", "red"), ("square", "blue")], [(8, 16), (24, 17)], [4.5, 4.5]))
+    assert check("a circle left of a square", red_left) and check("a square right of a circle", red_left)
+    assert not check("a circle right of a square", red_left) and not check("a circle above a square", red_left)
+    assert check("a red circle and a blue square", red_left) and not check("a blue circle and a red square", red_left)
+    assert check("a circle and a square", red_left) and not check("a circle", red_left) and not check("two circles", red_left)
+    assert [o[:2] for o in find_objects(red_left)] == [("circle", "red"), ("square", "blue")]
+
+
+def test_the_checker_on_what_is_not_of_this_world():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    blank = Image.new("RGB", (32, 32))
+    assert not check("a circle", noise) and not check("a circle", blank)
+    big = render("a circle", np.random.default_rng(1)).resize((128, 128), Image.Resampling.BICUBIC)
+    assert check("a circle", big)                                               # other sizes are brought to 32 first
+    with pytest.raises(ValueError, match="not a sentence"):
+        check("a horse", blank)
+
+
+def test_training_and_heldout_prompts_are_disjoint():
+    train, held = set(prompts_of("train", 10 ** 6)), set(prompts_of("heldout", 10 ** 6))
+    assert not train & held and train | held == set(grammar()) and .1 < len(held) / len(grammar()) < .3
+    cores = lambda prompts: {grammar()[p]["core"] for p in prompts if grammar()[p]["tag"] in ("position", "color_attr")}
+    assert not cores(train) & cores(held)                                       # whole meanings are unseen
+    for prompts in (train, held):
+        assert {grammar()[p]["tag"] for p in prompts} == set(CATEGORIES)
+
+
+def test_renders_are_determined_by_the_seed():
+    a, b = (np.asarray(render("three crosses", np.random.default_rng(9))) for _ in range(2))
+    assert (a == b).all() and a.shape == (32, 32, 3)
+
+
+def test_the_tokenizer_knows_every_word():
+    tok = toyworld.make_tokenizer()
+    assert all(len(tok(w).input_ids) == 3 for w in toyworld.WORDS)
+    assert max(len(tok(p).input_ids) for p in grammar()) <= tok.model_max_length
+    assert tok.eos_token_id == len(tok) - 1                                     # CLIP pools at the largest id
+
+
+# ---- what is shipped
+
+
+def test_shipped_prompts_come_from_their_splits():
+    train = (TOY / "prompts.txt").read_text().splitlines()
+    rows = [json.loads(line) for line in (TOY / "heldout.jsonl").read_text().splitlines()]
+    assert len(train) >= 400 and not any(held_out(p) for p in train) and all(held_out(r["prompt"]) for r in rows)
+    assert all(r["tag"] == grammar()[r["prompt"]]["tag"] and r["include"] for r in rows)
+
+
+def test_toy_holds_safetensors_only_and_is_small():
+    files = [f for f in TOY.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 12 * 2 ** 20
+    assert {f.suffix for f in files} <= {".safetensors", ".json", ".jsonl", ".txt"}
+
+
+def test_the_vae_is_no_ceiling():
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL.from_pretrained(TOY / "models/sdxl/vae", dtype=torch.float32)
+    pairs = sample(60, seed=11)
+    x = toyworld.pixels([image for _, image in pairs])
+    with torch.no_grad():
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample
+    assert np.mean([check(p, image) for (p, _), image in zip(pairs, toyworld.to_pil(y))]) >= .97
+
+
+def test_shipped_generators_and_rewards_know_the_world():
+    """Each generator draws most single objects; each reward puts a picture above its slip more often than not."""
+    from rankdpo import load_pipeline
+    from rewards import TOY_REWARDS, load_reward
+    from synpic import TOY_MODELS, generate, noise_seed, parse_model
+    prompts = [p for p, s in grammar().items() if s["tag"] == "single_object"]
+    kinds = {"sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline", "sd15": "StableDiffusionPipeline"}
+    for model in {m["name"]: m for m in map(parse_model, TOY_MODELS)}.values():
+        pipe = load_pipeline(model["path"])
+        assert type(pipe).__name__ == kinds[model["name"]]
+        images = generate(pipe, prompts, [noise_seed(p, "", 0) for p in prompts], model)
+        assert np.mean([check(p, im) for p, im in zip(prompts, images)]) >= .6, model["name"]
+    rng, pairs = np.random.default_rng(6), sample(40, seed=12)
+    captions = [p for p, _ in pairs]
+    slips = [render(slip(grammar()[p], rng), rng) for p in captions]
+    for spec in TOY_REWARDS:
+        score = load_reward(spec)
+        assert (score([i for _, i in pairs], captions) > score(slips, captions)).float().mean() >= .65, spec
