@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from rankdpo import HERE, fail, load_pipeline, option, parse, pick_device, provenance, write_atomic
-from rewards import TOY_REWARDS, load_reward, reward_name
+from rewards import TOY_REWARDS, check_reward, load_reward, reward_name
 from synpic import generate, model_dtype, noise_seed, picture_grid, read_prompts
+from toyworld import grammar
 
 
 @dataclass
@@ -51,7 +51,7 @@ def read_tagged(path, limit):
     if not os.path.isfile(path):
         fail(f"--prompts {path}: no such file")
     rows = []
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for n, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append((row["prompt"].strip(), str(row.get("tag", "all"))))
@@ -117,7 +117,7 @@ def report(cfg, results, tags, where):
         lines.append("")
     rewards = [r for r in results[names[0]]["means"] if r != "toyworld"]
     if rewards:
-        lines += ["| reward mean; win rate over the first (95 %, n) | " + " | ".join(rewards) + " |", "|---" * (len(rewards) + 1) + "|"]
+        lines += ["| mean reward over categories; win rate over the first (95 %, n) | " + " | ".join(rewards) + " |", "|---" * (len(rewards) + 1) + "|"]
         for n in names:
             cells = []
             for r in rewards:
@@ -139,8 +139,15 @@ def main(argv=None):
         if path.startswith(("outputs/", ".", "/")) and not os.path.isdir(path):
             fail(f"--models {name}={path}: no such folder; train it with rankdpo.py first")
     prompts, tags = read_tagged(cfg.prompts, cfg.limit)
+    for spec in cfg.rewards:
+        check_reward(spec)
+    if any(reward_name(r) == "toyworld" for r in cfg.rewards) and (unknown := [p for p in prompts if p not in grammar()]):
+        fail(f"--rewards toyworld judges sentences of the toy world only, not {unknown[0]!r} in {cfg.prompts}")
     device, out = pick_device(cfg.device), Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--out {out}: cannot be written ({e.strerror})")
 
     jobs = [(p, cfg.seed + s) for p in range(len(prompts)) for s in range(cfg.seeds)]
     sampling = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution)
@@ -157,18 +164,16 @@ def main(argv=None):
     for spec in cfg.rewards:
         score = load_reward(spec, device)
         for name, images in tqdm(pictures.items(), desc=f"score {reward_name(spec)}", unit="model"):
-            try:
-                s = score(images, [prompts[p] for p, _ in jobs])
-            except ValueError as e:
-                fail(str(e))
+            s = score(images, [prompts[p] for p, _ in jobs])
+            if not s.isfinite().all():
+                fail(f"reward {spec}: a score of {name} is not finite for {prompts[jobs[int((~s.isfinite()).nonzero()[0])][0]]!r}; leave it out or look at that picture")
             scores[name][reward_name(spec)] = s.view(len(prompts), cfg.seeds).double().numpy()
 
     results, where = compare(scores, tags, cfg.seed), provenance(device)
     text = report(cfg, results, tags, where)
     write_atomic(out / "results.json", json.dumps(dict(config=asdict(cfg), **where, prompts=len(prompts), models=results), indent=1))
     write_atomic(out / "report.md", text)
-    first = {t: tags.index(t) for t in reversed(tags)}                           # two prompts of each category
-    chosen = sorted({i for t in first for i in [j for j, u in enumerate(tags) if u == t][:2]})[:12]
+    chosen = [j for t in dict.fromkeys(tags) for j in [j for j, u in enumerate(tags) if u == t][:2]][:12]   # two of each category
     rows = [(prompts[i], [(pictures[n][i * cfg.seeds + s], n if "toyworld" not in scores[n] else f"{n} {'ok' if scores[n]['toyworld'][i, s] else '-'}")
                           for n in paths for s in range(min(4, cfg.seeds))]) for i in chosen]
     picture_grid(rows, out / "grid.png", side=96)

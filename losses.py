@@ -38,7 +38,7 @@ def preference_probability(rewards):
     if K < 2 or R < 1:
         raise ValueError(f"preference_probability: needs at least 2 images and 1 reward, got rewards of shape {tuple(rewards.shape)} = (..., K, R)")
     wins = rewards.unsqueeze(-2) > rewards.unsqueeze(-3)                        # (..., K, K, R), [i, j] = i beats j
-    return wins.sum((-1, -2)).to(_wide(rewards)) / (R * (K - 1))                # (..., K)
+    return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))                # (..., K)
 
 
 def preference_rank(phi):
@@ -46,7 +46,7 @@ def preference_rank(phi):
     phi = _floats("phi", phi, 1)
     better = (phi.unsqueeze(-2) > phi.unsqueeze(-1)).sum(-1)                    # (..., K) images ahead of i
     equal = (phi.unsqueeze(-2) == phi.unsqueeze(-1)).sum(-1)                    # (..., K) itself included
-    return better + (equal.to(_wide(phi)) + 1) / 2
+    return better + (equal.to(phi) + 1) / 2
 
 
 def majority_vote(rewards, ties="drop", generator=None):
@@ -79,7 +79,7 @@ def majority_vote(rewards, ties="drop", generator=None):
 def dpo_weights(phi):
     """(B, K) -> (B, K, K): 1 where i is preferred to j (phi_i > phi_j), else 0. Equal phi is no pair."""
     phi = _floats("phi", phi, 2)
-    return (phi.unsqueeze(2) > phi.unsqueeze(1)).to(_wide(phi))
+    return (phi.unsqueeze(2) > phi.unsqueeze(1)).to(phi)
 
 
 def gain_weights(phi):
@@ -99,7 +99,7 @@ def dcg_weights(phi):
 def vote_weights(votes):
     """(B, K, K) votes in {-1, 0, +1} -> (B, K, K): 1 where the vote prefers i to j, else 0."""
     votes = _floats("votes", votes, 3)
-    return (votes > 0).to(_wide(votes))
+    return (votes > 0).to(votes)
 
 
 # ----------------------------------------------------------------------------- errors and the loss
@@ -137,8 +137,8 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
         raise ValueError(f"preference_loss: beta must be positive, got {beta}")
     real = torch.ones_like(policy_err, dtype=torch.bool) if mask is None else mask.bool()   # (B, K)
     pairs = real.unsqueeze(2) & real.unsqueeze(1)                               # (B, K, K)
-    weights = torch.where(pairs, weights, torch.zeros_like(weights)).to(_wide(policy_err))
-    s = policy_err.to(_wide(policy_err)) - ref_err.detach().to(_wide(policy_err))           # (B, K)           Eq. 5
+    weights = torch.where(pairs, weights, torch.zeros_like(weights))
+    s = policy_err - ref_err.detach()                                           # (B, K)                       Eq. 5
     s = torch.where(real, s, torch.zeros_like(s))                               # whatever pads a short list stays out
     margin = s.unsqueeze(2) - s.unsqueeze(1)                                    # (B, K, K), s_i - s_j
     loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))                # (B,)                         Eq. 7
@@ -183,8 +183,7 @@ def _floats(name, x, dim):
     """A floating tensor of at least `dim` dimensions without NaN, in fp32 or wider; ValueError otherwise."""
     if not isinstance(x, torch.Tensor) or x.dim() < dim:
         raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
-    if x.is_floating_point() and x.dtype != torch.float64:
-        x = x.float()
+    x = x.to(_wide(x))
     if name in ("rewards", "phi", "votes", "weights") and torch.isnan(x).any():
         raise ValueError(f"{name}: contains NaN; drop or rescore those images first")
-    return x if x.is_floating_point() else x.float()
+    return x

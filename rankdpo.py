@@ -75,6 +75,12 @@ class Config:
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
 
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
 def parse(config, doc, argv=None):
     """A dataclass from the command line. Wrong options end in one line and exit status 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -82,9 +88,10 @@ def parse(config, doc, argv=None):
     for f in fields(config):
         multiple = isinstance(f.default, tuple)
         kind = type(f.default[0]) if multiple else type(f.default)
-        kind = (lambda s: {"true": True, "false": False}[s.lower()]) if kind is bool else kind
+        flag = dict(nargs="?", const=True) if kind is bool else {}               # --flag, --flag true, --flag false
+        kind = boolean if kind is bool else kind
         default = " ".join(map(str, f.default)) if multiple else f.default
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, nargs="+" if multiple else None, choices=f.metadata["choices"],
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, **(dict(nargs="+") if multiple else flag), choices=f.metadata["choices"],
                             metavar=f.name.upper() if f.metadata["choices"] is None else None,
                             help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
     return config(**vars(parser.parse_args(argv)))
@@ -93,7 +100,7 @@ def parse(config, doc, argv=None):
 def fail(message, status=1):
     """End with one line on stderr: the last one, below any progress bar."""
     if status == 1:
-        raise SystemExit(message)
+        raise SystemExit(message)                              # python prints it at the very end and exits with 1
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(status)
 
@@ -124,15 +131,15 @@ def write_atomic(path, text):
 def load_pipeline(path, device="cpu", dtype=torch.float32):
     """Any diffusers text-to-image pipeline from a folder or a hub id. A component that was saved as null (a safety
     checker, the T5 of SD3) stays None: some pipelines ask for that in so many words."""
-    kwargs = {}
-    if (index := Path(path) / "model_index.json").is_file():
-        kwargs = {k: None for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is None}
-    elif Path(path).exists() or str(path).startswith((".", "/")):
-        raise SystemExit(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
+    kwargs, index = {}, Path(path) / "model_index.json"
+    if not index.is_file() and (Path(path).exists() or str(path).startswith((".", "/"))):
+        fail(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
     try:
+        if index.is_file():
+            kwargs = {k: None for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is None}
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"{path}: could not load a pipeline: {str(e).splitlines()[0]}")
+    except Exception as e:                                     # torn weights, no hub, another format: one line says which folder
+        fail(f"{path}: could not load a pipeline: {(str(e).splitlines() or [type(e).__name__])[0]}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -180,10 +187,12 @@ def add_noise(scheduler, x, noise, u):
     Rectified flow: logit-normal sigma with the scheduler's shift, x_t = (1 - sigma) x + sigma eps, target eps - x."""
     shape = (-1,) + (1,) * (x.dim() - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        sigma = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))      # logit-normal(0, 1), SD3 Eq. 19
+        sigma = torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)   # logit-normal(0, 1) of SD3; mps lacks ndtri
         sigma = scheduler.config.shift * sigma / (1 + (scheduler.config.shift - 1) * sigma)
         s = sigma.view(shape)
         return (1 - s) * x + s * noise, 1000 * sigma, noise - x
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        fail(f"the scheduler predicts {scheduler.config.prediction_type!r}; only epsilon, v_prediction and rectified flow are known")
     t = (u * scheduler.config.num_train_timesteps).long()
     alpha_bar = scheduler.alphas_cumprod.to(x.device)[t].view(shape)
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -230,8 +239,8 @@ def read_lists(folder):
             if not isinstance(row["prompt"], str) or k < 2 or len(row["phi"]) != k or any(len(v) != k for v in row.get("scores", {}).values()):
                 raise ValueError("needs prompt, at least two file_names, and as many phi and scores as files")
             row["phi"] = [float(p) for p in row["phi"]]
-            if not all(0 <= p <= 1 for p in row["phi"]):
-                raise ValueError("phi must lie in [0, 1]")
+            if not all(0 <= p <= 1 for p in row["phi"]) or not all(np.isfinite(v).all() for v in row.get("scores", {}).values()):
+                raise ValueError("phi must lie in [0, 1] and scores be finite")
             missing = [f for f in row["file_names"] if ".." in Path(f).parts or not (Path(folder) / f).is_file()]
             if missing:
                 raise ValueError(f"image {missing[0]} is not in the folder")
@@ -267,8 +276,10 @@ def build_cache(cfg, rows, pipe, rank, world, device, dtype):
 
     The name of a cache is a hash of what went into it, so a change of images, prompts or model makes a new one."""
     data = Path(cfg.data)
-    stamp = [[r["prompt"], [[f, (s := (data / f).stat()).st_size, s.st_mtime_ns] for f in r["file_names"]]] for r in rows]
-    key = hashlib.sha256(json.dumps([stamp, cfg.model, cfg.resolution, str(dtype)]).encode()).hexdigest()[:16]
+    stat = lambda p: [str(p), p.stat().st_size, p.stat().st_mtime_ns]
+    images = [[r["prompt"], [stat(data / f) for f in r["file_names"]]] for r in rows]
+    encoders = [stat(p) for n in ("vae", "text_encoder*") for p in sorted(Path(cfg.model).glob(f"{n}/*.safetensors"))]   # local models
+    key = hashlib.sha256(json.dumps([images, cfg.model, encoders, cfg.resolution, str(dtype)]).encode()).hexdigest()[:16]
     folder = data / ".cache" / key
     folder.mkdir(parents=True, exist_ok=True)
     encoders = [m for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None]
@@ -278,10 +289,16 @@ def build_cache(cfg, rows, pipe, rank, world, device, dtype):
         pipe.vae.to(device)                                    # fp32: SDXL's VAE overflows in fp16
         for m in encoders:
             m.to(device, dtype)
+    size = None
     for start in tqdm(todo, desc="encode", unit="chunk", disable=rank > 0):
         chunk, tensors = rows[start:start + CHUNK], {}
         for n, row in enumerate(chunk, start):
-            x = torch.stack([open_image(data / f, cfg.resolution) for f in row["file_names"]])
+            images = [open_image(data / f, cfg.resolution) for f in row["file_names"]]
+            size = size or images[0].shape
+            for f, image in zip(row["file_names"], images):
+                if image.shape != size:
+                    fail(f"{data / f}: {image.shape[2]} x {image.shape[1]} pixels, the first image has {size[2]} x {size[1]}; give --resolution")
+            x = torch.stack(images)
             tensors[f"{n}.latents"] = encode_images(pipe.vae, x).float().cpu().contiguous()
             cond = encode_prompts(pipe, [row["prompt"]], x.shape[-2:])
             tensors.update({f"{n}.{name}": t[0].cpu().contiguous() for name, t in cond.items()})
@@ -312,8 +329,8 @@ def relabel(row, labels, seed, n):
 
 
 def pair_weights(loss, row, ties, seed, n):
-    """What the labels of one list mean: (K, K) weights of pairs, or (K, K) with image weights on the diagonal for the
-    two objectives without pairs (sft: the best image, ties shared; weighted: phi normalised)."""
+    """What the labels of list n mean: (K, K) weights of pairs, or (K, K) with image weights on the diagonal for the two
+    objectives without pairs (sft: the best image, ties shared; weighted: phi normalised)."""
     phi = torch.tensor([row["phi"]])                                            # (1, K)
     if loss == "balanced":
         if not row.get("scores"):
@@ -329,7 +346,7 @@ def pair_weights(loss, row, ties, seed, n):
 
 
 def list_loss(cfg, policy_err, ref_err, weights, mask):
-    """(B, K), (B, K), (B, K, K), (B, K) -> loss (B,), metrics. Fine-tuning needs no pair and no reference."""
+    """(B, K), (B, K), (B, K, K), (B, K) -> loss (B,), metrics. Fine-tuning uses the reference for its metrics only."""
     if cfg.loss in ("sft", "weighted"):
         own = weights.diagonal(dim1=1, dim2=2)                                  # (B, K)
         s = (policy_err - ref_err).detach()
@@ -340,10 +357,10 @@ def list_loss(cfg, policy_err, ref_err, weights, mask):
     return preference_loss(policy_err, ref_err, weights, cfg.beta, mask)
 
 
-def draw(cfg, step, n, shape):
-    """(u, noise) of list n at a step: u () uniform in [0, 1), noise (K, C, h, w). On the CPU and from (seed, step, list)
-    alone, so that any number of processes and any micro-batch draw the same."""
-    state = int(np.random.SeedSequence([cfg.seed, step, n]).generate_state(1, np.uint64)[0])
+def draw(cfg, position, n, shape):
+    """(u, noise) of list n at a position of the run: u () uniform in [0, 1), noise (K, C, h, w). `position` counts lists
+    over all steps. On the CPU and from (seed, step, list) alone, so any number of processes or micro-batches draw the same."""
+    state = int(np.random.SeedSequence([cfg.seed, position, n]).generate_state(1, np.uint64)[0])
     g = torch.Generator().manual_seed(state % 2 ** 63)
     u = torch.rand((), generator=g)
     noise = torch.randn(shape if cfg.noise == "independent" else (1,) + shape[1:], generator=g)
@@ -388,9 +405,12 @@ def plot_curves(log, path):
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(cfg.device)
+    if world > 1 and cfg.device != "cpu" and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            fail(f"{world} processes, but this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        torch.cuda.set_device(local)                           # "cuda" is this process's own GPU from here on
+    device = pick_device(cfg.device if torch.cuda.is_available() or world == 1 else "cpu")
     if world > 1:
-        device = torch.device("cuda", local) if device.type == "cuda" else device
         # the long timeout is for the cache: processes wait there for the slowest
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     is_main = rank == 0
@@ -398,6 +418,9 @@ def main(argv=None):
     for name in ("steps", "global_batch_size", "device_batch_size", "lr", "beta"):
         if not getattr(cfg, name) > 0:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
+    for name in ("seed", "ref_refresh", "warmup_steps"):
+        if getattr(cfg, name) < 0:
+            fail(f"--{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
     local_batch = cfg.global_batch_size // world
@@ -407,8 +430,12 @@ def main(argv=None):
 
     # ---- data, models
     rows = [relabel(row, cfg.labels, cfg.seed, n) for n, row in enumerate(read_lists(cfg.data))]
-    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
-        fail(f"{cfg.out}: exists and is not a folder; choose another --out")
+    if is_main:
+        try:
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            (Path(cfg.data) / ".cache").mkdir(exist_ok=True)
+        except OSError as e:
+            fail(f"--out {cfg.out} or {cfg.data}/.cache cannot be written: {e.strerror}")
     pipe = load_pipeline(cfg.model)
     part, model = denoiser_of(pipe)
     scheduler = pipe.scheduler
@@ -430,20 +457,19 @@ def main(argv=None):
     parameters = list(model.parameters())                      # a list: a generator would be used up by the optimiser
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if is_main:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         log = open(Path(cfg.out) / "log.jsonl", "w")
         log.write(json.dumps(dict(config=asdict(cfg), world=world, precision=precision, lists=len(rows), **provenance(device))) + "\n")
     print0(f"{cfg.loss}: {len(rows)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {world} process(es) on {device}, "
            f"{precision}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
 
     # ---- the training loop
-    files, start = {}, time.time()
+    files, winners, start = {}, [], time.time()
     bar = tqdm(range(cfg.steps), desc="train", unit="step", disable=not is_main)
     for step in bar:
         # which lists: a fresh permutation an epoch, the same on every process
         positions = range(step * cfg.global_batch_size, (step + 1) * cfg.global_batch_size)
         order = {e: np.random.default_rng([cfg.seed, e]).permutation(len(rows)) for e in {p // len(rows) for p in positions}}
-        mine = [int(order[p // len(rows)][p % len(rows)]) for p in positions][rank * local_batch:(rank + 1) * local_batch]
+        mine = [(p, int(order[p // len(rows)][p % len(rows)])) for p in positions][rank * local_batch:(rank + 1) * local_batch]
         if cfg.ref_refresh and step and step % cfg.ref_refresh == 0:            # BalancedDPO: ref <- theta
             reference.load_state_dict(model.state_dict())
         warmup, decay = min(1, (step + 1) / max(1, cfg.warmup_steps)), 1 - step / cfg.steps
@@ -451,10 +477,10 @@ def main(argv=None):
 
         errors = []                                                             # (policy_err, ref_err, weights, mask) of my lists
         for begin in range(0, local_batch, micro):
-            lists = mine[begin:begin + micro]
-            items = [read_cached(folder, n, files) for n in lists]
+            lists = mine[begin:begin + micro]                                   # [(position, list)]
+            items = [read_cached(folder, n, files) for _, n in lists]
             k = [len(i["latents"]) for i in items]                              # images of each list
-            draws = [draw(cfg, step, n, tuple(i["latents"].shape)) for n, i in zip(lists, items)]
+            draws = [draw(cfg, position, n, tuple(i["latents"].shape)) for (position, n), i in zip(lists, items)]
             x = torch.cat([i["latents"] for i in items]).to(device)             # (N, C, h, w), N = sum k
             noise = torch.cat([d[1] for d in draws]).to(device)                 # (N, C, h, w)
             u = torch.cat([d[0].repeat(n) for d, n in zip(draws, k)]).to(device)                   # (N,) one timestep a list
@@ -466,7 +492,7 @@ def main(argv=None):
                     anchor = predict(reference, x_t, t, cond)
             mask = torch.arange(K, device=device) < torch.tensor(k, device=device)[:, None]        # (B, K)
             w = torch.zeros(len(k), K, K, device=device)                        # (B, K, K)
-            for b, n in enumerate(lists):
+            for b, (_, n) in enumerate(lists):
                 w[b, :k[b], :k[b]] = weights[n]
             policy_err, ref_err = torch.zeros(mask.shape, device=device), torch.zeros(mask.shape, device=device)
             policy_err[mask] = denoising_error(prediction[None], target[None])[0]                  # (B, K), fp32
@@ -483,6 +509,8 @@ def main(argv=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         if not torch.isfinite(grad_norm):
             fail(f"step {step}: the gradient is {grad_norm.item()}; lower --lr or --beta, or try --precision fp32. Nothing was saved")
+        if step == 0 and not grad_norm > 0:
+            fail("step 0: the gradient is zero; do the lists of this batch prefer anything? Raise --global_batch_size")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -498,15 +526,19 @@ def main(argv=None):
                    "lr": optimizer.param_groups[0]["lr"], "lists_per_s": (step + 1) * cfg.global_batch_size / (time.time() - start)}
             log.write(json.dumps({m: None if v != v else v for m, v in row.items()}) + "\n")
             log.flush()
+            winners.append(row["best_s"])
+            if step % 50 == 49 and np.mean(winners[-25:]) > max(0, np.mean(winners[-50:-25])):
+                tqdm.write(f"step {step}: the winner's error is above the reference and growing ({np.mean(winners[-25:]):+.1e}); "
+                           "pictures may get worse although loss and accuracy improve: lower --lr or raise --beta")
             bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.3f}", winner=f"{row['best_s']:+.1e}", loser=f"{row['worst_s']:+.1e}")
 
     # ---- save: the whole pipeline with the tuned denoiser, published by renames
     if is_main:
         log.close()
-        plot_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
         pipe = load_pipeline(cfg.model)
         setattr(pipe, part, model.to("cpu").to(memory_format=torch.contiguous_format))
         save_pipeline(pipe, Path(cfg.out) / "model")
+        plot_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
         print0(f"saved {Path(cfg.out) / 'model'}; log.jsonl and curves.png beside it")
     if world > 1:
         dist.barrier()

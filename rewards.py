@@ -144,11 +144,24 @@ def from_hub(repo, file):
     return get
 
 
+NAMES = ("clip", "hpsv2.1", "hpsv2", "pickscore", "toyworld")
+
+
+def check_reward(spec):
+    """End with one line if "name" or "name=source" can be no reward: an unknown name, a source that is not there."""
+    name, _, source = spec.partition("=")
+    if name not in NAMES:
+        raise SystemExit(f"unknown reward {name!r}; there are {', '.join(NAMES)}, each also as name=folder_or_file")
+    if source and not Path(source).exists():
+        raise SystemExit(f"{name}={source}: no such file or folder")
+
+
 def load_reward(name, device="cpu"):
     """A scorer by name or "name=source" -> score(images, prompts) -> (N,) float tensor on the CPU, larger is better.
 
     images: N PIL images, prompts: N strings. Ends the program with one line if the name is unknown or nothing can be
     loaded from the source."""
+    check_reward(name)
     name, _, source = name.partition("=")
     loaders = {
         "clip": lambda: load_open_clip(name, source, device, pad, from_hub("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_model.safetensors")),
@@ -157,10 +170,6 @@ def load_reward(name, device="cpu"):
         "pickscore": lambda: load_pickscore(source, device),
         "toyworld": load_toyworld,
     }
-    if name not in loaders:
-        raise SystemExit(f"unknown reward {name!r}; there are {', '.join(loaders)}, each also as name=folder_or_file")
-    if source and not Path(source).exists():
-        raise SystemExit(f"{name}={source}: no such file or folder")
     try:
         return loaders[name]()
     except Exception as e:                                     # a missing file, a wrong format, no hub: one line says which
@@ -190,5 +199,9 @@ if __name__ == "__main__":
     cfg = parse(Config, __doc__)
     if not cfg.prompt.strip() or not os.path.isfile(cfg.image):
         fail(f"rewards.py: --image {cfg.image!r} must be a file and --prompt not empty (--help shows an example)")
+    try:
+        image = Image.open(cfg.image).convert("RGB")
+    except OSError as e:
+        fail(f"{cfg.image}: not a readable image ({e})")
     for spec in cfg.rewards:
-        print(f"{reward_name(spec):10s} {load_reward(spec, pick_device(cfg.device))([Image.open(cfg.image)], [cfg.prompt]).item():.4f}")
+        print(f"{reward_name(spec):10s} {load_reward(spec, pick_device(cfg.device))([image], [cfg.prompt]).item():.4f}")

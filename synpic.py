@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from losses import preference_probability, preference_rank
 from rankdpo import HERE, fail, load_pipeline, option, parse, pick_device, sequence_length, write_atomic
-from rewards import TOY_REWARDS, load_reward, reward_name
+from rewards import TOY_REWARDS, check_reward, load_reward, reward_name
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels; 0 = the pipeline's own).
 MODELS = {
@@ -97,16 +97,18 @@ def noise_seed(prompt, model, seed):
 
 def generate(pipe, prompts, seeds, model):
     """One batch of PIL images; every image has its own generator. `model` is what parse_model returns."""
-    kwargs = {}
-    if type(pipe).__name__.startswith("StableDiffusion3"):
+    kwargs, kind = dict(num_inference_steps=model["steps"], guidance_scale=model["guidance"]), type(pipe).__name__
+    if kind.startswith("StableDiffusion3"):
         kwargs["max_sequence_length"] = sequence_length(pipe)
+    if kind.startswith("StableCascade"):                       # steps and guidance belong to the prior; the decoder has its own
+        kwargs = dict(prior_num_inference_steps=model["steps"], prior_guidance_scale=model["guidance"])
     if model["resolution"]:
         kwargs.update(height=model["resolution"], width=model["resolution"])
     generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]         # CPU noise: the same on every device
-    return pipe(list(prompts), num_inference_steps=model["steps"], guidance_scale=model["guidance"], generator=generators, **kwargs).images
+    return pipe(prompt=list(prompts), generator=generators, **kwargs).images
 
 
-def picture_grid(rows, path, side=128, width=None):
+def picture_grid(rows, path, side=128):
     """[(title, [(image, caption), ...]), ...] -> a PNG, one row of captioned pictures a title."""
     columns = max(len(cells) for _, cells in rows)
     canvas = Image.new("RGB", (max(columns * (side + 8) + 8, 420), len(rows) * (side + 44) + 8), "white")
@@ -156,18 +158,17 @@ def generate_stage(cfg, prompts, models, device):
                     os.replace(f"{path}.tmp", path)
 
 
-def read_scores(path, prompts, models):
-    """{prompt index: [k floats]} of the rows that belong to these prompts and models; a torn last line is dropped."""
+def read_scores(path, spec, prompts, models):
+    """{prompt index: [k floats]} of the rows that this reward gave these prompts and models; a torn line is dropped."""
     done = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
             i = row["row"]
-            if i < len(prompts) and row["prompt"] == prompts[i] and row["file_names"] == [file_name(i, m) for m in models]:
+            if [row["reward"], row["prompt"], row["file_names"], len(row["scores"])] == [spec, prompts[i], [file_name(i, m) for m in models], len(models)]:
                 done[i] = row["scores"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            continue
     return done
 
 
@@ -176,7 +177,7 @@ def score_stage(cfg, prompts, models, device):
     (out / "scores").mkdir(exist_ok=True)
     for spec in cfg.rewards:
         path = out / "scores" / f"{reward_name(spec)}.jsonl"
-        done = read_scores(path, prompts, models)
+        done = read_scores(path, spec, prompts, models)
         todo = [i for i in range(len(prompts)) if i not in done]
         if not todo:
             continue
@@ -198,14 +199,14 @@ def score_stage(cfg, prompts, models, device):
                     bad = files[int((~torch.isfinite(scores)).flatten().nonzero()[0])]
                     fail(f"reward {spec}: the score of {out / bad} is not finite; look at that image, or leave this reward out")
                 for i, row in zip(batch, scores.tolist()):
-                    f.write(json.dumps({"row": i, "prompt": prompts[i], "file_names": [file_name(i, m) for m in models], "scores": row}) + "\n")
+                    f.write(json.dumps({"row": i, "reward": spec, "prompt": prompts[i], "file_names": [file_name(i, m) for m in models], "scores": row}) + "\n")
                 f.flush()
 
 
 def label_stage(cfg, prompts, models):
     out = Path(cfg.out)
     names = [reward_name(spec) for spec in cfg.rewards]
-    stored = {name: read_scores(out / "scores" / f"{name}.jsonl", prompts, models) for name in names}
+    stored = {name: read_scores(out / "scores" / f"{name}.jsonl", spec, prompts, models) for name, spec in zip(names, cfg.rewards)}
     for name, done in stored.items():
         if len(done) < len(prompts):
             fail(f"{out}/scores/{name}.jsonl: scores of {len(prompts) - len(done)} of {len(prompts)} prompts are missing; run --stages score first")
@@ -241,15 +242,20 @@ def main(argv=None):
         fail("--rewards: a reward appears twice")
     if any(reward_name(r) == "toyworld" for r in cfg.rewards):
         fail("--rewards toyworld: the exact checker is for evaluation only, labels come from reward models")
+    for spec in cfg.rewards:
+        check_reward(spec)                                     # a wrong name fails now, not after hours of drawing
     if cfg.batch_size < 1:
         fail(f"--batch_size must be positive, got {cfg.batch_size}")
     device, out = pick_device(cfg.device), Path(cfg.out)
 
     # what an existing folder was made with must not change under it; rewards may be added at any time
-    settings = dict(prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], models=models, batch_size=cfg.batch_size)
+    weights = {m["path"]: sorted([p.name, p.stat().st_size] for p in Path(m["path"]).rglob("*.safetensors")) for m in models}
+    settings = dict(prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], models=models, weights=weights)
+    if "generate" in cfg.stages:
+        settings.update(batch_size=cfg.batch_size, precision=cfg.precision)
     if (out / "settings.json").is_file():
         before = json.loads((out / "settings.json").read_text())
-        if changed := [k for k in settings if before.get(k) != settings[k]]:
+        if changed := [k for k in settings if before.get(k) != json.loads(json.dumps(settings[k]))]:
             fail(f"{out} was made with other {' and '.join(changed)}; choose another --out, or delete it to start again")
     else:
         try:

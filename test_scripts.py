@@ -320,7 +320,15 @@ def test_rankdpo_errors(lists, tiny, tmp_path, capsys):
     shutil.copytree(lists, tmp_path / "torn", ignore=shutil.ignore_patterns(".cache"))
     (tmp_path / "torn" / row["file_names"][0]).write_bytes(b"not a png")
     check(good + ["--data", tmp_path / "torn"], row["file_names"][0], "not a readable image")
-    assert not (tmp_path / "out").exists()                                      # nothing was begun
+    assert not list((tmp_path / "out").iterdir())                               # nothing was begun
+    check(good + ["--gradient_checkpointing", "maybe"], "--gradient_checkpointing", "maybe")
+    check(good + ["--seed", "-1"], "--seed")
+    shutil.copytree(lists, tmp_path / "sizes", ignore=shutil.ignore_patterns(".cache"))
+    Image.new("RGB", (40, 32)).save(tmp_path / "sizes" / row["file_names"][0])
+    check(good + ["--data", tmp_path / "sizes"], "40 x 32", "--resolution")
+    shutil.copytree(tiny / "sdxl", tmp_path / "torn_model")
+    (tmp_path / "torn_model/unet/diffusion_pytorch_model.safetensors").write_bytes(b"123")
+    check(good + ["--model", tmp_path / "torn_model"], "torn_model", "could not load")
 
 
 def test_synpic_errors(lists, tiny, tmp_path, capsys):
@@ -357,7 +365,7 @@ def test_evaluate_errors(tiny, tmp_path, capsys):
     check(two + ["--prompts", tmp_path / "real.txt", "--steps", "1", "--seeds", "1", "--rewards", "toyworld"], "a horse on the moon")
 
 
-def test_scripts_fail_with_one_line_on_the_command_line(tmp_path):
+def test_scripts_fail_with_one_line_on_the_command_line():
     for script, args in (("rankdpo.py", ["--data", "nowhere"]), ("synpic.py", ["--prompts", "nowhere"]), ("evaluate.py", ["--prompts", "nowhere.txt", "--models", "a=b", "c=d"]),
                          ("rewards.py", ["--image", "nowhere"]), ("toyworld.py", ["--only", "everything"])):
         p = subprocess.run([sys.executable, script, *args], cwd=HERE, capture_output=True, text=True, timeout=120)
@@ -372,8 +380,8 @@ def test_train_sh_toy_prints_its_three_commands():
     assert [line.split()[2] for line in p.stdout.splitlines()] == ["synpic.py", "rankdpo.py", "evaluate.py"]
 
 
-def test_train_sh_refuses_what_it_does_not_know(tmp_path):
-    for args, env, says in ((["sd4"], {}, "sd4"), (["sdxl"], {}, "PROMPTS"), (["sdxl"], {"PROMPTS": "none.txt"}, "none.txt")):
+def test_train_sh_refuses_what_it_does_not_know():
+    for args, env, says in ((["sd4"], {}, "sd4"), (["sdxl"], {}, "PROMPTS"), (["sdxl"], {"PROMPTS": "none.txt", "EVAL_PROMPTS": "x"}, "none.txt"), (["sd3"], {"PROMPTS": "README.md"}, "EVAL_PROMPTS")):
         p = subprocess.run(["bash", "train.sh", *args], cwd=HERE, env={**os.environ, "DRY_RUN": "1", **env}, capture_output=True, text=True)
         assert p.returncode != 0 and says in p.stderr and p.stdout == ""
 
@@ -382,7 +390,7 @@ def test_train_sh_refuses_what_it_does_not_know(tmp_path):
 def test_every_command_of_the_recipes_runs_on_tiny_models(tiny, tmp_path, task):
     """The commands that DRY_RUN prints, with tiny models and sizes in the variables, then run one by one."""
     models = " ".join(f"{n}={tiny}/{n},steps=1" for n in ("sdxl", "sd3", "sd15")) + f" sdxl={tiny}/sdxl,steps=1,seed=1"
-    env = {**os.environ, "DRY_RUN": "1", "BIN": "", "GPUS": "2", "PROMPTS": f"{tiny}/prompts.txt", "OUT": str(tmp_path), "MODEL": f"{tiny}/{task}", "MODELS": models,
+    env = {**os.environ, "DRY_RUN": "1", "BIN": "", "GPUS": "2", "PROMPTS": f"{tiny}/prompts.txt", "EVAL_PROMPTS": f"{tiny}/prompts.txt", "OUT": str(tmp_path), "MODEL": f"{tiny}/{task}", "MODELS": models,
            "REWARDS": " ".join(rewards(tiny)), "STEPS": "2", "WARMUP": "1", "BATCH": "4", "RESOLUTION": "32", "EVAL_LIMIT": "2",
            "EVAL_OPTIONS": "--steps 1 --seeds 2", "REF_REFRESH": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "train.sh", task], cwd=HERE, env=env, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import toyworld
-from toyworld import CATEGORIES, TOY, check, find_objects, grammar, held_out, layout, draw, prompts_of, render, slip
+from toyworld import CATEGORIES, TOY, check, find_objects, grammar, held_out, draw, prompts_of, render, slip
 
 
 def sample(n, seed):

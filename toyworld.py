@@ -9,8 +9,8 @@ decides whether an image shows what its prompt says, without any model. toy/ hol
 the real ones, so that every script runs the code that it runs on SDXL:
 
     toy/models/sdxl    StableDiffusionXLPipeline, noise prediction: the model to be tuned
-    toy/models/sd3     StableDiffusion3Pipeline, rectified flow: good at relations, poor at counting
-    toy/models/sd15    StableDiffusionPipeline, v-prediction: good at counting and colours, poor at relations
+    toy/models/sd3     StableDiffusion3Pipeline, rectified flow: a weaker painter that learned to count
+    toy/models/sd15    StableDiffusionPipeline, v-prediction: good at relations and attribution, poor at counting
     toy/rewards/clip   open_clip (plain contrastive), toy/rewards/hps: open_clip in HPSv2's manner,
     toy/rewards/pick   transformers CLIPModel in PickScore's manner
 
@@ -19,12 +19,10 @@ captions that are wrong in its own way (SLIPS, as web captions are), each reward
 categories only (HARD). So the base can draw what is asked, and often does not: the case preference tuning is for.
 Weights are trained in fp32 and stored in fp16 to keep the repository small; loaders make them fp32 again.
 """
-import argparse
 import copy
 import json
 import os
 import shutil
-import sys
 import time
 import zlib
 from functools import lru_cache
@@ -225,7 +223,7 @@ def slip(spec, rng):
         (a, c), (b, d) = out["objects"]
         out["objects"] = [(a, d), (b, c)]
     else:                                                      # two objects: one is missing, or is the other's twin
-        keep, gone = out["objects"] if rng.random() < .5 else out["objects"][::-1]
+        keep = out["objects"][rng.integers(2)]
         out["objects"] = [keep] if rng.random() < .5 else [keep, keep]
     return out
 
@@ -269,16 +267,17 @@ def batches(tensors, batch_size, minutes, lr, parameters, label, seed=0):
     bar.close()
 
 
-def pool(split, n, seed, slips=None):
-    """n random prompts of a split, equally many a category, and one render each; with `slips` {tag: rate} the picture
-    is wrong that often. -> (prompts, (n, 3, H, W))"""
+def pool(split, n, seed, slips=None, focus=()):
+    """n random prompts of a split and one render each -> (prompts, (n, 3, H, W)). Categories are equally likely, those in
+    `focus` three times as much; with `slips` {tag: rate} the picture is wrong that often."""
+    tags = [t for t in CATEGORIES for _ in range(3 if t in focus else 1)]
     rng, by_tag = np.random.default_rng(seed), {}
     for p, s in grammar().items():
         if not (split == "train" and held_out(p)):
             by_tag.setdefault(s["tag"], []).append(p)
     prompts, images = [], []
     for _ in tqdm(range(n), desc="render", leave=False):
-        options = by_tag[CATEGORIES[rng.integers(len(CATEGORIES))]]
+        options = by_tag[tags[rng.integers(len(tags))]]
         spec = grammar()[p := options[rng.integers(len(options))]]
         wrong = slips and rng.random() < slips[spec["tag"]]
         prompts.append(p)
@@ -300,17 +299,19 @@ def train_vae(device, minutes):
         q = vae.encode(x).latent_dist
         y = vae.decode(q.sample()).sample
         update(F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * q.kl().mean() / q.mean[0].numel())
-    with torch.no_grad():
+    with torch.no_grad():                                      # latents of mean 0: SDXL's and SD 1.5's pipelines know no shift
         z = torch.cat([vae.encode(x.to(device)).latent_dist.mean for x in images[:2000].split(100)])
-    vae.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=float(z.mean()))
+        vae.post_quant_conv.bias += vae.post_quant_conv.weight.sum((1, 2, 3)) * z.mean()
+        vae.quant_conv.bias[:4] -= z.mean()
+    vae.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=0.)
     return vae
 
 
 # How often the caption of a training picture is wrong, by generator and category.
 SLIPS = {
     "sdxl": dict(single_object=.05, two_object=.30, counting=.45, colors=.15, position=.55, color_attr=.45),
-    "sd3": dict(single_object=.0, two_object=.05, counting=.50, colors=.10, position=.10, color_attr=.10),
-    "sd15": dict(single_object=.0, two_object=.15, counting=.05, colors=.0, position=.60, color_attr=.40),
+    "sd3": dict(single_object=.0, two_object=.05, counting=.0, colors=.0, position=.50, color_attr=.30),
+    "sd15": dict(single_object=.0, two_object=.0, counting=.40, colors=.05, position=.0, color_attr=.0),
 }
 
 
@@ -396,7 +397,7 @@ def train_generator(name, vae, device, minutes, samples=40_000):
 
 
 # Which categories a reward model saw hard negatives of: the others it knows only as far as plain contrast teaches them.
-HARD = {"clip": ("colors", "two_object"), "hps": ("counting", "two_object", "color_attr"), "pick": ("position", "color_attr", "counting")}
+HARD = {"clip": ("colors", "two_object"), "hps": ("counting", "two_object", "color_attr"), "pick": ("position", "color_attr")}
 
 
 def build_reward(name, tokenizer):
@@ -424,7 +425,7 @@ def train_reward(name, vae, device, minutes, samples=24_000):
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = build_reward(name, tokenizer).to(device)
-    prompts, good = pool("train", samples, seed=10 + seed)
+    prompts, good = pool("train", samples, seed=10 + seed, focus=HARD[name])
     rng = np.random.default_rng(20 + seed)
     bad = pixels([render(slip(grammar()[p], rng), rng) for p in tqdm(prompts, desc="slips", leave=False)])
     with torch.no_grad():
@@ -455,6 +456,8 @@ def train_reward(name, vae, device, minutes, samples=24_000):
 def save_reward(name, model, tokenizer, folder):
     """In fp16, as a hub repository of that kind holds it."""
     from safetensors.torch import save_file
+    final, folder = folder, Path(f"{folder}.tmp")              # published by a rename: a killed save is not taken for a model
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = model.half()
     if name == "pick":
@@ -463,6 +466,8 @@ def save_reward(name, model, tokenizer, folder):
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}, indent=1))
     tokenizer.save_pretrained(folder)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(folder, final)
 
 
 # ----------------------------------------------------------------------------- python toyworld.py
@@ -545,18 +550,19 @@ def main():
         if stage == "prompts":
             write_prompts()
         elif stage == "vae":
-            train_vae(device, minutes).to("cpu").save_pretrained(vae_folder)
+            save_pipeline(train_vae(device, minutes).to("cpu"), vae_folder)
         else:
-            if not vae_folder.exists():                        # taken from a shipped pipeline if this machine never built it
-                fail(f"{vae_folder}: missing; run --only vae first") if not (TOY / "models/sdxl/vae").is_dir() else None
+            if not vae_folder.exists():                        # a machine that never built it takes the one that is shipped
                 vae_folder = TOY / "models/sdxl/vae"
+            if not vae_folder.exists():
+                fail(f"{vae_folder}: missing; run --only vae first")
             vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
             if stage in HARD:
-                shutil.rmtree(folder, ignore_errors=True)
                 save_reward(stage, *train_reward(stage, vae, device, minutes), folder)
             else:
                 save_pipeline(train_generator(stage, vae, device, minutes).to("cpu", torch.float16), folder)
-    report(device)
+    if set(cfg.only) == set(STAGES):
+        report(device)
 
 
 if __name__ == "__main__":

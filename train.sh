@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # bash train.sh                       set up .venv, then the toy pipeline: synpic -> rankdpo -> evaluate (CPU, minutes)
 # bash train.sh test                  set up .venv, then every test
-# PROMPTS=prompts.txt bash train.sh sdxl    the paper's recipe for SDXL on all GPUs of this machine (8 x A100 80 GB)
-# PROMPTS=prompts.txt bash train.sh sd3     the same for SD3-Medium
+# PROMPTS=prompts.txt EVAL_PROMPTS=heldout.txt bash train.sh sdxl
+#                                     the paper's recipe for SDXL on all GPUs of this machine (8 x A100 80 GB)
+# PROMPTS=... EVAL_PROMPTS=... bash train.sh sd3     the same for SD3-Medium
 #   OUT=outputs/sdxl  folder of the run        BETA, LR, STEPS, REF_REFRESH  what the papers leave open, see below
 #   GPUS=8            processes for torchrun   DRY_RUN=1  only print the commands of the recipe
 set -euo pipefail
@@ -30,7 +31,7 @@ setup() {  # .venv with requirements.txt; done once for each content of that fil
   fi
 }
 
-run() { echo "+ $*"; [ -n "${DRY_RUN:-}" ] || "$@"; }
+run() { printf '+'; printf ' %q' "$@"; echo; [ -n "${DRY_RUN:-}" ] || "$@"; }
 
 if [ "$task" = test ]; then
   setup
@@ -51,6 +52,7 @@ fi
 # It gives no beta, learning rate or optimiser: BETA and LR are the usual values of public DPO trainers. Its five
 # rewards are HPSv2.1, MPS, PickScore, VQAScore and ImageReward; of those rewards.py has two today, and CLIP score.
 : "${PROMPTS:?set PROMPTS to a text file with one prompt a line (the paper: 58 k prompts of Pick-a-Pic v2)}"
+: "${EVAL_PROMPTS:?set EVAL_PROMPTS to held-out prompts, one a line, or a .jsonl as GenEval has it}"
 [ -f "$PROMPTS" ] || { echo "train.sh: PROMPTS=$PROMPTS: no such file" >&2; exit 1; }
 out=${OUT:-outputs/$task}
 if [ "$task" = sdxl ]; then
@@ -67,5 +69,5 @@ run ${bin}python synpic.py --prompts "$PROMPTS" --out "$out/synpic" --models ${M
 run ${bin}torchrun --nproc_per_node "$gpus" rankdpo.py --data "$out/synpic" --model "$model" --out "$out/rankdpo" \
   --loss "${LOSS:-rankdpo}" --beta "$beta" --lr "${LR:-2e-5}" --steps "${STEPS:-400}" --warmup_steps "${WARMUP:-40}" --ref_refresh "${REF_REFRESH:-0}" \
   --global_batch_size "${BATCH:-1024}" --device_batch_size "${DEVICE_BATCH:-1}" --resolution "${RESOLUTION:-1024}" --gradient_checkpointing true
-run ${bin}python evaluate.py --models "base=$model" "tuned=$out/rankdpo/model" --prompts "${EVAL_PROMPTS:-$PROMPTS}" --limit "${EVAL_LIMIT:-500}" \
+run ${bin}python evaluate.py --models "base=$model" "tuned=$out/rankdpo/model" --prompts "$EVAL_PROMPTS" --limit "${EVAL_LIMIT:-500}" \
   --rewards ${EVAL_REWARDS:-${REWARDS:-hpsv2.1 pickscore clip}} --out "$out/evaluation" ${EVAL_OPTIONS:-$steps_guidance --resolution 1024 --batch_size 8 --seeds 5}
