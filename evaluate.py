@@ -171,7 +171,8 @@ def main(argv=None):
 
     results, where = compare(scores, tags, cfg.seed), provenance(device)
     text = report(cfg, results, tags, where)
-    write_atomic(out / "results.json", json.dumps(dict(config=asdict(cfg), **where, prompts=len(prompts), models=results), indent=1))
+    raw = {name: {r: s.round(6).tolist() for r, s in by_reward.items()} for name, by_reward in scores.items()}   # (P, S) each
+    write_atomic(out / "results.json", json.dumps(dict(config=asdict(cfg), **where, prompts=prompts, tags=tags, models=results, scores=raw)))
     write_atomic(out / "report.md", text)
     chosen = [j for t in dict.fromkeys(tags) for j in [j for j, u in enumerate(tags) if u == t][:2]][:12]   # two of each category
     rows = [(prompts[i], [(pictures[n][i * cfg.seeds + s], n if "toyworld" not in scores[n] else f"{n} {'ok' if scores[n]['toyworld'][i, s] else '-'}")

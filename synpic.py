@@ -41,7 +41,7 @@ MODELS = {
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 7.5, 512),
 }
 TOY_MODELS = tuple(f"{name}={HERE / 'toy/models' / name.split(',')[0]},steps=16,guidance={g}{seed}" for name, g, seed in
-                   (("sdxl", 3, ""), ("sdxl", 3, ",seed=1"), ("sd3", 3, ""), ("sd15", 3, "")))
+                   (("sdxl", 3, ""), ("sdxl", 3, ",seed=1"), ("sd3", 3, ""), ("sd15", 5, ""), ("sd15", 5, ",seed=1")))
 
 
 @dataclass

@@ -475,7 +475,7 @@ def save_reward(name, model, tokenizer, folder):
 
 def write_prompts():
     """toy/prompts.txt for Syn-Pic, from the training split; toy/heldout.jsonl for evaluation, in GenEval's form."""
-    (TOY / "prompts.txt").write_text("\n".join(prompts_of("train", 120)) + "\n")
+    (TOY / "prompts.txt").write_text("\n".join(prompts_of("train", 300)) + "\n")
     rows = []
     for p in prompts_of("heldout", 25):
         s, include = grammar()[p], []
