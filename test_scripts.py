@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -377,7 +378,7 @@ def test_scripts_fail_with_one_line_on_the_command_line():
 
 def test_train_sh_toy_prints_its_three_commands():
     p = subprocess.run(["bash", "train.sh"], cwd=HERE, env={**os.environ, "DRY_RUN": "1"}, capture_output=True, text=True, check=True)
-    assert [line.split()[2] for line in p.stdout.splitlines()] == ["synpic.py", "rankdpo.py", "evaluate.py"]
+    assert [shlex.split(line)[2] for line in p.stdout.splitlines()] == ["synpic.py", "rankdpo.py", "evaluate.py"]
 
 
 def test_train_sh_refuses_what_it_does_not_know():
@@ -394,7 +395,7 @@ def test_every_command_of_the_recipes_runs_on_tiny_models(tiny, tmp_path, task):
            "REWARDS": " ".join(rewards(tiny)), "STEPS": "2", "WARMUP": "1", "BATCH": "4", "RESOLUTION": "32", "EVAL_LIMIT": "2",
            "EVAL_OPTIONS": "--steps 1 --seeds 2", "REF_REFRESH": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "train.sh", task], cwd=HERE, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
-    commands = [line[2:].split() for line in out]
+    commands = [shlex.split(line[2:]) for line in out]
     assert [next(w for w in c if w.endswith(".py")) for c in commands] == ["synpic.py", "rankdpo.py", "evaluate.py"] and commands[1][0] == "torchrun"
     for command in commands:
         subprocess.run(command, cwd=HERE, env=env, capture_output=True, check=True, timeout=300)
