@@ -21,7 +21,6 @@ Betas do not carry over between noise, v and velocity errors either: those diffe
 
 Papers: RankDPO and Syn-Pic, arXiv 2410.18013; BalancedDPO, arXiv 2503.12575; Diffusion-DPO, arXiv 2311.12908.
 """
-
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +37,7 @@ def preference_probability(rewards):
     if K < 2 or R < 1:
         raise ValueError(f"preference_probability: needs at least 2 images and 1 reward, got rewards of shape {tuple(rewards.shape)} = (..., K, R)")
     wins = rewards.unsqueeze(-2) > rewards.unsqueeze(-3)                        # (..., K, K, R), [i, j] = i beats j
-    return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))                # (..., K)
+    return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))                       # (..., K)
 
 
 def preference_rank(phi):

@@ -125,7 +125,7 @@ def write_atomic(path, text):
 
 
 # ----------------------------------------------------------------------------- what differs between model families
-# SD 1.x / 2.x, SDXL and SD3 differ in the six functions below and nowhere else.
+# SD 1.x / 2.x, SDXL and SD3 differ in this section; sampling differs in synpic.generate.
 
 
 def load_pipeline(path, device="cpu", dtype=torch.float32):
@@ -171,7 +171,7 @@ def encode_prompts(pipe, prompts, size):
     if kind.startswith("StableDiffusion"):
         embeds, _ = pipe.encode_prompt(prompts, device, 1, False)
         return {"embeds": embeds}
-    raise SystemExit(f"{kind}: this trainer knows Stable Diffusion 1.x / 2.x, SDXL and SD3 pipelines")
+    fail(f"{kind}: this trainer knows Stable Diffusion 1.x / 2.x, SDXL and SD3 pipelines")
 
 
 def encode_images(vae, pixels):

@@ -31,8 +31,6 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything here is local; never ask a hub
-
 import numpy as np
 import torch
 import torch.nn.functional as F
