@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rankdpo import HERE, fail, load_pipeline, option, parse, pick_device, provenance, write_atomic
+from rankdpo import HERE, fail, load_pipeline, option, parse, pick_device, pick_dtype, provenance, write_atomic
 from rewards import TOY_REWARDS, check_reward, load_reward, reward_name
-from synpic import generate, model_dtype, noise_seed, picture_grid, read_prompts
+from synpic import generate, noise_seed, picture_grid, read_prompts
 from toyworld import grammar
 
 
@@ -153,7 +153,7 @@ def main(argv=None):
     sampling = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution)
     pictures = {}
     for name, path in paths.items():
-        pipe, images = load_pipeline(path, device, model_dtype(cfg.precision, device)), []
+        pipe, images = load_pipeline(path, device, pick_dtype(cfg.precision, device)), []
         for start in tqdm(range(0, len(jobs), cfg.batch_size), desc=f"generate {name}", unit="batch"):
             batch = jobs[start:start + cfg.batch_size]
             # the noise does not depend on the model: all of them start from the same
@@ -164,9 +164,10 @@ def main(argv=None):
     for spec in cfg.rewards:
         score = load_reward(spec, device)
         for name, images in tqdm(pictures.items(), desc=f"score {reward_name(spec)}", unit="model"):
-            s = score(images, [prompts[p] for p, _ in jobs])
-            if not s.isfinite().all():
-                fail(f"reward {spec}: a score of {name} is not finite for {prompts[jobs[int((~s.isfinite()).nonzero()[0])][0]]!r}; leave it out or look at that picture")
+            try:
+                s = score(images, [prompts[p] for p, _ in jobs])
+            except ValueError as e:
+                fail(f"pictures of {name}: {e}; leave that reward or that prompt out")
             scores[name][reward_name(spec)] = s.view(len(prompts), cfg.seeds).double().numpy()
 
     results, where = compare(scores, tags, cfg.seed), provenance(device)

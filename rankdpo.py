@@ -114,6 +114,12 @@ def pick_device(name="auto"):
         fail(f"--device {name}: {str(e).splitlines()[0]}")
 
 
+def pick_dtype(precision, device):
+    """The compute type that --precision names; auto is bf16 on a GPU, fp32 elsewhere."""
+    precision = precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def write_atomic(path, text):
     """Write a text file so that a reader sees the old one or the new one, never half."""
     tmp = Path(f"{path}.tmp")
@@ -425,8 +431,8 @@ def main(argv=None):
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
     local_batch = cfg.global_batch_size // world
     micro = min(cfg.device_batch_size, local_batch)
-    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    dtype = pick_dtype(cfg.precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # ---- data, models
     rows = [relabel(row, cfg.labels, cfg.seed, n) for n, row in enumerate(read_lists(cfg.data))]
@@ -439,7 +445,7 @@ def main(argv=None):
     pipe = load_pipeline(cfg.model)
     part, model = denoiser_of(pipe)
     scheduler = pipe.scheduler
-    folder = build_cache(cfg, rows, pipe, rank, world, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    folder = build_cache(cfg, rows, pipe, rank, world, device, dtype)
     if world > 1:
         dist.barrier()
     del pipe                                                   # the VAE and the text encoders have done their work
@@ -458,9 +464,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if is_main:
         log = open(Path(cfg.out) / "log.jsonl", "w")
-        log.write(json.dumps(dict(config=asdict(cfg), world=world, precision=precision, lists=len(rows), **provenance(device))) + "\n")
+        log.write(json.dumps(dict(config=asdict(cfg), world=world, precision=str(dtype), lists=len(rows), **provenance(device))) + "\n")
     print0(f"{cfg.loss}: {len(rows)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {world} process(es) on {device}, "
-           f"{precision}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
+           f"{dtype}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
 
     # ---- the training loop
     files, winners, start = {}, [], time.time()

@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from losses import preference_probability, preference_rank
-from rankdpo import HERE, fail, load_pipeline, option, parse, pick_device, sequence_length, write_atomic
-from rewards import TOY_REWARDS, check_reward, load_reward, reward_name
+from rankdpo import HERE, fail, load_pipeline, option, parse, pick_device, pick_dtype, sequence_length, write_atomic
+from rewards import TOY_REWARDS, check_reward, read_scores, reward_name, score_rows
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels; 0 = the pipeline's own).
 MODELS = {
@@ -53,6 +53,7 @@ class Config:
     stages: tuple = option(("generate", "score", "label"), "which stages to run")
     batch_size: int = option(64, "images a batch, in every stage")
     limit: int = option(0, "use the first that many prompts; 0 = all")
+    on_error: str = option("stop", "prompts with an image that cannot be scored: stop, or leave them out", ("stop", "skip"))
     precision: str = option("auto", "of the generators; auto is bf16 on a GPU", ("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
@@ -125,11 +126,6 @@ def picture_grid(rows, path, side=128):
     os.replace(tmp, path)
 
 
-def model_dtype(precision, device):
-    precision = precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
 def file_name(i, model):
     return f"images/{i:05d}/{model['name']}_{model['seed']}.png"
 
@@ -146,7 +142,7 @@ def generate_stage(cfg, prompts, models, device):
             continue
         if loaded != model["path"]:
             pipe, loaded = None, model["path"]                 # free the last one first
-            pipe = load_pipeline(model["path"], device, model_dtype(cfg.precision, device))
+            pipe = load_pipeline(model["path"], device, pick_dtype(cfg.precision, device))
         for start in tqdm(starts, desc=f"generate {model['name']}_{model['seed']}", unit="batch"):
             batch = prompts[start:start + cfg.batch_size]
             images = generate(pipe, batch, [noise_seed(p, model["name"], model["seed"]) for p in batch], model)
@@ -158,76 +154,39 @@ def generate_stage(cfg, prompts, models, device):
                     os.replace(f"{path}.tmp", path)
 
 
-def read_scores(path, spec, prompts, models):
-    """{prompt index: [k floats]} of the rows that this reward gave these prompts and models; a torn line is dropped."""
-    done = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            i = row["row"]
-            if [row["reward"], row["prompt"], row["file_names"], len(row["scores"])] == [spec, prompts[i], [file_name(i, m) for m in models], len(models)]:
-                done[i] = row["scores"]
-        except (ValueError, KeyError, TypeError, IndexError):
-            continue
-    return done
-
-
-def score_stage(cfg, prompts, models, device):
-    out = Path(cfg.out)
-    (out / "scores").mkdir(exist_ok=True)
-    for spec in cfg.rewards:
-        path = out / "scores" / f"{reward_name(spec)}.jsonl"
-        done = read_scores(path, spec, prompts, models)
-        todo = [i for i in range(len(prompts)) if i not in done]
-        if not todo:
-            continue
-        score = load_reward(spec, device)
-        if path.is_file() and not path.read_bytes().endswith(b"\n"):
-            with open(path, "a") as f:                         # end the torn line, so that the next row stands alone
-                f.write("\n")
-        step = max(1, cfg.batch_size // len(models))
-        with open(path, "a") as f:
-            for start in tqdm(range(0, len(todo), step), desc=f"score {reward_name(spec)}", unit="batch"):
-                batch = todo[start:start + step]
-                files = [file_name(i, m) for i in batch for m in models]
-                try:
-                    images = [Image.open(out / name).convert("RGB") for name in files]
-                except OSError as e:
-                    fail(f"{out}: an image cannot be read ({e}); delete it and run the generate stage again")
-                scores = score(images, [prompts[i] for i in batch for _ in models]).view(len(batch), len(models))
-                if not torch.isfinite(scores).all():
-                    bad = files[int((~torch.isfinite(scores)).flatten().nonzero()[0])]
-                    fail(f"reward {spec}: the score of {out / bad} is not finite; look at that image, or leave this reward out")
-                for i, row in zip(batch, scores.tolist()):
-                    f.write(json.dumps({"row": i, "reward": spec, "prompt": prompts[i], "file_names": [file_name(i, m) for m in models], "scores": row}) + "\n")
-                f.flush()
+def rows_of(prompts, models):
+    """[(prompt, file_names)]: what the score stage of rewards.py takes."""
+    return [(p, [file_name(i, m) for m in models]) for i, p in enumerate(prompts)]
 
 
 def label_stage(cfg, prompts, models):
     out = Path(cfg.out)
-    names = [reward_name(spec) for spec in cfg.rewards]
-    stored = {name: read_scores(out / "scores" / f"{name}.jsonl", spec, prompts, models) for name, spec in zip(names, cfg.rewards)}
-    for name, done in stored.items():
-        if len(done) < len(prompts):
-            fail(f"{out}/scores/{name}.jsonl: scores of {len(prompts) - len(done)} of {len(prompts)} prompts are missing; run --stages score first")
-    rewards = torch.tensor([[stored[n][i] for n in names] for i in range(len(prompts))]).transpose(1, 2)   # (N, K, R)
+    stored = {reward_name(spec): read_scores(out, spec, rows_of(prompts, models)) for spec in cfg.rewards}
+    complete = [i for i in range(len(prompts)) if all(i in done for done in stored.values())]
+    if len(complete) < len(prompts):
+        name = min(stored, key=lambda n: len(stored[n]))
+        missing = f"{out}/scores/{name}.jsonl: scores of {len(prompts) - len(stored[name])} of {len(prompts)} prompts are missing"
+        if cfg.on_error == "stop" or not complete:
+            fail(f"{missing}; run --stages score first, or leave such prompts out with --on_error skip")
+        print(f"{missing}; {len(prompts) - len(complete)} prompts are left out")
+    rewards = torch.tensor([[done[i] for done in stored.values()] for i in complete]).transpose(1, 2)   # (N, K, R)
     phi = preference_probability(rewards)                      # (N, K), Algorithm 1
     rank = preference_rank(phi)                                # (N, K), 1 = best
     lines = []
-    for i, prompt in enumerate(prompts):
+    for n, i in enumerate(complete):
         lines.append(json.dumps(dict(
-            prompt=prompt, file_names=[file_name(i, m) for m in models], models=[m["name"] for m in models], seeds=[m["seed"] for m in models],
-            scores={n: stored[n][i] for n in names}, phi=phi[i].tolist(), rank=rank[i].tolist())))
+            prompt=prompts[i], file_names=[file_name(i, m) for m in models], models=[m["name"] for m in models], seeds=[m["seed"] for m in models],
+            scores={name: done[i] for name, done in stored.items()}, phi=phi[n].tolist(), rank=rank[n].tolist())))
     write_atomic(out / "metadata.jsonl", "\n".join(lines) + "\n")
 
     rows = []
-    for i in np.linspace(0, len(prompts) - 1, min(6, len(prompts))).astype(int):
-        order = phi[i].argsort(descending=True, stable=True).tolist()
-        rows.append((prompts[i], [(Image.open(out / file_name(i, models[j])), f"{models[j]['name']}_{models[j]['seed']}  phi {phi[i, j]:.2f}") for j in order]))
+    for n in np.linspace(0, len(complete) - 1, min(6, len(complete))).astype(int):
+        i, order = complete[n], phi[n].argsort(descending=True, stable=True).tolist()
+        rows.append((prompts[i], [(Image.open(out / file_name(i, models[j])), f"{models[j]['name']}_{models[j]['seed']}  phi {phi[n, j]:.2f}") for j in order]))
     picture_grid(rows, out / "preview.png")
     wins = {f"{m['name']}_{m['seed']}": round(phi[:, j].mean().item(), 3) for j, m in enumerate(models)}
     print(f"mean phi by model: {wins}; share of tied pairs {((phi[:, :, None] == phi[:, None]).float().mean() * len(models) - 1).item() / max(1, len(models) - 1):.3f}")
-    print(f"{len(prompts)} lists of {len(models)} images in {out}/metadata.jsonl; look at {out}/preview.png (best to worst)")
+    print(f"{len(complete)} lists of {len(models)} images in {out}/metadata.jsonl; look at {out}/preview.png (best to worst)")
 
 
 def main(argv=None):
@@ -249,8 +208,10 @@ def main(argv=None):
     device, out = pick_device(cfg.device), Path(cfg.out)
 
     # what an existing folder was made with must not change under it; rewards may be added at any time
-    weights = {m["path"]: sorted([p.name, p.stat().st_size] for p in Path(m["path"]).rglob("*.safetensors")) for m in models}
-    settings = dict(prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], models=models, weights=weights)
+    def identity(m):                                           # a local model by its weights, wherever it lies; others by hub id
+        files = sorted([str(p.relative_to(m["path"])), p.stat().st_size] for p in Path(m["path"]).rglob("*.safetensors"))
+        return dict(m, path=files or m["path"])
+    settings = dict(prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], models=[identity(m) for m in models])
     if "generate" in cfg.stages:
         settings.update(batch_size=cfg.batch_size, precision=cfg.precision)
     if (out / "settings.json").is_file():
@@ -267,7 +228,8 @@ def main(argv=None):
     if "generate" in cfg.stages:
         generate_stage(cfg, prompts, models, device)
     if "score" in cfg.stages:
-        score_stage(cfg, prompts, models, device)
+        for spec in cfg.rewards:
+            score_rows(out, spec, rows_of(prompts, models), device, cfg.batch_size, cfg.on_error)
     if "label" in cfg.stages:
         label_stage(cfg, prompts, models)
 
