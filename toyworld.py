@@ -1,7 +1,7 @@
 """The embedded default: a world of coloured shapes, small enough to be judged exactly.
 
-    python toyworld.py                    # rebuild toy/ from nothing (about 75 minutes on 2 CPU cores)
-    python toyworld.py --only sdxl --redo # one stage again: prompts, vae, sdxl, sd3, sd15, clip, hps, pick
+    python toyworld.py                    # rebuild toy/ from nothing (about 80 minutes on 2 CPU cores)
+    python toyworld.py --only sdxl --redo # one stage again: prompts, vae, sd15, sdxl, sd3, clip, hps, pick
     python toyworld.py --report           # what the shipped models can do, by the exact checker
 
 A prompt names one to four shapes in GenEval's six categories; `render` draws it on 32 x 32 pixels; `check`
@@ -26,7 +26,6 @@ import copy
 import json
 import os
 import shutil
-import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -242,30 +241,23 @@ def to_pil(x):
     return [Image.fromarray(i) for i in x]
 
 
-def batches(tensors, batch_size, minutes, lr, parameters, label, seed=0):
-    """The schedule that every training here shares: random batches for `minutes`, yielding (batch, stepper). The rate
-    warms up and decays as a cosine *of the time used*, so a slow machine gets fewer steps, not a longer build."""
+def batches(tensors, batch_size, steps, lr, parameters, label, seed=0):
+    """The schedule that every training here shares: `steps` random batches, yielding (batch, stepper). The rate warms up
+    and decays as a cosine."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, betas=(.9, .99))
-    start, step = time.time(), 0
-    bar = tqdm(total=round(minutes * 60), desc=label, unit="s", mininterval=10)
 
     def update(loss):
-        used = (time.time() - start) / (minutes * 60)
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * max(.01, .5 + .5 * np.cos(np.pi * min(1, used)))
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * max(.01, .5 + .5 * np.cos(np.pi * step / steps))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.)
         optimizer.step()
-        bar.n = min(bar.total, round(time.time() - start))
-        bar.set_postfix_str(f"step {step} loss {loss.item():.4f}", refresh=False)
-        bar.update(0)
+        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
 
-    while time.time() - start < minutes * 60:
+    for step in (bar := tqdm(range(steps), desc=label, unit="step", mininterval=10)):
         index = torch.randint(len(tensors[0]), (batch_size,), generator=generator)
         yield [t[index] for t in tensors], update
-        step += 1
-    bar.close()
 
 
 def pool(split, n, seed, slips=None, focus=()):
@@ -286,16 +278,16 @@ def pool(split, n, seed, slips=None, focus=()):
     return prompts, pixels(images)
 
 
-def train_vae(device, minutes):
+def train_vae(device, steps):
     """A KL-VAE, 3 x 32 x 32 -> 4 x 8 x 8. Its reconstructions bound every generator, so it gets its time."""
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
-    vae = AutoencoderKL(in_channels=3, out_channels=3, block_out_channels=(24, 32, 48), layers_per_block=1, latent_channels=4,
+    vae = AutoencoderKL(in_channels=3, out_channels=3, block_out_channels=(24, 32, 40), layers_per_block=1, latent_channels=4,
                         norm_num_groups=8, mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 3,
                         up_block_types=("UpDecoderBlock2D",) * 3, sample_size=SIZE, force_upcast=False)
     vae = vae.to(device, memory_format=torch.channels_last)     # 4 x faster small convolutions on the CPU
     _, images = pool("all", 20_000, seed=1)
-    for (x,), update in batches([images], 48, minutes, 2e-3, list(vae.parameters()), "vae"):
+    for (x,), update in batches([images], 48, steps, 2e-3, list(vae.parameters()), "vae"):
         x = x.to(device, memory_format=torch.channels_last)
         q = vae.encode(x).latent_dist
         y = vae.decode(q.sample()).sample
@@ -312,7 +304,7 @@ def train_vae(device, minutes):
 SLIPS = {
     "sdxl": dict(single_object=.05, two_object=.30, counting=.45, colors=.15, position=.55, color_attr=.45),
     "sd3": dict(single_object=.0, two_object=.05, counting=.0, colors=.0, position=.50, color_attr=.30),
-    "sd15": dict(single_object=.0, two_object=.0, counting=.40, colors=.05, position=.0, color_attr=.0),
+    "sd15": dict(single_object=.0, two_object=.0, counting=.15, colors=.05, position=.0, color_attr=.0),
 }
 
 
@@ -374,7 +366,7 @@ def build_pipeline(name, vae):
         feature_extractor=None, requires_safety_checker=False)
 
 
-def train_generator(name, vae, device, minutes, samples=40_000):
+def train_generator(name, vae, device, steps, samples=40_000):
     """Denoiser and text encoders together, from scratch, on captions that slip; returns the averaged weights."""
     import rankdpo                                             # the families' one spot: prompts, noise, prediction
     torch.manual_seed(0)
@@ -386,7 +378,7 @@ def train_generator(name, vae, device, minutes, samples=40_000):
     modules = [model, pipe.text_encoder] + [m for m in (getattr(pipe, "text_encoder_2", None),) if m is not None]
     parameters = [p for m in modules for p in m.parameters()]
     average = [p.detach().clone() for p in parameters]
-    for step, ((x, index), update) in enumerate(batches([latents, torch.arange(samples)], 128, minutes, 1e-3 if name == "sd3" else 2e-3, parameters, name)):
+    for step, ((x, index), update) in enumerate(batches([latents, torch.arange(samples)], 128, steps, 1e-3 if name == "sd3" else 2e-3, parameters, name)):
         caption = [prompts[i] if torch.rand(()) > .1 else "" for i in index]     # 10 % empty, for guidance
         cond = rankdpo.encode_prompts(pipe, caption, (SIZE, SIZE))
         x = x.to(device)
@@ -418,7 +410,7 @@ OPEN_CLIP = dict(embed_dim=64, vision_cfg=dict(image_size=SIZE, layers=3, width=
                  text_cfg=dict(context_length=16, vocab_size=len(make_tokenizer()), width=64, heads=2, layers=3, mlp_ratio=3.))
 
 
-def train_reward(name, vae, device, minutes, samples=24_000):
+def train_reward(name, vae, device, steps, samples=24_000):
     """Contrastive training on captioned renders, half of them seen through the VAE, with a slipped picture as one more
     negative for the captions of the HARD categories. Captions of the same meaning are not each other's negatives."""
     from rewards import MEAN, STD
@@ -440,7 +432,7 @@ def train_reward(name, vae, device, minutes, samples=24_000):
     normal = lambda x: ((x / 2 + .5 + .02 * torch.randn_like(x)) - MEAN) / STD
     image_of = (lambda x: model.get_image_features(pixel_values=x).pooler_output) if name == "pick" else model.encode_image
     text_of = (lambda x: model.get_text_features(input_ids=x).pooler_output) if name == "pick" else model.encode_text
-    for batch, update in batches([good, bad, ids, core, hard], 128, minutes, 1e-3, list(model.parameters()), name, seed):
+    for batch, update in batches([good, bad, ids, core, hard], 128, steps, 1e-3, list(model.parameters()), name, seed):
         x, y, text, c, h = batch
         image = F.normalize(image_of(normal(torch.cat([x, y])).to(device)), dim=-1)            # (2B, D)
         text = F.normalize(text_of(text.to(device)), dim=-1)                                   # (B, D)
@@ -521,7 +513,7 @@ def report(device):
         print(f"{Path(spec).name}: right picture above its slip {by_tag(many, (good > bad).tolist())}, all {(good > bad).float().mean():.3f}")
 
 
-STAGES = {"prompts": 0, "vae": 11, "sdxl": 14, "sd3": 20, "sd15": 14, "clip": 3, "hps": 3, "pick": 5}   # minutes on 2 CPU cores
+STAGES = {"prompts": 0, "vae": 4000, "sd15": 8000, "sdxl": 3600, "sd3": 3600, "clip": 700, "hps": 700, "pick": 1100}   # training steps
 
 
 def main():
@@ -531,7 +523,7 @@ def main():
         ("only", tuple, option(tuple(STAGES), "stages to build")),
         ("redo", bool, option(False, "build stages that are there already, too")),
         ("report", bool, option(False, "build nothing; measure what is shipped")),
-        ("minutes", float, option(1., "factor on the minutes of every stage")),
+        ("scale", float, option(1., "factor on the training steps of every stage")),
         ("device", str, option("auto", "cuda, mps or cpu"))])
     cfg = parse(Config, __doc__)
     if unknown := set(cfg.only) - set(STAGES):
@@ -543,7 +535,7 @@ def main():
     TOY.mkdir(exist_ok=True)
     vae_folder = TOY.parent / "outputs/toy_vae"                # the shared VAE in fp32; every pipeline ships its own fp16 copy
     for stage in cfg.only:
-        minutes = STAGES[stage] * cfg.minutes
+        steps = max(1, round(STAGES[stage] * cfg.scale))
         folder = {"vae": vae_folder, "prompts": TOY / "heldout.jsonl"}.get(stage, TOY / ("rewards" if stage in HARD else "models") / stage)
         if folder.exists() and not cfg.redo:
             print(f"{stage}: {folder} is there; --redo true builds it again")
@@ -551,7 +543,7 @@ def main():
         if stage == "prompts":
             write_prompts()
         elif stage == "vae":
-            save_pipeline(train_vae(device, minutes).to("cpu"), vae_folder)
+            save_pipeline(train_vae(device, steps).to("cpu"), vae_folder)
         else:
             if not vae_folder.exists():                        # a machine that never built it takes the one that is shipped
                 vae_folder = TOY / "models/sdxl/vae"
@@ -559,9 +551,9 @@ def main():
                 fail(f"{vae_folder}: missing; run --only vae first")
             vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
             if stage in HARD:
-                save_reward(stage, *train_reward(stage, vae, device, minutes), folder)
+                save_reward(stage, *train_reward(stage, vae, device, steps), folder)
             else:
-                save_pipeline(train_generator(stage, vae, device, minutes).to("cpu", torch.float16), folder)
+                save_pipeline(train_generator(stage, vae, device, steps).to("cpu", torch.float16), folder)
     if set(cfg.only) == set(STAGES):
         report(device)
 
