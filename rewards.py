@@ -19,7 +19,7 @@ A reward is a name, or name=source with a local folder or file in the layout of 
     aesthetic    OpenAI ViT-L/14 + LAION v2 head, trl-lib/ddpo-aesthetic-predictor   1.7 GB   Apache-2.0   about 1 to 10, ignores the prompt
     toyworld     the exact checker of toyworld.py, for evaluation only                                  1 = shows the prompt, else 0
 
-mps is never a default: its weights come without a licence. Text beyond a model's context (77 tokens for CLIP, 35 for
+The weights of mps state no licence (their authors' code is MIT); only the paper's recipe in train.sh names it. Text beyond a model's context (77 tokens for CLIP, 35 for
 ImageReward) is cut, and says so once. Everything runs in fp32 but VQAScore, which is bf16 as in its own code. Every
 picture becomes 8-bit RGB before anything else: alpha is dropped as the originals do, 16-bit grey is scaled.
 Weights are read as safetensors or with weights_only=True. Nothing here needs the scorers' own packages: they pin

@@ -49,8 +49,8 @@ if [ "$task" = toy ]; then
 fi
 
 # ---- the paper's recipe: four generators, lists of four, 400 steps (arXiv 2410.18013, Sec. 4 and A.3).
-# It gives no beta, learning rate or optimiser: BETA and LR are the usual values of public DPO trainers. Its five
-# rewards are HPSv2.1, MPS, PickScore, VQAScore and ImageReward; of those rewards.py has two today, and CLIP score.
+# It gives no beta, learning rate or optimiser: BETA and LR are the usual values of public DPO trainers. VQAScore's 11 B
+# model needs 24 GB; the weights of MPS are a port that states no licence.
 : "${PROMPTS:?set PROMPTS to a text file with one prompt a line (the paper: 58 k prompts of Pick-a-Pic v2)}"
 : "${EVAL_PROMPTS:?set EVAL_PROMPTS to held-out prompts, one a line, or a .jsonl as GenEval has it}"
 [ -f "$PROMPTS" ] || { echo "train.sh: PROMPTS=$PROMPTS: no such file" >&2; exit 1; }
@@ -65,9 +65,9 @@ bin=${BIN-.venv/bin/}
 gpus=${GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | grep -c . || true)}
 [ "$gpus" -gt 0 ] || gpus=1
 run ${bin}python synpic.py --prompts "$PROMPTS" --out "$out/synpic" --models ${MODELS:-sdxl sd3 pixart cascade} \
-  --rewards ${REWARDS:-hpsv2.1 pickscore clip} --batch_size ${GEN_BATCH:-8} ${SYNPIC_OPTIONS:-}
+  --rewards ${REWARDS:-hpsv2.1 mps pickscore vqascore imagereward} --batch_size ${GEN_BATCH:-8} ${SYNPIC_OPTIONS:-}
 run ${bin}torchrun --nproc_per_node "$gpus" rankdpo.py --data "$out/synpic" --model "$model" --out "$out/rankdpo" \
   --loss "${LOSS:-rankdpo}" --beta "$beta" --lr "${LR:-2e-5}" --steps "${STEPS:-400}" --warmup_steps "${WARMUP:-40}" --ref_refresh "${REF_REFRESH:-0}" \
   --global_batch_size "${BATCH:-1024}" --device_batch_size "${DEVICE_BATCH:-1}" --resolution "${RESOLUTION:-1024}" --gradient_checkpointing true
 run ${bin}python evaluate.py --models "base=$model" "tuned=$out/rankdpo/model" --prompts "$EVAL_PROMPTS" --limit "${EVAL_LIMIT:-500}" \
-  --rewards ${EVAL_REWARDS:-${REWARDS:-hpsv2.1 pickscore clip}} --out "$out/evaluation" ${EVAL_OPTIONS:-$steps_guidance --resolution 1024 --batch_size 8 --seeds 5}
+  --rewards ${EVAL_REWARDS:-${REWARDS:-hpsv2.1 pickscore imagereward vqascore}} --out "$out/evaluation" ${EVAL_OPTIONS:-$steps_guidance --resolution 1024 --batch_size 8 --seeds 5}
