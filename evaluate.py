@@ -157,7 +157,10 @@ def main(argv=None):
         for start in tqdm(range(0, len(jobs), cfg.batch_size), desc=f"generate {name}", unit="batch"):
             batch = jobs[start:start + cfg.batch_size]
             # the noise does not depend on the model: all of them start from the same
-            images += generate(pipe, [prompts[p] for p, _ in batch], [noise_seed(prompts[p], "", s) for p, s in batch], sampling)
+            for (p, s), (image, problem) in zip(batch, generate(pipe, [prompts[p] for p, _ in batch], [noise_seed(prompts[p], "", s) for p, s in batch], sampling)):
+                if problem:
+                    fail(f"--models {name}={path}: {problem}, for {prompts[p]!r} with seed {s}")
+                images.append(image)
         pictures[name] = images
         del pipe
     scores = {name: {} for name in paths}

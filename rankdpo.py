@@ -27,14 +27,16 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -122,7 +124,7 @@ def pick_dtype(precision, device):
 
 def write_atomic(path, text):
     """Write a text file so that a reader sees the old one or the new one, never half."""
-    tmp = Path(f"{path}.tmp")
+    tmp = Path(f"{path}.{os.getpid()}.tmp")                    # processes of one run may write the same file
     with open(tmp, "w") as f:
         f.write(text)
         f.flush()
@@ -140,10 +142,18 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
     kwargs, index = {}, Path(path) / "model_index.json"
     if not index.is_file() and (Path(path).exists() or str(path).startswith((".", "/"))):
         fail(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
+    if not hasattr(diffusers.pipelines, "wuerstchen"):         # where Stable Cascade's index looks for its VQGAN; diffusers moved it
+        with suppress(ImportError):
+            from diffusers.pipelines.deprecated import wuerstchen
+            diffusers.pipelines.wuerstchen = wuerstchen
     try:
         if index.is_file():
             kwargs = {k: None for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is None}
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
+        kwargs.update(dtype=dtype, use_safetensors=True)
+        try:                                                   # the text-to-image pipeline of that family: Stable Cascade's has two halves
+            pipe = AutoPipelineForText2Image.from_pretrained(path, **kwargs)
+        except ValueError:                                     # a family for which diffusers has no such entry
+            pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
     except Exception as e:                                     # torn weights, no hub, another format: one line says which folder
         fail(f"{path}: could not load a pipeline: {(str(e).splitlines() or [type(e).__name__])[0]}")
     pipe.set_progress_bar_config(disable=True)
@@ -381,7 +391,7 @@ def provenance(device):
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    import diffusers, transformers
+    import transformers
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     return dict(commit=commit or "unknown", torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__, device=name)
 

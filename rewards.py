@@ -507,22 +507,24 @@ def reward_version(spec):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def read_scores(folder, spec, rows):
-    """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored in folder/scores/NAME.jsonl. What
-    another version scored does not count, nor does a torn last line."""
-    path, version, stored = Path(folder) / "scores" / f"{reward_name(spec)}.jsonl", reward_version(spec), {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+def read_scores(folder, spec, rows, any_version=False):
+    """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored in folder/scores/NAME.jsonl, and in
+    NAME@0of8.jsonl ... of parallel runs. What another version scored does not count, nor does a torn last line."""
+    name, version, stored = reward_name(spec), None if any_version else reward_version(spec), {}
+    files = [Path(folder) / "scores" / f"{name}.jsonl", *sorted((Path(folder) / "scores").glob(f"{name}@*.jsonl"))]
+    for line in (line for path in files if path.is_file() for line in path.read_text().splitlines()):
         try:
             row = json.loads(line)
-            if row["version"] == version and row["scores"] and len(row["scores"]) == len(row["file_names"]):
+            if (any_version or row["version"] == version) and row["scores"] and len(row["scores"]) == len(row["file_names"]):
                 stored[row["prompt"], *row["file_names"]] = row["scores"]
         except (ValueError, KeyError, TypeError):
             continue
     return {i: stored[prompt, *names] for i, (prompt, names) in enumerate(rows) if (prompt, *names) in stored}
 
 
-def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop"):
-    """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes.
+def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part=""):
+    """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes. `part` keeps the
+    files of processes that work side by side apart.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run (on_error="stop"), or is
     stored as a row without scores and tried again next time ("skip"). Returns {row index: problem} of the skipped."""
@@ -531,7 +533,7 @@ def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop")
     if not todo:
         return {}
     name, version, skipped = reward_name(spec), reward_version(spec), {}
-    scorer, path = load_reward(spec, device), Path(folder) / "scores" / f"{name}.jsonl"
+    scorer, path = load_reward(spec, device), Path(folder) / "scores" / f"{name}{part}.jsonl"
     path.parent.mkdir(exist_ok=True)
     torn = path.is_file() and not path.read_bytes().endswith(b"\n")
     stream = scorer.stream([Path(folder) / file for i in todo for file in rows[i][1]], [rows[i][0] for i in todo for _ in rows[i][1]], batch_size)

@@ -118,7 +118,7 @@ def test_synpic_labels_follow_the_chosen_rewards(lists, tiny, tmp_path):
     shutil.copytree(lists, out)
     synpic.main(synpic_args(tiny, out, "--stages", "label", "--rewards", rewards(tiny)[2]))
     for r in rows_of(out):
-        assert set(r["scores"]) == {"pickscore"} and np.argmax(r["phi"]) == np.argmax(r["scores"]["pickscore"])
+        assert set(r["scores"]) == {"clip", "hpsv2.1", "pickscore"} and np.argmax(r["phi"]) == np.argmax(r["scores"]["pickscore"])
 
 
 # ---- rankdpo
@@ -349,8 +349,10 @@ def test_synpic_errors(lists, tiny, tmp_path, capsys):
     check(synpic_args(tiny, lists, "--limit", "3"), "prompts", "another --out")    # the settings of a folder do not change
     out = tmp_path / "unscored"
     shutil.copytree(lists, out)
-    (out / "scores/clip.jsonl").unlink()
+    (out / "scores/clip.jsonl").unlink(), (out / "metadata.jsonl").unlink()
     check(synpic_args(tiny, out, "--stages", "label"), "clip.jsonl", "--stages score")
+    check(synpic_args(tiny, out, "--shard", "2/2"), "--shard 2/2")
+    check(synpic_args(tiny, out, "--label", "beauty"), "--label beauty")
 
 
 def test_evaluate_errors(tiny, tmp_path, capsys):

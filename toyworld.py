@@ -503,7 +503,7 @@ def report(device):
         for seed in range(4):
             for i in range(0, len(prompts), 64):
                 b = prompts[i:i + 64]
-                passed += [check(p, im) for p, im in zip(b, generate(pipe, b, [noise_seed(p, "", seed) for p in b], model))]
+                passed += [check(p, im) for p, (im, _) in zip(b, generate(pipe, b, [noise_seed(p, "", seed) for p in b], model))]
         table = by_tag(prompts * 4, passed)
         print(f"{name}: {table}, overall {np.mean(list(table.values())):.3f}")
     for spec in TOY_REWARDS:
