@@ -527,11 +527,12 @@ def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop",
     files of processes that work side by side apart.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run (on_error="stop"), or is
-    stored as a row without scores and tried again next time ("skip"). Returns {row index: problem} of the skipped."""
+    stored as a row without scores and tried again next time ("skip"). Returns how many rows were scored, and
+    {row index: problem} of the skipped."""
     done = read_scores(folder, spec, rows)
     todo = [i for i in range(len(rows)) if i not in done]
     if not todo:
-        return {}
+        return 0, {}
     name, version, skipped = reward_name(spec), reward_version(spec), {}
     scorer, path = load_reward(spec, device), Path(folder) / "scores" / f"{name}{part}.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -553,7 +554,7 @@ def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop",
             bar.update(len(files))
     if skipped:
         print(f"reward {spec}: {len(skipped)} of {len(rows)} rows skipped, the first: {next(iter(skipped.values()))}", file=sys.stderr)
-    return skipped
+    return len(todo) - len(skipped), skipped
 
 
 def read_folder(folder):

@@ -202,11 +202,13 @@ def file_name(i, model):
 def is_whole(path):
     """A PNG file that is there to its end. Ours are renamed when complete; a copy or a crash of the disk may tear one."""
     try:
-        with open(path, "rb") as f:
-            f.seek(-8, os.SEEK_END)
-            return f.read(4) == b"IEND"
+        f = os.open(path, os.O_RDONLY)                         # plain system calls: a finished folder may have 232 k files
     except OSError:
         return False
+    try:
+        return os.pread(f, 4, max(0, os.fstat(f).st_size - 8)) == b"IEND"
+    finally:
+        os.close(f)
 
 
 @contextmanager
@@ -273,7 +275,7 @@ def generate_stage(cfg, prompts, models, device, index, count):
             fail(f"{path}: cannot be written ({e.strerror or e}); what is complete is kept, start again when there is room")
     for model in models:
         starts = list(range(0, len(prompts), cfg.batch_size))[index::count]     # a batch belongs to one process, by its index
-        starts = [s for s in starts if not all(is_whole(out / file_name(i, model)) for i in range(s, min(s + cfg.batch_size, len(prompts))))]
+        starts = [s for s in starts if not all(is_whole(f"{out}/{file_name(i, model)}") for i in range(s, min(s + cfg.batch_size, len(prompts))))]
         if not starts:
             continue
         precision = "fp32" if device.type == "cpu" and cfg.precision == "auto" else model["dtype"] if cfg.precision == "auto" else cfg.precision
@@ -315,10 +317,10 @@ def score_stage(cfg, prompts, models, device, index, count):
     rows = rows_of(prompts, models)
     mine = [row for start in list(range(0, len(rows), cfg.batch_size))[index::count] for row in rows[start:start + cfg.batch_size]]
     for spec in cfg.rewards:
-        began, todo = time.time(), len(mine) - len(read_scores(cfg.out, spec, mine))
-        score_rows(cfg.out, spec, mine, device, cfg.batch_size, cfg.on_error, part=f"@{index}of{count}" if count > 1 else "")
-        if todo:
-            note_time(cfg.out, "score", reward_name(spec), todo * len(models), time.time() - began)
+        began = time.time()
+        scored, _ = score_rows(cfg.out, spec, mine, device, cfg.batch_size, cfg.on_error, part=f"@{index}of{count}" if count > 1 else "")
+        if scored:
+            note_time(cfg.out, "score", reward_name(spec), scored * len(models), time.time() - began)
 
 
 def first_rows(cfg, prompts, models):

@@ -446,14 +446,14 @@ def test_rows_that_cannot_be_scored_stop_or_are_skipped_by_name(album, folders, 
     with pytest.raises(SystemExit, match="b1.png.*two squares.*not a readable image.*--on_error skip"):
         score_rows(folder, spec, rows)
     assert sorted(read_scores(folder, spec, rows)) == [0]                       # what came before is kept
-    assert list(score_rows(folder, spec, rows, on_error="skip")) == [1]
+    assert list(score_rows(folder, spec, rows, on_error="skip")[1]) == [1]
     assert "1 of 3 rows skipped" in capsys.readouterr().err and sorted(read_scores(folder, spec, rows)) == [0, 2]
     picture(seed=11).save(folder / "b1.png")                                    # mended: scored next time
-    assert score_rows(folder, spec, rows, on_error="skip") == {} and sorted(read_scores(folder, spec, rows)) == [0, 1, 2]
+    assert score_rows(folder, spec, rows, on_error="skip") == (1, {}) and sorted(read_scores(folder, spec, rows)) == [0, 1, 2]
     bad = Scorer("bad", lambda i: torch.zeros(1), lambda x, prompts: torch.tensor([float("nan") if p == "a cross" else 1. for p in prompts]))
     monkeypatch.setattr(rewards, "load_reward", lambda *a: bad)
-    assert "the score is nan" in score_rows(folder, "hpsv2=" + str(folders["clip"]), rows, on_error="skip")[2]
-    assert list(score_rows(folder, "hpsv2.1=" + str(folders["clip"]), [(" ", ["a0.png"])], on_error="skip").values())[0].endswith("an empty prompt cannot be scored")
+    assert "the score is nan" in score_rows(folder, "hpsv2=" + str(folders["clip"]), rows, on_error="skip")[1][2]
+    assert list(score_rows(folder, "hpsv2.1=" + str(folders["clip"]), [(" ", ["a0.png"])], on_error="skip")[1].values())[0].endswith("an empty prompt cannot be scored")
 
 
 def test_a_folder_of_pictures_with_captions_is_scored(tmp_path, folders, capsys):
