@@ -4,11 +4,13 @@
     python rankdpo.py --loss dpo --beta 500                    # another objective of the family
     python rankdpo.py --loss balanced --ref_refresh 50         # BalancedDPO: majority vote, reference refresh
     torchrun --nproc_per_node 8 rankdpo.py --data synpic --model stabilityai/stable-diffusion-xl-base-1.0 \\
-        --resolution 1024 --beta 2500 --lr 2e-5 --steps 400 --global_batch_size 1024 --device_batch_size 2 \\
-        --gradient_checkpointing true                          # the paper's size; `bash train.sh sdxl` has the whole recipe
+        --resolution 1024 --beta 2500 --lr 2e-5 --steps 400 --global_batch_size 1024 --device_batch_size 1 \\
+        --gradient_checkpointing true --save_every 20          # the paper's size; `bash train.sh sdxl` has the whole recipe
+    python rankdpo.py ... --lora_rank 64 --images_per_forward 1            # adapters, one image at a time: one GPU
 
 Input is a folder that synpic.py wrote (metadata.jsonl and images), output a pipeline folder that
-`DiffusionPipeline.from_pretrained` loads, log.jsonl and curves.png. Stable Diffusion 1.x / 2.x (noise or v), SDXL and
+`DiffusionPipeline.from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl and
+curves.png. A run that was killed goes on from its newest checkpoint when the same command is given again. Stable Diffusion 1.x / 2.x (noise or v), SDXL and
 SD3 (rectified flow) differ in one spot, below. Losses and weights: losses.py, with the scale of beta.
 
 Where this departs from the paper (arXiv 2410.18013), which gives no beta, rate, optimiser or schedule:
@@ -16,7 +18,8 @@ Where this departs from the paper (arXiv 2410.18013), which gives no beta, rate,
     Algorithm 2 draws one each: --noise independent
   - errors are means over C, H, W, so beta is ~65,000 times the beta of a summed SDXL error
   - AdamW with a linear decay to zero: a constant rate ruins small models while loss and accuracy look fine
-The curve is the same on 1 and on N processes: noise and timestep depend on (seed, step, list) alone.
+The curve is the same on 1 and on N processes, for any --device_batch_size and --images_per_forward: noise and timestep
+depend on (seed, step, list) alone. One process runs plain, several shard policy, reference and optimiser (FSDP2).
 """
 import argparse
 import copy
@@ -24,10 +27,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +40,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
@@ -64,7 +69,10 @@ class Config:
     warmup_steps: int = option(10, "steps of linear warm-up")
     global_batch_size: int = option(32, "lists (prompts) an optimiser step, over all processes")
     device_batch_size: int = option(32, "lists a forward pass on one device; accumulation follows from it")
+    images_per_forward: int = option(0, "images a pass with gradient, for the gradient of whole lists in the memory of few; 0 = all of the pass")
+    lora_rank: int = option(0, "train adapters of this rank instead of all weights (needs peft); 0 = all weights")
     ref_refresh: int = option(0, "copy the policy into the reference every that many steps; 0 = never")
+    timesteps: str = option("logit_normal", "how rectified flow draws them; diffusion draws uniformly", ("logit_normal", "uniform"))
     noise: str = option("shared", "one noise a list, or one an image (Algorithm 2)", ("shared", "independent"))
     labels: str = option("given", "controls: reversed or random labels must not help (RankDPO Table 4 has the random row)", ("given", "reversed", "random"))
     ties: str = option("drop", "what an even vote means for --loss balanced", ("drop", "literal", "random"))
@@ -73,6 +81,11 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     weight_decay: float = option(.01, "AdamW's")
     max_grad_norm: float = option(1., "gradient clipping")
+    holdout: float = option(0., "share of the lists kept from training, for accuracy on unseen ones")
+    eval_every: int = option(50, "steps between measurements on the held-out lists")
+    save_every: int = option(0, "steps between checkpoints; 0 = only when told to stop (SIGTERM)")
+    keep: int = option(1, "checkpoints to keep")
+    resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
     seed: int = option(0, "order of the lists, timesteps, noise")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
@@ -137,8 +150,9 @@ def write_atomic(path, text):
 
 
 def load_pipeline(path, device="cpu", dtype=torch.float32):
-    """Any diffusers text-to-image pipeline from a folder or a hub id. A component that was saved as null (a safety
+    """Any diffusers text-to-image pipeline from a folder or a hub id; "base+folder" adds LoRA weights to it. A component that was saved as null (a safety
     checker, the T5 of SD3) stays None: some pipelines ask for that in so many words."""
+    path, _, lora = str(path).partition("+")
     kwargs, index = {}, Path(path) / "model_index.json"
     if not index.is_file() and (Path(path).exists() or str(path).startswith((".", "/"))):
         fail(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
@@ -154,6 +168,8 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
             pipe = AutoPipelineForText2Image.from_pretrained(path, **kwargs)
         except ValueError:                                     # a family for which diffusers has no such entry
             pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
+        if lora:
+            pipe.load_lora_weights(lora)
     except Exception as e:                                     # torn weights, no hub, another format: one line says which folder
         fail(f"{path}: could not load a pipeline: {(str(e).splitlines() or [type(e).__name__])[0]}")
     pipe.set_progress_bar_config(disable=True)
@@ -196,14 +212,14 @@ def encode_images(vae, pixels):
     return (z - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
 
-def add_noise(scheduler, x, noise, u):
+def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
     """x_t, the model's timestep and its target, for u (N,) uniform in [0, 1). x, noise: (N, C, h, w) fp32.
 
     Diffusion: t = floor(1000 u), x_t = alpha x + sigma eps, target eps or v = alpha eps - sigma x.
-    Rectified flow: logit-normal sigma with the scheduler's shift, x_t = (1 - sigma) x + sigma eps, target eps - x."""
+    Rectified flow: sigma = u or logit-normal, then the scheduler's shift, x_t = (1 - sigma) x + sigma eps, target eps - x."""
     shape = (-1,) + (1,) * (x.dim() - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        sigma = torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)   # logit-normal(0, 1) of SD3; mps lacks ndtri
+        sigma = u if timesteps == "uniform" else torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)   # logit-normal(0, 1) of SD3; mps lacks ndtri
         sigma = scheduler.config.shift * sigma / (1 + (scheduler.config.shift - 1) * sigma)
         s = sigma.view(shape)
         return (1 - s) * x + s * noise, 1000 * sigma, noise - x
@@ -227,12 +243,16 @@ def predict(model, x_t, t, cond):
 
 
 def save_pipeline(pipe, folder):
-    """save_pretrained into a temporary folder, then rename: the old folder stays whole until the new one is."""
+    publish(folder, lambda tmp: pipe.save_pretrained(tmp, safe_serialization=True))
+
+
+def publish(folder, write):
+    """write(temporary folder), then rename: the old folder stays whole until the new one is."""
     folder = Path(folder)
     tmp, old = Path(f"{folder}.tmp"), Path(f"{folder}.old")
     for p in (tmp, old):
         shutil.rmtree(p, ignore_errors=True)
-    pipe.save_pretrained(tmp, safe_serialization=True)
+    write(tmp)
     if folder.exists():
         os.rename(folder, old)
     os.rename(tmp, folder)
@@ -418,6 +438,113 @@ def plot_curves(log, path):
     plt.close(figure)
 
 
+def shard(model, dtype):
+    """FSDP2: every block that diffusers names as a unit, then the rest. Master weights and reductions are fp32, gathered
+    weights `dtype`. Inputs stay as they are, because bf16 would round SDXL's time ids; autocast does the rest."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in reversed(list(model.modules())):             # children before parents
+        if module is model or type(module).__name__ in (model._no_split_modules or ()):
+            # also the root, which FSDP would leave gathered after a forward: a refreshed reference must not use old weights
+            fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+    return model
+
+
+def add_lora(model, rank, dtype, refreshed):
+    """Adapters on the attention projections, in fp32, over frozen weights of the compute type. The reference is the model
+    with adapters off, or, if it is to be refreshed, with a frozen second set of them."""
+    from peft import LoraConfig
+    model.requires_grad_(False).to(dtype)
+    torch.manual_seed(0)                                       # of A; B starts at 0, so the policy starts as the reference
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    for name in ("reference", "default") if refreshed else ("default",):
+        model.add_adapter(config, adapter_name=name)           # the last one is active
+    adapters = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    for name, p in adapters.items():
+        p.data = p.data.float()
+        p.requires_grad_(".default." in name)
+    trained, anchors = ({n: p for n, p in adapters.items() if p.requires_grad is wanted} for wanted in (True, False))
+    refresh(trained, anchors)
+    return trained, anchors
+
+
+@torch.no_grad()
+def refresh(trained, anchors):
+    """Reference <- policy: each process copies its own shards, or the adapters their namesakes."""
+    for name, p in anchors.items():
+        p.copy_(trained[name.replace(".reference.", ".default.")])
+
+
+@contextmanager
+def reference_of(model, reference, lora_reference):
+    """The network that gives reference errors: a copy, or the model itself with its adapters off or exchanged. They are on
+    again before any backward pass: gradient checkpointing recomputes the forward there."""
+    if reference is not None:
+        yield reference
+    elif lora_reference:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model.set_adapter("reference")
+        yield model
+        model.set_adapter("default")
+        for p in model.parameters():                           # peft's switch touches requires_grad
+            p.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+    else:
+        model.disable_adapters()
+        yield model
+        model.enable_adapters()
+
+
+# what may change between the parts of one run: it does not change the curve
+FREE = ("out", "device", "device_batch_size", "images_per_forward", "save_every", "keep", "resume", "gradient_checkpointing")
+
+
+def training_state(trained, optimizer, reference):
+    """All that the next step depends on, as named tensors that torch.distributed.checkpoint saves and loads in place, on
+    any number of processes. Data, noise and rate follow from the step."""
+    for p in trained.values():
+        if p not in optimizer.state:                           # AdamW makes its state at the first step; loading needs it before
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu"),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    state = {"weights": {n: p.detach() for n, p in trained.items()}, "reference": {n: p.detach() for n, p in reference.items()}}
+    return state | {k: {n: optimizer.state[p][k] for n, p in trained.items()} for k in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def save_checkpoint(cfg, state, step, rank, world):
+    """out/checkpoints/step-000100: written under another name, published by a rename when all processes are done."""
+    folder = Path(cfg.out) / "checkpoints"
+    tmp, final = folder / f"step-{step:06d}.tmp", folder / f"step-{step:06d}"
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    if world > 1:
+        dist.barrier()
+    dcp.save(state, checkpoint_id=tmp)
+    if rank == 0:
+        write_atomic(tmp / "run.json", json.dumps({"step": step, "config": asdict(cfg)}))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(tmp, final)
+        for old in sorted(folder.glob("step-??????"))[:-max(1, cfg.keep)]:
+            shutil.rmtree(old)
+    if world > 1:
+        dist.barrier()
+
+
+def find_checkpoint(cfg):
+    """(folder, step) of the newest checkpoint of this run, or (None, 0). Another configuration is refused by name."""
+    folders = sorted((Path(cfg.out) / "checkpoints").glob("step-??????"))
+    if not folders or not cfg.resume:
+        shutil.rmtree(Path(cfg.out) / "checkpoints", ignore_errors=True)        # half-written ones, or not wanted
+        return None, 0
+    run = json.loads((folders[-1] / "run.json").read_text())
+    before = run["config"]
+    if changed := [f"{k} ({before.get(k)}, now {v})" for k, v in asdict(cfg).items() if k not in FREE and before.get(k) != v]:
+        fail(f"{folders[-1]} belongs to a run with another {', '.join(changed)}; "
+             "choose another --out, or start again with --resume false")
+    return folders[-1], run["step"]
+
+
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -434,13 +561,15 @@ def main(argv=None):
     for name in ("steps", "global_batch_size", "device_batch_size", "lr", "beta"):
         if not getattr(cfg, name) > 0:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("seed", "ref_refresh", "warmup_steps"):
+    for name in ("seed", "ref_refresh", "warmup_steps", "images_per_forward", "lora_rank", "save_every", "holdout"):
         if getattr(cfg, name) < 0:
             fail(f"--{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
     local_batch = cfg.global_batch_size // world
     micro = min(cfg.device_batch_size, local_batch)
+    # a step's loss is the mean over the lists of all processes; FSDP averages gradients over processes, all_reduce adds them
+    scale = (world if world > 1 and not cfg.lora_rank else 1) / cfg.global_batch_size
     dtype = pick_dtype(cfg.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -452,6 +581,10 @@ def main(argv=None):
             (Path(cfg.data) / ".cache").mkdir(exist_ok=True)
         except OSError as e:
             fail(f"--out {cfg.out} or {cfg.data}/.cache cannot be written: {e.strerror}")
+    checkpoint, start_step = find_checkpoint(cfg) if is_main else (None, 0)
+    if world > 1:
+        dist.broadcast_object_list(found := [checkpoint, start_step])
+        checkpoint, start_step = found
     pipe = load_pipeline(cfg.model)
     part, model = denoiser_of(pipe)
     scheduler = pipe.scheduler
@@ -463,99 +596,197 @@ def main(argv=None):
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
     K = max(len(row["phi"]) for row in rows)
-    model = model.to(device)                                   # fp32 weights, as loaded
-    if part == "unet":
-        model = model.to(memory_format=torch.channels_last)    # faster convolutions on GPU and CPU
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
-    model.requires_grad_(True).eval()                          # eval: s is exactly 0 where policy = reference
+    shuffled = np.random.default_rng([cfg.seed, 2 ** 32 - 1]).permutation(len(rows)).tolist()
+    held = sorted(shuffled[:round(cfg.holdout * len(rows))])   # lists for accuracy on unseen ones
+    seen = sorted(set(range(len(rows))) - set(held))
+    if not seen:
+        fail(f"--holdout {cfg.holdout} leaves no list of {len(rows)} to train on")
+
+    reference, sharded = None, world > 1 and not cfg.lora_rank
+    if part == "unet" and not sharded:                         # faster convolutions; FSDP2 wants contiguous weights
+        model = model.to(memory_format=torch.channels_last)
+    model.eval()                                               # eval: s is exactly 0 where policy = reference
     if cfg.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    parameters = list(model.parameters())                      # a list: a generator would be used up by the optimiser
+    if cfg.lora_rank:                                          # small enough to be whole on each process
+        trained, anchors = add_lora(model.to(device), cfg.lora_rank, dtype, cfg.ref_refresh > 0)
+    else:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        model.requires_grad_(True)                             # fp32 weights, as loaded
+        model, reference = (shard(m, dtype) if sharded else m.to(device) for m in (model, reference))
+        trained, anchors = dict(model.named_parameters()), dict(reference.named_parameters()) if cfg.ref_refresh else {}
+    parameters = list(trained.values())                        # a list: a generator would be used up by the optimiser
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    if checkpoint:
+        dcp.load(training_state(trained, optimizer, anchors), checkpoint_id=checkpoint)        # in place
+        print0(f"going on from {checkpoint}")
     if is_main:
-        log = open(Path(cfg.out) / "log.jsonl", "w")
-        log.write(json.dumps(dict(config=asdict(cfg), world=world, precision=str(dtype), lists=len(rows), **provenance(device))) + "\n")
-    print0(f"{cfg.loss}: {len(rows)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {world} process(es) on {device}, "
-           f"{dtype}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
+        path = Path(cfg.out) / "log.jsonl"
+        kept = [line for line in path.read_text().splitlines() if checkpoint and line.endswith("}") and json.loads(line).get("step", -1) < start_step] if path.is_file() else []
+        head = json.dumps(dict(config=asdict(cfg), world=world, precision=str(dtype), lists=len(seen), held_out=len(held), **provenance(device)))
+        write_atomic(path, "".join(line + "\n" for line in kept or [head]))
+        log = open(path, "a")
+    print0(f"{cfg.loss}: {len(seen)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {world} process(es) on {device}"
+           f"{', sharded' if sharded else ''}, {dtype}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
+
+    def load_batch(lists):
+        """[(position, list)] -> (x_t, t, target, cond) of all N images, mask (B, K), weights (B, K, K), u (B,)."""
+        items = [read_cached(folder, n, files) for _, n in lists]
+        k = [len(i["latents"]) for i in items]                                  # images of each list
+        draws = [draw(cfg, position, n, tuple(i["latents"].shape)) for (position, n), i in zip(lists, items)]
+        x = torch.cat([i["latents"] for i in items]).to(device)                 # (N, C, h, w), N = sum k
+        noise = torch.cat([d[1] for d in draws]).to(device)                     # (N, C, h, w)
+        u = torch.stack([d[0] for d in draws]).to(device)                       # (B,) one timestep a list
+        cond = {c: torch.cat([i[c][None].repeat_interleave(n, 0) for i, n in zip(items, k)]).to(device) for c in items[0] if c != "latents"}
+        x_t, t, target = add_noise(scheduler, x, noise, u.repeat_interleave(torch.tensor(k, device=device)), cfg.timesteps)
+        mask = torch.arange(K, device=device) < torch.tensor(k, device=device)[:, None]            # (B, K)
+        w = torch.zeros(len(k), K, K, device=device)                            # (B, K, K)
+        for b, (_, n) in enumerate(lists):
+            w[b, :k[b], :k[b]] = weights[n]
+        return (x_t, t, target, cond), mask, w, u
+
+    def errors(network, images, part=slice(None)):
+        """Denoising errors (n,) of some of a batch's images, fp32."""
+        x_t, t, target, cond = images
+        with autocast:
+            prediction = predict(network, x_t[part], t[part], {c: v[part] for c, v in cond.items()})
+        return denoising_error(prediction[None], target[None, part])[0]
+
+    def padded(values, mask):                                                   # (N,) -> (B, K)
+        return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+
+    def errors_in_parts(network, images, parts, mask):                          # -> (B, K), without gradient
+        with torch.no_grad():
+            return padded(torch.cat([errors(network, images, p) for p in parts])[:len(images[0])], mask)
+
+    def reference_errors(images, parts, mask):
+        with reference_of(model, reference, bool(anchors)) as network:
+            return errors_in_parts(network, images, parts, mask)
+
+    def in_parts(images, lists):
+        """Slices of --images_per_forward images. Sharded processes must take equally many passes, also with shorter lists:
+        passes beyond the last image look at the first one again, for nothing."""
+        n, m = len(images[0]), cfg.images_per_forward or len(images[0])
+        parts = [slice(i, min(i + m, n)) for i in range(0, n, m)]
+        passes = -(-lists * K // m) if sharded and cfg.images_per_forward else len(parts)
+        return parts + [slice(0, 1)] * (passes - len(parts))
+
+    def gather(tensors):
+        """Rows of every process, in the order of the lists."""
+        if world == 1:
+            return tensors
+        return [torch.cat(rows) for t in tensors if dist.all_gather(rows := [torch.empty_like(t) for _ in range(world)], t.contiguous()) is None]
 
     # ---- the training loop
-    files, winners, start = {}, [], time.time()
-    bar = tqdm(range(cfg.steps), desc="train", unit="step", disable=not is_main)
+    files, winners, start, skipped, in_row, stop = {}, [], time.time(), 0, 0, []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    bar = tqdm(range(start_step, cfg.steps), desc="train", unit="step", disable=not is_main, initial=start_step, total=cfg.steps)
     for step in bar:
         # which lists: a fresh permutation an epoch, the same on every process
         positions = range(step * cfg.global_batch_size, (step + 1) * cfg.global_batch_size)
-        order = {e: np.random.default_rng([cfg.seed, e]).permutation(len(rows)) for e in {p // len(rows) for p in positions}}
-        mine = [(p, int(order[p // len(rows)][p % len(rows)])) for p in positions][rank * local_batch:(rank + 1) * local_batch]
+        order = {e: np.random.default_rng([cfg.seed, e]).permutation(seen) for e in {p // len(seen) for p in positions}}
+        mine = [(p, int(order[p // len(seen)][p % len(seen)])) for p in positions][rank * local_batch:(rank + 1) * local_batch]
         if cfg.ref_refresh and step and step % cfg.ref_refresh == 0:            # BalancedDPO: ref <- theta
-            reference.load_state_dict(model.state_dict())
+            refresh(trained, anchors)
         warmup, decay = min(1, (step + 1) / max(1, cfg.warmup_steps)), 1 - step / cfg.steps
         optimizer.param_groups[0]["lr"] = cfg.lr * warmup * decay
 
-        errors = []                                                             # (policy_err, ref_err, weights, mask) of my lists
+        results = []                                                            # (policy_err, ref_err, weights, mask, u) of my lists
         for begin in range(0, local_batch, micro):
-            lists = mine[begin:begin + micro]                                   # [(position, list)]
-            items = [read_cached(folder, n, files) for _, n in lists]
-            k = [len(i["latents"]) for i in items]                              # images of each list
-            draws = [draw(cfg, position, n, tuple(i["latents"].shape)) for (position, n), i in zip(lists, items)]
-            x = torch.cat([i["latents"] for i in items]).to(device)             # (N, C, h, w), N = sum k
-            noise = torch.cat([d[1] for d in draws]).to(device)                 # (N, C, h, w)
-            u = torch.cat([d[0].repeat(n) for d, n in zip(draws, k)]).to(device)                   # (N,) one timestep a list
-            cond = {c: torch.cat([i[c][None].repeat_interleave(n, 0) for i, n in zip(items, k)]).to(device) for c in items[0] if c != "latents"}
-            x_t, t, target = add_noise(scheduler, x, noise, u)
-            with autocast:
-                prediction = predict(model, x_t, t, cond)
-                with torch.no_grad():
-                    anchor = predict(reference, x_t, t, cond)
-            mask = torch.arange(K, device=device) < torch.tensor(k, device=device)[:, None]        # (B, K)
-            w = torch.zeros(len(k), K, K, device=device)                        # (B, K, K)
-            for b, (_, n) in enumerate(lists):
-                w[b, :k[b], :k[b]] = weights[n]
-            policy_err, ref_err = torch.zeros(mask.shape, device=device), torch.zeros(mask.shape, device=device)
-            policy_err[mask] = denoising_error(prediction[None], target[None])[0]                  # (B, K), fp32
-            ref_err[mask] = denoising_error(anchor[None], target[None])[0]
-            loss, _ = list_loss(cfg, policy_err, ref_err, w, mask)              # (B,)
-            (loss.sum() / cfg.global_batch_size).backward()                     # mean over the lists of all processes
-            errors.append((policy_err.detach(), ref_err, w, mask))
-
-        # gradients are summed over processes once, after the last micro-batch
-        if world > 1:
+            images, mask, w, u = load_batch(mine[begin:begin + micro])
+            parts, last = in_parts(images, len(mask)), begin + micro >= local_batch
+            ref_err = reference_errors(images, parts, mask)                                        # (B, K), fp32
+            if len(parts) == 1:
+                if sharded:
+                    model.set_requires_gradient_sync(last)                      # gradients are reduced once a step
+                policy_err = padded(errors(model, images), mask)                                   # (B, K), fp32
+                loss, _ = list_loss(cfg, policy_err, ref_err, w, mask)          # (B,)
+                (loss.sum() * scale).backward()
+            else:                                                               # the errors first, then dL / d error of each image for its own backward
+                policy_err = errors_in_parts(model, images, parts, mask).requires_grad_()          # (B, K)
+                loss, _ = list_loss(cfg, policy_err, ref_err, w, mask)          # (B,)
+                slope = torch.autograd.grad(loss.sum() * scale, policy_err)[0][mask]               # (N,)
+                for i, p in enumerate(parts):
+                    if sharded:
+                        model.set_requires_gradient_sync(last and i == len(parts) - 1)
+                    again = i > 0 and p.start == 0              # a pass for nothing
+                    (errors(model, images, p) * (0 * slope[p] if again else slope[p])).sum().backward()
+            results.append((policy_err.detach(), ref_err, w, mask.float(), u))
+        if world > 1 and not sharded:
             for p in parameters:
-                if p.grad is not None:
-                    dist.all_reduce(p.grad)
+                dist.all_reduce(p.grad)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-        if not torch.isfinite(grad_norm):
-            fail(f"step {step}: the gradient is {grad_norm.item()}; lower --lr or --beta, or try --precision fp32. Nothing was saved")
-        if step == 0 and not grad_norm > 0:
-            fail("step 0: the gradient is zero; do the lists of this batch prefer anything? Raise --global_batch_size")
-        optimizer.step()
+        grad_norm = grad_norm.full_tensor() if sharded else grad_norm
+        if torch.isfinite(grad_norm):
+            if step == 0 and not grad_norm > 0:
+                fail("step 0: the gradient is zero; do the lists of this batch prefer anything? Raise --global_batch_size")
+            optimizer.step()
+            in_row = 0
+        else:                                                                   # a step that would ruin the weights is not taken
+            skipped, in_row = skipped + 1, in_row + 1
+            if in_row == 3:
+                fail(f"step {step}: the gradient was {grad_norm.item()} three times in a row; lower --lr or --beta, or try --precision fp32. "
+                     "The last checkpoint is kept" + ("" if cfg.save_every else " if there is one: see --save_every"))
         optimizer.zero_grad(set_to_none=True)
 
         # metrics of the whole batch, computed once from everybody's errors
-        everything = [torch.cat(e).float() for e in zip(*errors)]
-        if world > 1:
-            everything = [torch.cat(parts) for e in everything
-                          if dist.all_gather(parts := [torch.empty_like(e) for _ in range(world)], e.contiguous()) is None]
-        policy_err, ref_err, w, mask = everything
-        loss, metrics = list_loss(cfg, policy_err, ref_err, w, mask.bool())
+        policy_err, ref_err, w, mask, u = gather([torch.cat(r) for r in zip(*results)])
+        mask = mask.bool()
+        loss, metrics = list_loss(cfg, policy_err, ref_err, w, mask)
         if is_main:
-            row = {"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()}, "grad_norm": grad_norm.item(),
-                   "lr": optimizer.param_groups[0]["lr"], "lists_per_s": (step + 1) * cfg.global_batch_size / (time.time() - start)}
-            log.write(json.dumps({m: None if v != v else v for m, v in row.items()}) + "\n")
+            tenth = (u * 10).long().clamp(0, 9)                                 # accuracy by timestep, from little noise to much
+            by_time = [list_loss(cfg, policy_err[tenth == i], ref_err[tenth == i], w[tenth == i], mask[tenth == i])[1]["accuracy"].item() if (tenth == i).any() else float("nan") for i in range(10)]
+            row = {"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()}, "accuracy_by_time": [None if v != v else v for v in by_time],
+                   "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"], "lists_per_s": (step + 1 - start_step) * cfg.global_batch_size / (time.time() - start)}
+            row.update({"skipped": skipped} if skipped else {}, **({"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}))
+        if held and (step + 1) % cfg.eval_every == 0:                           # fixed noise and timesteps; every process takes equally many
+            share = [held[i % len(held)] for i in range(rank, -(-len(held) // world) * world, world)]
+            unseen = []
+            for begin in range(0, len(share), micro):
+                images, mask, w, u = load_batch([(2 ** 40, n) for n in share[begin:begin + micro]])
+                parts = in_parts(images, len(mask))
+                unseen.append((errors_in_parts(model, images, parts, mask), reference_errors(images, parts, mask), w, mask.float()))
+            policy_err, ref_err, w, mask = gather([torch.cat(r) for r in zip(*unseen)])
+            if is_main:
+                row["held_out_accuracy"] = list_loss(cfg, policy_err, ref_err, w, mask.bool())[1]["accuracy"].item()
+        if is_main:
+            log.write(json.dumps({m: None if isinstance(v, float) and not np.isfinite(v) else v for m, v in row.items()}) + "\n")
             log.flush()
             winners.append(row["best_s"])
             if step % 50 == 49 and np.mean(winners[-25:]) > max(0, np.mean(winners[-50:-25])):
                 tqdm.write(f"step {step}: the winner's error is above the reference and growing ({np.mean(winners[-25:]):+.1e}); "
                            "pictures may get worse although loss and accuracy improve: lower --lr or raise --beta")
             bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.3f}", winner=f"{row['best_s']:+.1e}", loser=f"{row['worst_s']:+.1e}")
+        told = torch.tensor(float(bool(stop)), device=device)
+        if world > 1:
+            dist.all_reduce(told)                                               # all stop if one is told to
+        if told or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            if is_main:
+                os.fsync(log.fileno())
+            save_checkpoint(cfg, training_state(trained, optimizer, anchors), step + 1, rank, world)
+        if told:
+            fail(f"told to stop after step {step}; the same command goes on from there", 143)
 
-    # ---- save: the whole pipeline with the tuned denoiser, published by renames
+    # ---- save: the whole pipeline with the tuned denoiser, or the adapters, published by renames
+    if sharded:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        tuned = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if is_main:
         log.close()
-        pipe = load_pipeline(cfg.model)
-        setattr(pipe, part, model.to("cpu").to(memory_format=torch.contiguous_format))
-        save_pipeline(pipe, Path(cfg.out) / "model")
+        pipe, out = load_pipeline(cfg.model), Path(cfg.out) / "model"
+        if cfg.lora_rank:
+            from diffusers.utils import convert_state_dict_to_diffusers
+            from peft.utils import get_peft_model_state_dict
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, adapter_name="default"))
+            publish(out, lambda tmp: type(pipe).save_lora_weights(tmp, **{f"{part}_lora_layers": {n: p.cpu() for n, p in layers.items()}}))
+        else:
+            if sharded:
+                getattr(pipe, part).load_state_dict(tuned)
+            else:
+                setattr(pipe, part, model.to("cpu").to(memory_format=torch.contiguous_format))
+            save_pipeline(pipe, out)
         plot_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
-        print0(f"saved {Path(cfg.out) / 'model'}; log.jsonl and curves.png beside it")
+        print0(f"saved {out}; log.jsonl and curves.png beside it")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,0 +1,254 @@
+"""The trainer at scale: the same curve however it is run, exact resume, adapters, what it does when told to stop or NaN.
+
+    pytest -q test_rankdpo.py
+"""
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rankdpo
+from test_scripts import HERE, fails, lists, log_of, rows_of, tiny   # noqa: F401 (fixtures)
+
+
+@pytest.fixture(scope="module")
+def uneven(lists, tmp_path_factory):
+    """The tiny lists, some of them shorter: K is 4, 3 and 2."""
+    folder = tmp_path_factory.mktemp("uneven") / "data"
+    shutil.copytree(lists, folder)
+    rows = rows_of(folder)
+    for i, row in enumerate(rows):
+        k = 4 - i % 3
+        row.update({key: row[key][:k] for key in ("file_names", "models", "seeds", "phi", "rank")}, scores={n: v[:k] for n, v in row["scores"].items()})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def options(data, tiny, out, *more, model="sdxl"):
+    return ["--data", str(data), "--model", f"{tiny}/{model}", "--out", str(out), "--steps", "6", "--lr", "1e-3", "--beta", "10", "--global_batch_size", "4", "--warmup_steps", "0",
+            "--device", "cpu", *map(str, more)]
+
+
+def train(data, tiny, out, *more, processes=1, model="sdxl"):
+    args = options(data, tiny, out, *more, model=model)
+    if processes == 1:
+        rankdpo.main(args)
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(29600 + os.getpid() % 300), "rankdpo.py"]
+        done = subprocess.run(launch + args, cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    return log_of(out)
+
+
+def curve(log):
+    return np.array([[r[k] if r[k] is not None else 0 for k in ("loss", "accuracy", "best_s", "worst_s", "grad_norm")] for r in log if "loss" in r])
+
+
+def weights(out, part="unet"):
+    return load_file(Path(out) / f"model/{part}/diffusion_pytorch_model.safetensors")
+
+
+def drift(a, b, tiny):
+    """How far apart two tuned models are, as a share of how far they went. AdamW turns the rounding of a tiny gradient into a whole step."""
+    start = load_file(Path(tiny) / "sdxl/unet/diffusion_pytorch_model.safetensors")
+    norm = lambda x, y: sum((x[k] - y[k]).double().square().sum() for k in x) ** .5
+    return (norm(weights(a), weights(b)) / norm(weights(b), start)).item()
+
+
+def close(a, b):
+    """Losses, accuracies and errors to 1e-5; the gradient's norm, near 1 and later fed by AdamW's rounding, to 1e-4."""
+    assert a.shape == b.shape and np.allclose(a[:, :4], b[:, :4], rtol=1e-5, atol=1e-5), np.abs(a - b).max(0)
+    assert np.allclose(a[:, 4], b[:, 4], rtol=1e-4, atol=1e-5), np.abs(a - b).max(0)
+
+
+@pytest.fixture(scope="module")
+def whole(uneven, tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    return train(uneven, tiny, out, "--ref_refresh", 3), out
+
+
+# ----------------------------------------------------------------------------- the same curve however it is run
+
+
+@pytest.mark.parametrize("m,device_batch", [(1, 32), (3, 32), (2, 2), (0, 3), (5, 1)])
+def test_images_per_forward_gives_the_gradient_of_the_whole_list(uneven, tiny, tmp_path, whole, m, device_batch):
+    log = train(uneven, tiny, tmp_path, "--ref_refresh", 3, "--images_per_forward", m, "--device_batch_size", device_batch)
+    close(curve(log), curve(whole[0]))
+    assert drift(tmp_path, whole[1], tiny) < 1e-2
+
+
+@pytest.mark.parametrize("model", ["sd3", "sd15"])
+def test_images_per_forward_in_the_other_families(lists, tiny, tmp_path, model):
+    a = train(lists, tiny, tmp_path / "a", "--steps", 3, model=model)
+    b = train(lists, tiny, tmp_path / "b", "--steps", 3, "--images_per_forward", 3, model=model)
+    close(curve(a), curve(b))
+
+
+@pytest.mark.parametrize("processes,more", [(2, ["--device_batch_size", "1"]), (4, ["--images_per_forward", "1"])])
+def test_sharded_processes_give_the_curve_and_the_weights_of_one(uneven, tiny, tmp_path, whole, processes, more):
+    log = train(uneven, tiny, tmp_path, "--ref_refresh", 3, *more, processes=processes)
+    assert log[0]["world"] == processes
+    close(curve(log), curve(whole[0]))
+    assert weights(tmp_path).keys() == weights(whole[1]).keys() and drift(tmp_path, whole[1], tiny) < 1e-2
+
+
+# ----------------------------------------------------------------------------- exact resume
+
+
+def victim(args):
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    rankdpo.main(args)
+
+
+def same_run(a, b):
+    """Bit for bit: the curve (but for the clock) and the weights."""
+    drop = lambda log: [{k: v for k, v in r.items() if k != "lists_per_s"} for r in log[1:]]
+    assert drop(log_of(a)) == drop(log_of(b))
+    x, y = weights(a), weights(b)
+    assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_twenty_kills_at_random_moments_change_nothing(uneven, tiny, tmp_path):
+    """kill -9, start again, until it comes to its end: the curve and the weights of a run that nobody killed, bit for bit."""
+    context, rng, kills = multiprocessing.get_context("forkserver"), random.Random(1), 0
+    context.set_forkserver_preload(["test_rankdpo"])
+    command = lambda out: options(uneven, tiny, out, "--ref_refresh", 4, "--save_every", 1, "--keep", 2, "--steps", 12)
+    for out in ("warm", "whole"):
+        began = time.time()
+        process = context.Process(target=victim, args=(command(tmp_path / out),))
+        process.start(), process.join()
+        assert process.exitcode == 0
+    length = time.time() - began
+    while kills < 20:
+        process = context.Process(target=victim, args=(command(tmp_path / "killed"),))
+        process.start()
+        process.join(rng.uniform(.1, .6) * length)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        else:
+            assert process.exitcode == 0
+            same_run(tmp_path / "killed", tmp_path / "whole")
+            shutil.rmtree(tmp_path / "killed")                                  # and once more from the start
+        process.join()
+    process = context.Process(target=victim, args=(command(tmp_path / "killed"),))
+    process.start(), process.join()
+    assert process.exitcode == 0 and len(list((tmp_path / "killed/checkpoints").iterdir())) == 2
+    same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(uneven, tiny, tmp_path, whole):
+    train(uneven, tiny, tmp_path, "--ref_refresh", 3, "--save_every", 2, "--keep", 5)
+    (tmp_path / "log.jsonl").write_text((tmp_path / "log.jsonl").read_text()[:-20])      # torn
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"checkpoints/step-{step:06d}")
+    log = train(uneven, tiny, tmp_path, "--ref_refresh", 3, "--save_every", 4, "--keep", 5, processes=2)
+    assert len(log) == 7
+    close(curve(log), curve(whole[0]))
+    shutil.rmtree(tmp_path / "model")
+    close(curve(train(uneven, tiny, tmp_path, "--ref_refresh", 3)), curve(whole[0]))      # and back to one, from step 4
+
+
+def test_told_to_stop_it_saves_and_goes_on_later(uneven, tiny, tmp_path, whole, monkeypatch, capsys):
+    step = torch.optim.AdamW.step
+
+    def told(self, *args, **kwargs):
+        if len(calls := told.__dict__.setdefault("calls", [])) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(1)
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", told)
+    with pytest.raises(SystemExit) as e:
+        rankdpo.main(options(uneven, tiny, tmp_path, "--ref_refresh", 3))
+    assert e.value.code == 143 and "goes on from there" in capsys.readouterr().err and not (tmp_path / "model").exists()
+    train(uneven, tiny, tmp_path, "--ref_refresh", 3)
+    same_run(tmp_path, whole[1])
+
+
+def test_a_checkpoint_of_another_run_is_refused(uneven, tiny, tmp_path, capsys):
+    train(uneven, tiny, tmp_path, "--save_every", 3)
+    fails(rankdpo.main, options(uneven, tiny, tmp_path, "--beta", 20), "step-000006", "beta (10.0, now 20.0)", "--resume false", capsys=capsys)
+    assert train(uneven, tiny, tmp_path, "--beta", 20, "--resume", "false")[0]["config"]["beta"] == 20
+
+
+def test_a_gradient_that_is_not_a_number_skips_the_step_and_three_stop_the_run(uneven, tiny, tmp_path, monkeypatch, capsys):
+    original, calls = rankdpo.preference_loss, []
+
+    def broken(policy_err, *args):
+        loss, metrics = original(policy_err, *args)
+        if policy_err.requires_grad:
+            calls.append(1)
+            if len(calls) in bad:
+                loss = loss * float("nan")
+        return loss, metrics
+    monkeypatch.setattr(rankdpo, "preference_loss", broken)
+    bad = (2, 3, 5)
+    log = train(uneven, tiny, tmp_path / "a")
+    assert [r.get("skipped", 0) for r in log[1:]] == [0, 1, 2, 2, 3, 3] and log[2]["grad_norm"] is None and all(w.isfinite().all() for w in weights(tmp_path / "a").values())
+    bad, calls[:] = (3, 4, 5), []
+    fails(rankdpo.main, options(uneven, tiny, tmp_path / "b", "--save_every", 1), "step 4", "three times in a row", capsys=capsys)
+    assert [p.name for p in (tmp_path / "b/checkpoints").iterdir()] == ["step-000004"]   # of the weights of step 2, which are good
+
+
+# ----------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("model,part", [("sdxl", "unet"), ("sd3", "transformer"), ("sd15", "unet")])
+def test_lora_trains_and_loads_as_diffusers_loads_it(lists, tiny, tmp_path, model, part):
+    log = train(lists, tiny, tmp_path, "--lora_rank", 4, "--lr", "1e-2", "--images_per_forward", 3, model=model)
+    assert log[1]["best_s"] == log[1]["worst_s"] == 0 and log[-1]["worst_s"] != 0          # starts as its reference
+    assert log[1]["accuracy"] == .5
+    names = list(load_file(tmp_path / "model/pytorch_lora_weights.safetensors"))
+    assert names and all(n.startswith(f"{part}.") and "lora" in n for n in names)
+    base, tuned = rankdpo.load_pipeline(f"{tiny}/{model}"), rankdpo.load_pipeline(f"{tiny}/{model}+{tmp_path}/model")
+    draw = lambda pipe: pipe(["a red circle"], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0), **({"max_sequence_length": 16} if model == "sd3" else {})).images
+    assert np.abs(draw(base) - draw(tuned)).max() > 1e-4
+
+
+def test_lora_has_one_curve_and_resumes_with_its_refreshed_reference(uneven, tiny, tmp_path):
+    more = ("--lora_rank", 4, "--ref_refresh", 2, "--lr", "1e-2", "--gradient_checkpointing", "true")
+    log = train(uneven, tiny, tmp_path / "a", *more)
+    assert log[3]["step"] == 2 and log[3]["best_s"] == 0 and log[4]["best_s"] != 0         # right after the refresh policy = reference
+    close(curve(train(uneven, tiny, tmp_path / "b", *more, "--images_per_forward", 1)), curve(log))
+    close(curve(train(uneven, tiny, tmp_path / "c", *more, processes=2)), curve(log))
+    train(uneven, tiny, tmp_path / "d", *more, "--save_every", 3, "--keep", 9)
+    shutil.rmtree(tmp_path / "d/checkpoints/step-000006")
+    assert np.array_equal(curve(train(uneven, tiny, tmp_path / "d", *more, "--save_every", 3)), curve(log))
+
+
+# ----------------------------------------------------------------------------- watches
+
+
+def test_held_out_lists_are_not_trained_on_and_measured(uneven, tiny, tmp_path):
+    log = train(uneven, tiny, tmp_path, "--holdout", .3, "--eval_every", 2)
+    assert log[0]["lists"] == 7 and log[0]["held_out"] == 3
+    assert [("held_out_accuracy" in r) for r in log[1:]] == [False, True] * 3 and 0 <= log[-1]["held_out_accuracy"] <= 1
+    two = train(uneven, tiny, tmp_path / "two", "--holdout", .3, "--eval_every", 2, processes=2)
+    close(curve(two), curve(log))
+
+
+def test_accuracy_is_split_by_timestep(whole):
+    for row in whole[0][1:]:
+        present = [a for a in row["accuracy_by_time"] if a is not None]
+        assert len(row["accuracy_by_time"]) == 10 and 1 <= len(present) <= 4 and all(0 <= a <= 1 for a in present)
+
+
+def test_uniform_timesteps_of_rectified_flow():
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+    x, noise, u = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2), torch.tensor([.1, .25, .5, .75, .9])
+    x_t, t, target = rankdpo.add_noise(FlowMatchEulerDiscreteScheduler(shift=3.), x, noise, u, "uniform")
+    sigma = 3 * u / (1 + 2 * u)
+    assert torch.allclose(t, 1000 * sigma) and torch.allclose(x_t, (1 - sigma.view(-1, 1, 1, 1)) * x + sigma.view(-1, 1, 1, 1) * noise) and torch.equal(target, noise - x)
+    assert torch.equal(rankdpo.add_noise(EulerDiscreteScheduler(), x, noise, u, "uniform")[1], (1000 * u).long())
