@@ -7,6 +7,7 @@
         --resolution 1024 --beta 2500 --lr 2e-5 --steps 400 --global_batch_size 1024 --device_batch_size 1 \\
         --gradient_checkpointing true --save_every 20          # the paper's size; `bash train.sh sdxl` has the whole recipe
     python rankdpo.py ... --lora_rank 64 --images_per_forward 1            # adapters, one image at a time: one GPU
+    python rankdpo.py --profile sdxl --gradient_checkpointing true         # FLOPs, time and memory of random weights, no download
 
 Input is a folder that synpic.py wrote (metadata.jsonl and images), output a pipeline folder that
 `DiffusionPipeline.from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl and
@@ -87,6 +88,7 @@ class Config:
     keep: int = option(1, "checkpoints to keep")
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
     seed: int = option(0, "order of the lists, timesteps, noise")
+    profile: str = option("", "only measure lists of 4 on a random-weight denoiser of the real size; counts FLOPs without a GPU too", ("", "sdxl", "sd3"))
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
 
@@ -416,6 +418,62 @@ def provenance(device):
     return dict(commit=commit or "unknown", torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__, device=name)
 
 
+def profile(cfg, device, k=4, steps=5):
+    """--profile: FLOPs of a list's step, counted on the meta device, and on a GPU its time, memory and share of the bf16
+    matrix rate. The plain loop on one device: forward and backward of the policy, forward of the reference, AdamW."""
+    from torch.utils.flop_counter import FlopCounterMode
+    if cfg.profile == "sdxl":                                  # the configuration files of the two models at 1024 px
+        kind, latents, shapes = diffusers.UNet2DConditionModel, (4, 128, 128), {"embeds": (77, 2048), "pooled": (1280,), "time_ids": (6,)}
+        config = dict(sample_size=128, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=(320, 640, 1280),
+                      up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+                      cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+    else:
+        kind, latents, shapes = diffusers.SD3Transformer2DModel, (16, 128, 128), {"embeds": (333, 4096), "pooled": (2048,)}
+        config = dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=192, pooled_projection_dim=2048, caption_projection_dim=1536)
+
+    def step(model, reference, where, optimizer=None):
+        x_t, target = (torch.randn(k, *latents, device=where) for _ in range(2))
+        t = torch.full((k,), 500, device=where)
+        cond = {n: torch.randn(k, *shape, device=where) for n, shape in shapes.items()}
+        with torch.autocast("cuda" if where.type == "cuda" else "cpu", torch.bfloat16, enabled=where.type == "cuda"):
+            with torch.no_grad():
+                ref_err = denoising_error(predict(reference, x_t, t, cond)[None], target[None])
+            m = cfg.images_per_forward or k
+            for i in range(0, k, m):                           # the gradient only: the extra forward of --images_per_forward is not in here
+                part = slice(i, i + m)
+                policy_err = denoising_error(predict(model, x_t[part], t[part], {n: c[part] for n, c in cond.items()})[None], target[None, part])
+                (policy_err - ref_err[:, part]).sum().backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def build(where):
+        with torch.device(where):
+            model, reference = kind(**config), kind(**config).requires_grad_(False)
+        if cfg.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model.eval(), reference.eval()
+    meta = build(torch.device("meta"))
+    with FlopCounterMode(display=False) as counter:
+        step(*meta, torch.device("meta"))
+    tflop, size = counter.get_total_flops() / 1e12, sum(p.numel() for p in meta[0].parameters())
+    print(f"{cfg.profile}: {size / 1e9:.3f} G parameters; a list of {k} images at 1024 px takes {tflop:.1f} TFLOP"
+          f"{' with recomputation' if cfg.gradient_checkpointing else ''}")
+    for ranks in (1, 8):
+        print(f"  full fine-tuning on {ranks} GPU(s): {size * (4 + 4 + 8 + 4) / ranks / 1e9:.1f} GB each for fp32 weights, gradients, AdamW and reference, activations not counted")
+    if device.type != "cuda":
+        return print("  time and peak memory: not measured, no GPU")
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    timed = lambda f, n: (f(), torch.cuda.synchronize(), now := time.time(), [f() for _ in range(n)], torch.cuda.synchronize(), (time.time() - now) / n)[-1]
+    rate = 2 * 8192 ** 3 / timed(lambda: a @ a, 50) / 1e12
+    model, reference = build(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    seconds = timed(lambda: step(model, reference, device, optimizer), steps)
+    needed = tflop / (20 if cfg.gradient_checkpointing else 16) * 16           # model FLOPs: recomputation is not work done
+    print(f"  {seconds:.3f} s a list, {needed / seconds:.0f} TFLOP/s of model work, {needed / seconds / rate:.0%} of the {rate:.0f} TFLOP/s that this device multiplies bf16 matrices with; "
+          f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
 def plot_curves(log, path):
     """log.jsonl -> curves.png: loss, implicit accuracy, winner's and loser's error against the reference, gradient norm."""
     import matplotlib
@@ -553,6 +611,8 @@ def main(argv=None):
             fail(f"{world} processes, but this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(local)                           # "cuda" is this process's own GPU from here on
     device = pick_device(cfg.device if torch.cuda.is_available() or world == 1 else "cpu")
+    if cfg.profile:
+        return profile(cfg, device)
     if world > 1:
         # the long timeout is for the cache: processes wait there for the slowest
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
