@@ -685,7 +685,10 @@ def main(argv=None):
         kept = [line for line in path.read_text().splitlines() if checkpoint and line.endswith("}") and json.loads(line).get("step", -1) < start_step] if path.is_file() else []
         head = json.dumps(dict(config=asdict(cfg), world=world, precision=str(dtype), lists=len(seen), held_out=len(held), **provenance(device)))
         write_atomic(path, "".join(line + "\n" for line in kept or [head]))
-        log = open(path, "a")
+        log, board = open(path, "a"), None
+        with suppress(ImportError):                            # where tensorboard is installed, it gets the same numbers
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
     print0(f"{cfg.loss}: {len(seen)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {world} process(es) on {device}"
            f"{', sharded' if sharded else ''}, {dtype}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
 
@@ -812,6 +815,9 @@ def main(argv=None):
         if is_main:
             log.write(json.dumps({m: None if isinstance(v, float) and not np.isfinite(v) else v for m, v in row.items()}) + "\n")
             log.flush()
+            for name, value in row.items() if board else ():
+                if isinstance(value, float):
+                    board.add_scalar(name, value, step)
             winners.append(row["best_s"])
             if step % 50 == 49 and np.mean(winners[-25:]) > max(0, np.mean(winners[-50:-25])):
                 tqdm.write(f"step {step}: the winner's error is above the reference and growing ({np.mean(winners[-25:]):+.1e}); "

@@ -262,8 +262,9 @@ def note_time(out, stage, name, images, seconds):
 
 
 def generate_stage(cfg, prompts, models, device, index, count):
-    """Draw what is missing of this process's batches. One generator in memory at a time, files written by threads."""
-    out, pipe, loaded, skipped = Path(cfg.out), None, None, []
+    """Draw what is missing of this process's batches. One generator in memory at a time, files written by threads.
+    Returns how many images it drew."""
+    out, pipe, loaded, skipped, total = Path(cfg.out), None, None, [], 0
 
     def save(image, path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,9 +304,11 @@ def generate_stage(cfg, prompts, models, device, index, count):
             for future in pending:
                 future.result()
         note_time(out, "generate", f"{model['name']}_{model['seed']}", drawn, time.time() - began)
+        total += drawn
     if skipped:
         print("\n".join(skipped[:20]))
         print(f"{len(skipped)} images could not be drawn" + (", the first 20 above" if len(skipped) > 20 else ""))
+    return total
 
 
 def rows_of(prompts, models):
@@ -314,13 +317,15 @@ def rows_of(prompts, models):
 
 
 def score_stage(cfg, prompts, models, device, index, count):
-    rows = rows_of(prompts, models)
+    rows, total = rows_of(prompts, models), 0
     mine = [row for start in list(range(0, len(rows), cfg.batch_size))[index::count] for row in rows[start:start + cfg.batch_size]]
     for spec in cfg.rewards:
         began = time.time()
         scored, _ = score_rows(cfg.out, spec, mine, device, cfg.batch_size, cfg.on_error, part=f"@{index}of{count}" if count > 1 else "")
         if scored:
             note_time(cfg.out, "score", reward_name(spec), scored * len(models), time.time() - began)
+        total += scored
+    return total
 
 
 def first_rows(cfg, prompts, models):
@@ -410,7 +415,8 @@ def label_stage(cfg, rows):
 def summarise(cfg, rows, names):
     """summary.json and summary.png: who wins against whom, how far the rewards agree, ties, phi, speed and cost."""
     out, first = Path(cfg.out), rows[0]
-    summary = {"lists": len(rows), "images": sum(len(r["phi"]) for r in rows), "label": cfg.label, "rewards": names}
+    summary = {"lists": len(rows), "images": sum(len(r["phi"]) for r in rows), "label": cfg.label, "rewards": names,
+               "asked": [cfg.label, cfg.seed, cfg.gpu_price, [reward_name(r) for r in cfg.rewards]]}
     if len({tuple(map(str, zip(r.get("models", []), r.get("seeds", [])))) for r in rows}) == 1 and first.get("models"):
         phi = torch.tensor([r["phi"] for r in rows])                                                    # (N, K)
         above = (phi[:, :, None] > phi[:, None]).float().mean(0)                                        # (K, K)
@@ -507,11 +513,13 @@ def main(argv=None):
         fail(f"--out {out}: cannot be written ({e.strerror})")
     with lock(out, index, count):
         check_settings(cfg, prompts, models)
-        if "generate" in stages:
-            generate_stage(cfg, prompts, models, device, index, count)
-        if "score" in stages:
-            score_stage(cfg, prompts, models, device, index, count)
-        if "label" in stages:
+        new = generate_stage(cfg, prompts, models, device, index, count) if "generate" in stages else 0
+        new += score_stage(cfg, prompts, models, device, index, count) if "score" in stages else 0
+        asked = [cfg.label, cfg.seed, cfg.gpu_price, [reward_name(r) for r in cfg.rewards]]
+        if stages == {"generate", "score", "label"} and count == 1 and not new and (out / "metadata.jsonl").is_file() \
+                and (out / "summary.json").is_file() and json.loads((out / "summary.json").read_text()).get("asked") == asked:
+            print(f"{out}: all drawn, scored and labelled already")
+        elif "label" in stages:
             if world > 1:                                      # every part must be there; nothing else waits for the others
                 dist.init_process_group("gloo", timeout=timedelta(hours=24))
                 dist.barrier()

@@ -22,6 +22,8 @@ import synpic
 import toyworld
 
 HERE = Path(__file__).resolve().parent
+os.environ["OMP_NUM_THREADS"] = "1"            # CPU kernels round differently on another number of threads: here every run, in this
+torch.set_num_threads(1)                       # process or another, has one, so that bytes can be compared on any machine
 PROMPTS = ["a red circle", "two squares", "a cross left of a circle", "a photo of a triangle", "four crosses", "a blue cross and a red circle",
            "a green square", "three circles", "a drawing of a square", "a circle above a triangle"]
 
@@ -185,7 +187,7 @@ def test_two_processes_give_the_losses_of_one(lists, tiny, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "rankdpo.py", "--data", str(lists),
                "--model", f"{tiny}/sdxl", "--out", str(tmp_path / "two"), "--steps", "4", "--lr", "1e-3", "--beta", "10", "--global_batch_size", "4", "--warmup_steps", "0",
                "--device", "cpu"]
-    subprocess.run(command, cwd=HERE, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    subprocess.run(command, cwd=HERE, check=True, capture_output=True, timeout=300)
     two = log_of(tmp_path / "two")
     assert two[0]["world"] == 2 and len(two) == 5 and one[-1]["loss"] != one[1]["loss"]
     for a, b in zip(one[1:], two[1:]):
@@ -395,7 +397,7 @@ def test_every_command_of_the_recipes_runs_on_tiny_models(tiny, tmp_path, task):
     models = " ".join(f"{n}={tiny}/{n},steps=1" for n in ("sdxl", "sd3", "sd15")) + f" sdxl={tiny}/sdxl,steps=1,seed=1"
     env = {**os.environ, "DRY_RUN": "1", "BIN": "", "GPUS": "2", "PROMPTS": f"{tiny}/prompts.txt", "EVAL_PROMPTS": f"{tiny}/prompts.txt", "OUT": str(tmp_path), "MODEL": f"{tiny}/{task}", "MODELS": models,
            "REWARDS": " ".join(rewards(tiny)), "STEPS": "2", "WARMUP": "1", "BATCH": "4", "RESOLUTION": "32", "EVAL_LIMIT": "2",
-           "EVAL_OPTIONS": "--steps 1 --seeds 2", "REF_REFRESH": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+           "EVAL_OPTIONS": "--steps 1 --seeds 2", "REF_REFRESH": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "train.sh", task], cwd=HERE, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     commands = [shlex.split(line[2:]) for line in out]
     assert [next(w for w in c if w.endswith(".py")) for c in commands] == ["synpic.py", "rankdpo.py", "evaluate.py"] and commands[1][0] == "torchrun"
