@@ -31,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -43,9 +44,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from losses import dcg_weights, denoising_error, dpo_weights, gain_weights, majority_vote, preference_loss, vote_weights
@@ -84,6 +86,11 @@ class Config:
     max_grad_norm: float = option(1., "gradient clipping")
     holdout: float = option(0., "share of the lists kept from training, for accuracy on unseen ones")
     eval_every: int = option(50, "steps between measurements on the held-out lists")
+    ema: float = option(0., "decay of a moving average of the trained weights, which is then what is saved; 0 = none")
+    sample_every: int = option(0, "steps between pictures of the first prompts, a row each in samples.png; 0 = never")
+    sample_prompts: int = option(8, "prompts in samples.png")
+    sample_steps: int = option(16, "sampling steps of samples.png")
+    sample_guidance: float = option(3., "guidance scale of samples.png")
     save_every: int = option(0, "steps between checkpoints; 0 = only when told to stop (SIGTERM)")
     keep: int = option(1, "checkpoints to keep")
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
@@ -206,6 +213,19 @@ def encode_prompts(pipe, prompts, size):
         embeds, _ = pipe.encode_prompt(prompts, device, 1, False)
         return {"embeds": embeds}
     fail(f"{kind}: this trainer knows Stable Diffusion 1.x / 2.x, SDXL and SD3 pipelines")
+
+
+def sampler(pipe, prompts, size):
+    """Prompts -> the arguments with which `pipe` draws them when its text encoders are gone; drops them."""
+    cond, nothing = encode_prompts(pipe, prompts, size), encode_prompts(pipe, [""] * len(prompts), size)
+    zeros = pipe.config.get("force_zeros_for_empty_prompt", False)               # SDXL
+    kwargs = {"height": size[0], "width": size[1]}
+    for name, argument in (("embeds", "prompt_embeds"), ("pooled", "pooled_prompt_embeds")):
+        if name in cond:
+            kwargs[argument], kwargs[f"negative_{argument}"] = cond[name].float(), nothing[name].float() * (0 if zeros else 1)
+    for name in [n for n in pipe.components if n.startswith("text_encoder")]:
+        setattr(pipe, name, None)
+    return kwargs
 
 
 def encode_images(vae, pixels):
@@ -418,10 +438,21 @@ def provenance(device):
     return dict(commit=commit or "unknown", torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__, device=name)
 
 
+def matrix_rate(device, n=8192, times=50):
+    """bf16 FLOP/s of an (n, n) matrix product on a GPU: what "share of the peak" is a share of."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    for i in range(times + 5):                                 # five to warm up
+        if i == 5:
+            torch.cuda.synchronize()
+            start = time.time()
+        a @ a
+    torch.cuda.synchronize()
+    return 2 * n ** 3 * times / (time.time() - start)
+
+
 def profile(cfg, device, k=4, steps=5):
     """--profile: FLOPs of a list's step, counted on the meta device, and on a GPU its time, memory and share of the bf16
     matrix rate. The plain loop on one device: forward and backward of the policy, forward of the reference, AdamW."""
-    from torch.utils.flop_counter import FlopCounterMode
     if cfg.profile == "sdxl":                                  # the configuration files of the two models at 1024 px
         kind, latents, shapes = diffusers.UNet2DConditionModel, (4, 128, 128), {"embeds": (77, 2048), "pooled": (1280,), "time_ids": (6,)}
         config = dict(sample_size=128, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=(320, 640, 1280),
@@ -463,15 +494,46 @@ def profile(cfg, device, k=4, steps=5):
         print(f"  full fine-tuning on {ranks} GPU(s): {size * (4 + 4 + 8 + 4) / ranks / 1e9:.1f} GB each for fp32 weights, gradients, AdamW and reference, activations not counted")
     if device.type != "cuda":
         return print("  time and peak memory: not measured, no GPU")
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    timed = lambda f, n: (f(), torch.cuda.synchronize(), now := time.time(), [f() for _ in range(n)], torch.cuda.synchronize(), (time.time() - now) / n)[-1]
-    rate = 2 * 8192 ** 3 / timed(lambda: a @ a, 50) / 1e12
+    rate = matrix_rate(device) / 1e12
     model, reference = build(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    seconds = timed(lambda: step(model, reference, device, optimizer), steps)
+    for i in range(steps + 1):                                 # one to warm up
+        if i == 1:
+            torch.cuda.synchronize()
+            start = time.time()
+        step(model, reference, device, optimizer)
+    torch.cuda.synchronize()
+    seconds = (time.time() - start) / steps
     needed = tflop / (20 if cfg.gradient_checkpointing else 16) * 16           # model FLOPs: recomputation is not work done
     print(f"  {seconds:.3f} s a list, {needed / seconds:.0f} TFLOP/s of model work, {needed / seconds / rate:.0%} of the {rate:.0f} TFLOP/s that this device multiplies bf16 matrices with; "
           f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
+@torch.no_grad()
+def draw_samples(cfg, pipe, prompts, kwargs, device, step, is_main):
+    """Draw the fixed prompts from fixed noise: samples/000100.png, a row of pictures; samples.png, the rows of all steps.
+    Sharded processes draw together, the first one writes."""
+    pipe.vae.to(device)
+    generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
+    images = pipe(**kwargs, generator=generators, num_inference_steps=cfg.sample_steps, guidance_scale=cfg.sample_guidance, output_type="np").images
+    pipe.vae.to("cpu")                                         # images (N, H, W, 3) in [0, 1]
+    if not is_main:
+        return
+    folder = Path(cfg.out) / "samples"
+    if step == 0:                                              # of an earlier run
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    images = np.pad(np.nan_to_num(images), ((0, 0), (0, 0), (0, images.shape[2] // 16), (0, 0)), constant_values=1)
+    Image.fromarray((np.concatenate(list(images), axis=1) * 255).round().astype(np.uint8)).save(folder / f"{step:06d}.png")
+    rows, side, left, top = sorted(folder.glob("??????.png")), 128, 64, 48
+    canvas = Image.new("RGB", (left + len(prompts) * side, top + len(rows) * side), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, prompt in enumerate(prompts):
+        pen.text((left + i * side, 2), "\n".join(textwrap.wrap(prompt, side // 6)[:3]), fill="black")
+    for i, path in enumerate(rows):
+        canvas.paste(Image.open(path).resize((len(prompts) * side, side - 6)), (left, top + i * side))
+        pen.text((4, top + i * side + side // 2), f"step {int(path.stem)}", fill="black")
+    canvas.save(Path(cfg.out) / "samples.png")
 
 
 def plot_curves(log, path):
@@ -555,17 +617,18 @@ def reference_of(model, reference, lora_reference):
 
 
 # what may change between the parts of one run: it does not change the curve
-FREE = ("out", "device", "device_batch_size", "images_per_forward", "save_every", "keep", "resume", "gradient_checkpointing")
+FREE = ("out", "device", "device_batch_size", "images_per_forward", "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "save_every", "keep", "resume",
+        "gradient_checkpointing")
 
 
-def training_state(trained, optimizer, reference):
+def training_state(trained, optimizer, reference, average):
     """All that the next step depends on, as named tensors that torch.distributed.checkpoint saves and loads in place, on
     any number of processes. Data, noise and rate follow from the step."""
     for p in trained.values():
         if p not in optimizer.state:                           # AdamW makes its state at the first step; loading needs it before
             optimizer.state[p] = {"step": torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu"),
                                   "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    state = {"weights": {n: p.detach() for n, p in trained.items()}, "reference": {n: p.detach() for n, p in reference.items()}}
+    state = {"weights": {n: p.detach() for n, p in trained.items()}, "reference": {n: p.detach() for n, p in reference.items()}, "average": average}
     return state | {k: {n: optimizer.state[p][k] for n, p in trained.items()} for k in ("step", "exp_avg", "exp_avg_sq")}
 
 
@@ -621,7 +684,7 @@ def main(argv=None):
     for name in ("steps", "global_batch_size", "device_batch_size", "lr", "beta"):
         if not getattr(cfg, name) > 0:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("seed", "ref_refresh", "warmup_steps", "images_per_forward", "lora_rank", "save_every", "holdout"):
+    for name in ("seed", "ref_refresh", "warmup_steps", "images_per_forward", "lora_rank", "sample_every", "save_every", "holdout", "ema"):
         if getattr(cfg, name) < 0:
             fail(f"--{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.global_batch_size % world:
@@ -651,7 +714,12 @@ def main(argv=None):
     folder = build_cache(cfg, rows, pipe, rank, world, device, dtype)
     if world > 1:
         dist.barrier()
-    del pipe                                                   # the VAE and the text encoders have done their work
+    if cfg.sample_every:                                       # the first prompts, encoded now
+        size = [s * 2 ** (len(pipe.vae.config.block_out_channels) - 1) for s in read_cached(folder, 0, {})["latents"].shape[-2:]]
+        sampled = list(dict.fromkeys(row["prompt"] for row in rows))[:cfg.sample_prompts]
+        sample_kwargs = sampler(pipe, sampled, size)
+    else:
+        pipe = None                                            # the VAE and the text encoders have done their work
     weights = [pair_weights(cfg.loss, row, cfg.ties, cfg.seed, n) for n, row in enumerate(rows)]
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
@@ -675,10 +743,11 @@ def main(argv=None):
         model.requires_grad_(True)                             # fp32 weights, as loaded
         model, reference = (shard(m, dtype) if sharded else m.to(device) for m in (model, reference))
         trained, anchors = dict(model.named_parameters()), dict(reference.named_parameters()) if cfg.ref_refresh else {}
+    average = {n: p.detach().clone() for n, p in trained.items()} if cfg.ema else {}
     parameters = list(trained.values())                        # a list: a generator would be used up by the optimiser
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if checkpoint:
-        dcp.load(training_state(trained, optimizer, anchors), checkpoint_id=checkpoint)        # in place
+        dcp.load(training_state(trained, optimizer, anchors, average), checkpoint_id=checkpoint)        # in place
         print0(f"going on from {checkpoint}")
     if is_main:
         path = Path(cfg.out) / "log.jsonl"
@@ -691,6 +760,8 @@ def main(argv=None):
             board = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
     print0(f"{cfg.loss}: {len(seen)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {world} process(es) on {device}"
            f"{', sharded' if sharded else ''}, {dtype}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
+
+    files = {}
 
     def load_batch(lists):
         """[(position, list)] -> (x_t, t, target, cond) of all N images, mask (B, K), weights (B, K, K), u (B,)."""
@@ -740,8 +811,18 @@ def main(argv=None):
             return tensors
         return [torch.cat(rows) for t in tensors if dist.all_gather(rows := [torch.empty_like(t) for _ in range(world)], t.contiguous()) is None]
 
+    # ---- model FLOPs of a list, from one image's forward: backward is twice that, or once where the weights are frozen
+    image = load_batch([(0, seen[0])])[0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        errors(model, image, slice(0, 1))
+    tflop = (3 if cfg.lora_rank else 4) * K * counter.get_total_flops() / 1e12
+    peak = matrix_rate(device) / 1e12 if device.type == "cuda" else None
+
     # ---- the training loop
-    files, winners, start, skipped, in_row, stop = {}, [], time.time(), 0, 0, []
+    if cfg.sample_every and not start_step:
+        with autocast:
+            draw_samples(cfg, pipe, sampled, sample_kwargs, device, 0, is_main)
+    winners, start, skipped, in_row, stop = [], time.time(), 0, 0, []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     bar = tqdm(range(start_step, cfg.steps), desc="train", unit="step", disable=not is_main, initial=start_step, total=cfg.steps)
     for step in bar:
@@ -785,6 +866,8 @@ def main(argv=None):
                 fail("step 0: the gradient is zero; do the lists of this batch prefer anything? Raise --global_batch_size")
             optimizer.step()
             in_row = 0
+            for name, p in average.items():
+                p.lerp_(trained[name].detach(), 1 - cfg.ema)
         else:                                                                   # a step that would ruin the weights is not taken
             skipped, in_row = skipped + 1, in_row + 1
             if in_row == 3:
@@ -801,7 +884,10 @@ def main(argv=None):
             by_time = [list_loss(cfg, policy_err[tenth == i], ref_err[tenth == i], w[tenth == i], mask[tenth == i])[1]["accuracy"].item() if (tenth == i).any() else float("nan") for i in range(10)]
             row = {"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()}, "accuracy_by_time": [None if v != v else v for v in by_time],
                    "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"], "lists_per_s": (step + 1 - start_step) * cfg.global_batch_size / (time.time() - start)}
-            row.update({"skipped": skipped} if skipped else {}, **({"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}))
+            row["tflops"] = row["lists_per_s"] * tflop / world                  # of model work, a second and device
+            if peak:
+                row.update(share_of_peak=row["tflops"] / peak, memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+            row.update({"skipped": skipped} if skipped else {})
         if held and (step + 1) % cfg.eval_every == 0:                           # fixed noise and timesteps; every process takes equally many
             share = [held[i % len(held)] for i in range(rank, -(-len(held) // world) * world, world)]
             unseen = []
@@ -823,16 +909,22 @@ def main(argv=None):
                 tqdm.write(f"step {step}: the winner's error is above the reference and growing ({np.mean(winners[-25:]):+.1e}); "
                            "pictures may get worse although loss and accuracy improve: lower --lr or raise --beta")
             bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.3f}", winner=f"{row['best_s']:+.1e}", loser=f"{row['worst_s']:+.1e}")
+        if cfg.sample_every and (step + 1) % cfg.sample_every == 0:
+            with autocast:
+                draw_samples(cfg, pipe, sampled, sample_kwargs, device, step + 1, is_main)
         told = torch.tensor(float(bool(stop)), device=device)
         if world > 1:
             dist.all_reduce(told)                                               # all stop if one is told to
         if told or (cfg.save_every and (step + 1) % cfg.save_every == 0):
             if is_main:
                 os.fsync(log.fileno())
-            save_checkpoint(cfg, training_state(trained, optimizer, anchors), step + 1, rank, world)
+            save_checkpoint(cfg, training_state(trained, optimizer, anchors, average), step + 1, rank, world)
         if told:
             fail(f"told to stop after step {step}; the same command goes on from there", 143)
 
+    with torch.no_grad():
+        for name, p in average.items():
+            trained[name].copy_(p)
     # ---- save: the whole pipeline with the tuned denoiser, or the adapters, published by renames
     if sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

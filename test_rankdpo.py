@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import rankdpo
@@ -114,7 +115,7 @@ def victim(args):
 
 def same_run(a, b):
     """Bit for bit: the curve (but for the clock) and the weights."""
-    drop = lambda log: [{k: v for k, v in r.items() if k != "lists_per_s"} for r in log[1:]]
+    drop = lambda log: [{k: v for k, v in r.items() if k not in ("lists_per_s", "tflops")} for r in log[1:]]
     assert drop(log_of(a)) == drop(log_of(b))
     x, y = weights(a), weights(b)
     assert all(torch.equal(x[k], y[k]) for k in x)
@@ -124,7 +125,7 @@ def test_twenty_kills_at_random_moments_change_nothing(uneven, tiny, tmp_path):
     """kill -9, start again, until it comes to its end: the curve and the weights of a run that nobody killed, bit for bit."""
     context, rng, kills = multiprocessing.get_context("forkserver"), random.Random(1), 0
     context.set_forkserver_preload(["test_rankdpo"])
-    command = lambda out: options(uneven, tiny, out, "--ref_refresh", 4, "--save_every", 1, "--keep", 2, "--steps", 12)
+    command = lambda out: options(uneven, tiny, out, "--ref_refresh", 4, "--ema", .9, "--save_every", 1, "--keep", 2, "--steps", 12)
     for out in ("warm", "whole"):
         began = time.time()
         process = context.Process(target=victim, args=(command(tmp_path / out),))
@@ -260,3 +261,37 @@ def test_a_list_of_four_takes_sixteen_forwards(model, forward, capsys):
     rankdpo.main(["--profile", model, "--device", "cpu"])
     counted = float(capsys.readouterr().out.split("takes ")[1].split(" TFLOP")[0])
     assert counted == pytest.approx(16 * forward, rel=.02)
+
+
+def test_the_saved_average_is_that_of_the_steps(uneven, tiny, tmp_path):
+    """After one step: decay x start + (1 - decay) x the weights of that step, which the run without an average saves."""
+    for ema in (0, .75):
+        train(uneven, tiny, tmp_path / str(ema), "--steps", 1, "--ema", ema)
+    start, last, average = load_file(tiny / "sdxl/unet/diffusion_pytorch_model.safetensors"), weights(tmp_path / "0"), weights(tmp_path / "0.75")
+    assert any(not torch.equal(start[k], last[k]) for k in last)
+    assert all(torch.allclose(average[k], .75 * start[k].float() + .25 * last[k], atol=1e-6) for k in last)
+
+
+@pytest.mark.parametrize("model,more", [("sdxl", ("--lora_rank", 2)), ("sd3", ()), ("sd15", ())])
+def test_samples_are_a_row_of_pictures_a_time_and_change_nothing(lists, tiny, tmp_path, model, more):
+    for every in (0, 2):
+        train(lists, tiny, tmp_path / str(every), "--steps", 4, "--sample_every", every, "--sample_prompts", 3, "--sample_steps", 2, *more, model=model)
+    assert [p.name for p in sorted((tmp_path / "2/samples").iterdir())] == ["000000.png", "000002.png", "000004.png"]
+    first, last = (np.asarray(Image.open(tmp_path / f"2/samples/{n:06d}.png")) for n in (0, 4))
+    assert first.shape == last.shape == (32, 3 * 34, 3) and (first != last).any() and Image.open(tmp_path / "2/samples.png").width > 3 * 128
+    assert np.array_equal(curve(log_of(tmp_path / "0")), curve(log_of(tmp_path / "2")))
+
+
+def test_samples_start_as_the_pipeline_draws_them(lists, tiny, tmp_path):
+    """Their conditioning is the pipeline's own: the first row is what the untouched pipeline draws from prompts."""
+    train(lists, tiny, tmp_path, "--steps", 1, "--sample_every", 1, "--sample_prompts", 2, "--sample_steps", 2)
+    prompts = list(dict.fromkeys(r["prompt"] for r in rankdpo.read_lists(lists)))[:2]
+    images = rankdpo.load_pipeline(tiny / "sdxl")(prompts, generator=[torch.Generator().manual_seed(i) for i in range(2)], num_inference_steps=2, guidance_scale=3.).images
+    row = np.asarray(Image.open(tmp_path / "samples/000000.png")).astype(int)
+    for i, image in enumerate(images):
+        assert abs(row[:, i * 34:i * 34 + 32] - np.asarray(image).astype(int)).max() <= 1
+
+
+def test_the_work_of_a_list_is_counted(whole):
+    log = [r for r in whole[0] if "loss" in r]
+    assert all(r["tflops"] > 0 for r in log) and np.allclose([r["tflops"] / r["lists_per_s"] for r in log], log[0]["tflops"] / log[0]["lists_per_s"])
