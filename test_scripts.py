@@ -397,11 +397,11 @@ def test_every_command_of_the_recipes_runs_on_tiny_models(tiny, tmp_path, task):
     models = " ".join(f"{n}={tiny}/{n},steps=1" for n in ("sdxl", "sd3", "sd15")) + f" sdxl={tiny}/sdxl,steps=1,seed=1"
     env = {**os.environ, "DRY_RUN": "1", "BIN": "", "GPUS": "2", "PROMPTS": f"{tiny}/prompts.txt", "EVAL_PROMPTS": f"{tiny}/prompts.txt", "OUT": str(tmp_path), "MODEL": f"{tiny}/{task}", "MODELS": models,
            "REWARDS": " ".join(rewards(tiny)), "STEPS": "2", "WARMUP": "1", "BATCH": "4", "RESOLUTION": "32", "EVAL_LIMIT": "2",
-           "EVAL_OPTIONS": "--steps 1 --seeds 2", "REF_REFRESH": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+           "EVAL_OPTIONS": "--steps 1 --seeds 2", "REF_REFRESH": "1", "SAVE_EVERY": "1", "TRAIN_OPTIONS": "--sample_every 1 --sample_steps 1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "train.sh", task], cwd=HERE, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     commands = [shlex.split(line[2:]) for line in out]
-    assert [next(w for w in c if w.endswith(".py")) for c in commands] == ["synpic.py", "rankdpo.py", "evaluate.py"] and commands[1][0] == "torchrun"
+    assert [next(w for w in c if w.endswith(".py")) for c in commands] == ["synpic.py", "rankdpo.py", "evaluate.py"] and commands[0][0] == commands[1][0] == "torchrun"
     for command in commands:
         subprocess.run(command, cwd=HERE, env=env, capture_output=True, check=True, timeout=300)
     assert (tmp_path / "rankdpo/model/model_index.json").is_file() and (tmp_path / "evaluation/report.md").is_file()
-    assert log_of(tmp_path / "rankdpo")[0]["world"] == 2
+    assert log_of(tmp_path / "rankdpo")[0]["world"] == 2 and (tmp_path / "rankdpo/samples.png").is_file()

@@ -42,9 +42,9 @@ fi
 if [ "$task" = toy ]; then
   [ -n "${DRY_RUN:-}" ] || setup
   run .venv/bin/python synpic.py
-  run .venv/bin/python rankdpo.py
+  run .venv/bin/python rankdpo.py --sample_every 100
   run .venv/bin/python evaluate.py
-  [ -n "${DRY_RUN:-}" ] || echo "pictures: outputs/synpic/preview.png outputs/rankdpo/curves.png outputs/evaluation/grid.png"
+  [ -n "${DRY_RUN:-}" ] || echo "pictures: outputs/synpic/preview.png outputs/rankdpo/samples.png outputs/rankdpo/curves.png outputs/evaluation/grid.png"
   exit
 fi
 
@@ -64,10 +64,11 @@ fi
 bin=${BIN-.venv/bin/}
 gpus=${GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | grep -c . || true)}
 [ "$gpus" -gt 0 ] || gpus=1
-run ${bin}python synpic.py --prompts "$PROMPTS" --out "$out/synpic" --models ${MODELS:-sdxl sd3 pixart cascade} \
+run ${bin}torchrun --nproc_per_node "$gpus" synpic.py --prompts "$PROMPTS" --out "$out/synpic" --models ${MODELS:-sdxl sd3 pixart cascade} \
   --rewards ${REWARDS:-hpsv2.1 mps pickscore vqascore imagereward} --batch_size ${GEN_BATCH:-8} ${SYNPIC_OPTIONS:-}
 run ${bin}torchrun --nproc_per_node "$gpus" rankdpo.py --data "$out/synpic" --model "$model" --out "$out/rankdpo" \
   --loss "${LOSS:-rankdpo}" --beta "$beta" --lr "${LR:-2e-5}" --steps "${STEPS:-400}" --warmup_steps "${WARMUP:-40}" --ref_refresh "${REF_REFRESH:-0}" \
-  --global_batch_size "${BATCH:-1024}" --device_batch_size "${DEVICE_BATCH:-1}" --resolution "${RESOLUTION:-1024}" --gradient_checkpointing true
+  --global_batch_size "${BATCH:-1024}" --device_batch_size "${DEVICE_BATCH:-1}" --resolution "${RESOLUTION:-1024}" --gradient_checkpointing true \
+  --save_every "${SAVE_EVERY:-20}" ${TRAIN_OPTIONS:---sample_every 100 --sample_steps 28 --sample_guidance 5}
 run ${bin}python evaluate.py --models "base=$model" "tuned=$out/rankdpo/model" --prompts "$EVAL_PROMPTS" --limit "${EVAL_LIMIT:-500}" \
   --rewards ${EVAL_REWARDS:-${REWARDS:-hpsv2.1 pickscore imagereward vqascore}} --out "$out/evaluation" ${EVAL_OPTIONS:-$steps_guidance --resolution 1024 --batch_size 8 --seeds 5}
