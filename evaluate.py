@@ -34,7 +34,7 @@ class Config:
     out: str = option("outputs/evaluation", "folder to write")
     seeds: int = option(4, "images a prompt and model")
     steps: int = option(16, "sampling steps")
-    guidance: float = option(3., "guidance scale")
+    guidance: float = option(2., "guidance scale")
     resolution: int = option(0, "side in pixels; 0 = the pipeline's own")
     limit: int = option(0, "use the first that many prompts; 0 = all")
     batch_size: int = option(64, "images a batch")
@@ -136,7 +136,7 @@ def main(argv=None):
         if getattr(cfg, option_name) < 1:
             fail(f"--{option_name} must be positive, got {getattr(cfg, option_name)}")
     for name, path in paths.items():
-        if path.startswith(("outputs/", ".", "/")) and not os.path.isdir(path):
+        if path.startswith(("outputs/", ".", "/")) and not all(map(os.path.isdir, path.split("+"))):   # base+adapters
             fail(f"--models {name}={path}: no such folder; train it with rankdpo.py first")
     prompts, tags = read_tagged(cfg.prompts, cfg.limit)
     for spec in cfg.rewards:

@@ -10,9 +10,10 @@
     python rankdpo.py --profile sdxl --gradient_checkpointing true         # FLOPs, time and memory of random weights, no download
 
 Input is a folder that synpic.py wrote (metadata.jsonl and images), output a pipeline folder that
-`DiffusionPipeline.from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl and
-curves.png. A run that was killed goes on from its newest checkpoint when the same command is given again. Stable Diffusion 1.x / 2.x (noise or v), SDXL and
-SD3 (rectified flow) differ in one spot, below. Losses and weights: losses.py, with the scale of beta.
+`DiffusionPipeline.from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl, curves.png
+and, with --sample_every, samples.png. A run that was killed goes on from its newest checkpoint when the same command is
+given again. Stable Diffusion 1.x / 2.x (noise or v), SDXL and SD3 (rectified flow) differ in one spot, below. Losses and
+weights: losses.py, with the scale of beta.
 
 Where this departs from the paper (arXiv 2410.18013), which gives no beta, rate, optimiser or schedule:
   - one noise is shared by the k images of a list, as public DPO trainers share it over a pair;
@@ -66,9 +67,9 @@ class Config:
     model: str = option(str(HERE / "toy/models/sdxl"), "diffusers pipeline to tune: a folder or a hub id")
     out: str = option("outputs/rankdpo", "where the tuned pipeline, log.jsonl and curves.png go")
     loss: str = option("rankdpo", "rankdpo (Eq. 7), dpo, gain (DPO + gain weights), balanced (majority vote), sft (on the winners), weighted (fine-tuning, phi as weight)", LOSSES)
-    beta: float = option(200., "for the mean squared error without a factor 1/2; 2500 is usual for SDXL at 1024 px")
+    beta: float = option(100., "for the mean squared error without a factor 1/2; 2500 is usual for SDXL at 1024 px")
     lr: float = option(2e-4, "peak learning rate of AdamW; decays linearly to 0")
-    steps: int = option(300, "optimiser steps")
+    steps: int = option(600, "optimiser steps")
     warmup_steps: int = option(10, "steps of linear warm-up")
     global_batch_size: int = option(32, "lists (prompts) an optimiser step, over all processes")
     device_batch_size: int = option(32, "lists a forward pass on one device; accumulation follows from it")
@@ -90,7 +91,7 @@ class Config:
     sample_every: int = option(0, "steps between pictures of the first prompts, a row each in samples.png; 0 = never")
     sample_prompts: int = option(8, "prompts in samples.png")
     sample_steps: int = option(16, "sampling steps of samples.png")
-    sample_guidance: float = option(3., "guidance scale of samples.png")
+    sample_guidance: float = option(2., "guidance scale of samples.png")
     save_every: int = option(0, "steps between checkpoints; 0 = only when told to stop (SIGTERM)")
     keep: int = option(1, "checkpoints to keep")
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
@@ -159,8 +160,8 @@ def write_atomic(path, text):
 
 
 def load_pipeline(path, device="cpu", dtype=torch.float32):
-    """Any diffusers text-to-image pipeline from a folder or a hub id; "base+folder" adds LoRA weights to it. A component that was saved as null (a safety
-    checker, the T5 of SD3) stays None: some pipelines ask for that in so many words."""
+    """Any diffusers text-to-image pipeline from a folder or a hub id; "base+folder" adds LoRA weights to it. A component that
+    was saved as null (a safety checker, the T5 of SD3) stays None: some pipelines ask for that in so many words."""
     path, _, lora = str(path).partition("+")
     kwargs, index = {}, Path(path) / "model_index.json"
     if not index.is_file() and (Path(path).exists() or str(path).startswith((".", "/"))):
@@ -179,6 +180,8 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
             pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
         if lora:
             pipe.load_lora_weights(lora)
+            pipe.fuse_lora()                                   # into the weights: a model like any other, to tune or to save
+            pipe.unload_lora_weights()
     except Exception as e:                                     # torn weights, no hub, another format: one line says which folder
         fail(f"{path}: could not load a pipeline: {(str(e).splitlines() or [type(e).__name__])[0]}")
     pipe.set_progress_bar_config(disable=True)
@@ -215,16 +218,22 @@ def encode_prompts(pipe, prompts, size):
     fail(f"{kind}: this trainer knows Stable Diffusion 1.x / 2.x, SDXL and SD3 pipelines")
 
 
-def sampler(pipe, prompts, size):
+@torch.no_grad()
+def sampler(pipe, prompts, size, device, dtype):
     """Prompts -> the arguments with which `pipe` draws them when its text encoders are gone; drops them."""
+    encoders = {n: m for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None}
+    for m in encoders.values():
+        m.to(device, dtype)
     cond, nothing = encode_prompts(pipe, prompts, size), encode_prompts(pipe, [""] * len(prompts), size)
     zeros = pipe.config.get("force_zeros_for_empty_prompt", False)               # SDXL
     kwargs = {"height": size[0], "width": size[1]}
     for name, argument in (("embeds", "prompt_embeds"), ("pooled", "pooled_prompt_embeds")):
         if name in cond:
             kwargs[argument], kwargs[f"negative_{argument}"] = cond[name].float(), nothing[name].float() * (0 if zeros else 1)
-    for name in [n for n in pipe.components if n.startswith("text_encoder")]:
-        setattr(pipe, name, None)
+    for name in [*encoders, "safety_checker"]:
+        if hasattr(pipe, name):
+            setattr(pipe, name, None)
+    pipe.vae.enable_slicing()                                  # one image at a time: at 1024 px each takes gigabytes to decode
     return kwargs
 
 
@@ -241,8 +250,9 @@ def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
     Rectified flow: sigma = u or logit-normal, then the scheduler's shift, x_t = (1 - sigma) x + sigma eps, target eps - x."""
     shape = (-1,) + (1,) * (x.dim() - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        sigma = u if timesteps == "uniform" else torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)   # logit-normal(0, 1) of SD3; mps lacks ndtri
-        sigma = scheduler.config.shift * sigma / (1 + (scheduler.config.shift - 1) * sigma)
+        if timesteps == "logit_normal":                        # (0, 1), as SD3 was trained; mps lacks ndtri
+            u = torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)
+        sigma = scheduler.config.shift * u / (1 + (scheduler.config.shift - 1) * u)
         s = sigma.view(shape)
         return (1 - s) * x + s * noise, 1000 * sigma, noise - x
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -255,7 +265,7 @@ def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
 
 
 def predict(model, x_t, t, cond):
-    """The denoiser's prediction, (N, C, h, w)."""
+    """The denoiser's prediction, (N, C, h, w), of x_t (N, C, h, w) at timesteps t (N,) given encode_prompts' tensors."""
     if "time_ids" in cond:                                                       # SDXL
         added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
         return model(x_t, t, encoder_hidden_states=cond["embeds"], added_cond_kwargs=added, return_dict=False)[0]
@@ -336,7 +346,8 @@ def build_cache(cfg, rows, pipe, rank, world, device, dtype):
     data = Path(cfg.data)
     stat = lambda p: [str(p), p.stat().st_size, p.stat().st_mtime_ns]
     images = [[r["prompt"], [stat(data / f) for f in r["file_names"]]] for r in rows]
-    encoders = [stat(p) for n in ("vae", "text_encoder*") for p in sorted(Path(cfg.model).glob(f"{n}/*.safetensors"))]   # local models
+    local = Path(cfg.model.partition("+")[0])
+    encoders = [stat(p) for n in ("vae", "text_encoder*") for p in sorted(local.glob(f"{n}/*.safetensors"))]
     key = hashlib.sha256(json.dumps([images, cfg.model, encoders, cfg.resolution, str(dtype)]).encode()).hexdigest()[:16]
     folder = data / ".cache" / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -361,8 +372,9 @@ def build_cache(cfg, rows, pipe, rank, world, device, dtype):
             cond = encode_prompts(pipe, [row["prompt"]], x.shape[-2:])
             tensors.update({f"{n}.{name}": t[0].cpu().contiguous() for name, t in cond.items()})
         path = folder / f"{start:07d}.safetensors"
-        save_file(tensors, f"{path}.{rank}.tmp")
-        os.replace(f"{path}.{rank}.tmp", path)
+        tmp = f"{path}.{rank}-{os.getpid()}.tmp"               # two runs on the same lists may write the same file
+        save_file(tensors, tmp)
+        os.replace(tmp, path)
     return folder
 
 
@@ -415,6 +427,16 @@ def list_loss(cfg, policy_err, ref_err, weights, mask):
     return preference_loss(policy_err, ref_err, weights, cfg.beta, mask)
 
 
+def accuracy_by_time(cfg, policy_err, ref_err, weights, mask, u):
+    """Implicit accuracy in ten bins of u, the lists' timesteps, from little noise to much; None where a bin is empty."""
+    bins = []
+    for i in range(10):
+        mine = (u * 10).long().clamp(0, 9) == i                                 # (B,)
+        accuracy = list_loss(cfg, policy_err[mine], ref_err[mine], weights[mine], mask[mine])[1]["accuracy"].item() if mine.any() else float("nan")
+        bins.append(None if np.isnan(accuracy) else accuracy)
+    return bins
+
+
 def draw(cfg, position, n, shape):
     """(u, noise) of list n at a position of the run: u () uniform in [0, 1), noise (K, C, h, w). `position` counts lists
     over all steps. On the CPU and from (seed, step, list) alone, so any number of processes or micro-batches draw the same."""
@@ -455,9 +477,10 @@ def profile(cfg, device, k=4, steps=5):
     matrix rate. The plain loop on one device: forward and backward of the policy, forward of the reference, AdamW."""
     if cfg.profile == "sdxl":                                  # the configuration files of the two models at 1024 px
         kind, latents, shapes = diffusers.UNet2DConditionModel, (4, 128, 128), {"embeds": (77, 2048), "pooled": (1280,), "time_ids": (6,)}
-        config = dict(sample_size=128, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=(320, 640, 1280),
-                      up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
-                      cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+        config = dict(sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+                      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                      up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048, use_linear_projection=True,
+                      addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
     else:
         kind, latents, shapes = diffusers.SD3Transformer2DModel, (16, 128, 128), {"embeds": (333, 4096), "pooled": (2048,)}
         config = dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=192, pooled_projection_dim=2048, caption_projection_dim=1536)
@@ -478,24 +501,27 @@ def profile(cfg, device, k=4, steps=5):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def build(where):
+    def build(where, recompute):
         with torch.device(where):
             model, reference = kind(**config), kind(**config).requires_grad_(False)
-        if cfg.gradient_checkpointing:
+        if recompute:
             model.enable_gradient_checkpointing()
         return model.eval(), reference.eval()
-    meta = build(torch.device("meta"))
-    with FlopCounterMode(display=False) as counter:
-        step(*meta, torch.device("meta"))
-    tflop, size = counter.get_total_flops() / 1e12, sum(p.numel() for p in meta[0].parameters())
-    print(f"{cfg.profile}: {size / 1e9:.3f} G parameters; a list of {k} images at 1024 px takes {tflop:.1f} TFLOP"
-          f"{' with recomputation' if cfg.gradient_checkpointing else ''}")
+    flops = {}
+    for recompute in (False, True):
+        meta = build(torch.device("meta"), recompute)
+        with FlopCounterMode(display=False) as counter:
+            step(*meta, torch.device("meta"))
+        flops[recompute] = counter.get_total_flops() / 1e12
+    size = sum(p.numel() for p in meta[0].parameters())
+    print(f"{cfg.profile}: {size / 1e9:.3f} G parameters; a list of {k} images at 1024 px takes {flops[False]:.1f} TFLOP, {flops[True]:.1f} with recomputation")
     for ranks in (1, 8):
-        print(f"  full fine-tuning on {ranks} GPU(s): {size * (4 + 4 + 8 + 4) / ranks / 1e9:.1f} GB each for fp32 weights, gradients, AdamW and reference, activations not counted")
+        print(f"  full fine-tuning on {ranks} GPU(s): {size * (4 + 4 + 8 + 4) / ranks / 1e9:.1f} GB each for fp32 weights, gradients, "
+              "AdamW and reference, activations not counted")
     if device.type != "cuda":
         return print("  time and peak memory: not measured, no GPU")
     rate = matrix_rate(device) / 1e12
-    model, reference = build(device)
+    model, reference = build(device, cfg.gradient_checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for i in range(steps + 1):                                 # one to warm up
         if i == 1:
@@ -504,9 +530,9 @@ def profile(cfg, device, k=4, steps=5):
         step(model, reference, device, optimizer)
     torch.cuda.synchronize()
     seconds = (time.time() - start) / steps
-    needed = tflop / (20 if cfg.gradient_checkpointing else 16) * 16           # model FLOPs: recomputation is not work done
-    print(f"  {seconds:.3f} s a list, {needed / seconds:.0f} TFLOP/s of model work, {needed / seconds / rate:.0%} of the {rate:.0f} TFLOP/s that this device multiplies bf16 matrices with; "
-          f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    work = flops[False] / seconds                              # model FLOPs: recomputation is not work done
+    print(f"  {seconds:.3f} s a list, {work:.0f} TFLOP/s of model work, {work / rate:.0%} of the {rate:.0f} TFLOP/s "
+          f"that this device multiplies bf16 matrices with; peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 @torch.no_grad()
@@ -525,7 +551,8 @@ def draw_samples(cfg, pipe, prompts, kwargs, device, step, is_main):
     folder.mkdir(exist_ok=True)
     images = np.pad(np.nan_to_num(images), ((0, 0), (0, 0), (0, images.shape[2] // 16), (0, 0)), constant_values=1)
     Image.fromarray((np.concatenate(list(images), axis=1) * 255).round().astype(np.uint8)).save(folder / f"{step:06d}.png")
-    rows, side, left, top = sorted(folder.glob("??????.png")), 128, 64, 48
+    rows = sorted(p for p in folder.glob("??????.png") if int(p.stem) <= step)   # a killed run may have been further
+    side, left, top = 128, 64, 48
     canvas = Image.new("RGB", (left + len(prompts) * side, top + len(rows) * side), "white")
     pen = ImageDraw.Draw(canvas)
     for i, prompt in enumerate(prompts):
@@ -558,15 +585,16 @@ def plot_curves(log, path):
     plt.close(figure)
 
 
-def shard(model, dtype):
+def shard(model, dtype, device):
     """FSDP2: every block that diffusers names as a unit, then the rest. Master weights and reductions are fp32, gathered
     weights `dtype`. Inputs stay as they are, because bf16 would round SDXL's time ids; autocast does the rest."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))          # the device that was asked for, not the best one
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in reversed(list(model.modules())):             # children before parents
         if module is model or type(module).__name__ in (model._no_split_modules or ()):
             # also the root, which FSDP would leave gathered after a forward: a refreshed reference must not use old weights
-            fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
 
 
@@ -617,8 +645,8 @@ def reference_of(model, reference, lora_reference):
 
 
 # what may change between the parts of one run: it does not change the curve
-FREE = ("out", "device", "device_batch_size", "images_per_forward", "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "save_every", "keep", "resume",
-        "gradient_checkpointing")
+FREE = ("out", "device", "device_batch_size", "images_per_forward", "gradient_checkpointing", "sample_every", "sample_prompts", "sample_steps",
+        "sample_guidance", "save_every", "keep", "resume")
 
 
 def training_state(trained, optimizer, reference, average):
@@ -656,7 +684,6 @@ def find_checkpoint(cfg):
     """(folder, step) of the newest checkpoint of this run, or (None, 0). Another configuration is refused by name."""
     folders = sorted((Path(cfg.out) / "checkpoints").glob("step-??????"))
     if not folders or not cfg.resume:
-        shutil.rmtree(Path(cfg.out) / "checkpoints", ignore_errors=True)        # half-written ones, or not wanted
         return None, 0
     run = json.loads((folders[-1] / "run.json").read_text())
     before = run["config"]
@@ -681,12 +708,15 @@ def main(argv=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     is_main = rank == 0
     print0 = print if is_main else lambda *a, **k: None
-    for name in ("steps", "global_batch_size", "device_batch_size", "lr", "beta"):
+    for name in ("steps", "global_batch_size", "device_batch_size", "lr", "beta", "eval_every", "sample_prompts", "sample_steps"):
         if not getattr(cfg, name) > 0:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
     for name in ("seed", "ref_refresh", "warmup_steps", "images_per_forward", "lora_rank", "sample_every", "save_every", "holdout", "ema"):
         if getattr(cfg, name) < 0:
             fail(f"--{name} must not be negative, got {getattr(cfg, name)}")
+    for name in ("holdout", "ema"):
+        if getattr(cfg, name) >= 1:
+            fail(f"--{name} must be below 1, got {getattr(cfg, name)}")
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
     local_batch = cfg.global_batch_size // world
@@ -710,14 +740,14 @@ def main(argv=None):
         checkpoint, start_step = found
     pipe = load_pipeline(cfg.model)
     part, model = denoiser_of(pipe)
-    scheduler = pipe.scheduler
+    scheduler, family = pipe.scheduler, type(pipe)
     folder = build_cache(cfg, rows, pipe, rank, world, device, dtype)
     if world > 1:
         dist.barrier()
     if cfg.sample_every:                                       # the first prompts, encoded now
         size = [s * 2 ** (len(pipe.vae.config.block_out_channels) - 1) for s in read_cached(folder, 0, {})["latents"].shape[-2:]]
         sampled = list(dict.fromkeys(row["prompt"] for row in rows))[:cfg.sample_prompts]
-        sample_kwargs = sampler(pipe, sampled, size)
+        sample_kwargs = sampler(pipe, sampled, size, device, dtype)
     else:
         pipe = None                                            # the VAE and the text encoders have done their work
     weights = [pair_weights(cfg.loss, row, cfg.ties, cfg.seed, n) for n, row in enumerate(rows)]
@@ -741,7 +771,7 @@ def main(argv=None):
     else:
         reference = copy.deepcopy(model).requires_grad_(False)
         model.requires_grad_(True)                             # fp32 weights, as loaded
-        model, reference = (shard(m, dtype) if sharded else m.to(device) for m in (model, reference))
+        model, reference = (shard(m, dtype, device) if sharded else m.to(device) for m in (model, reference))
         trained, anchors = dict(model.named_parameters()), dict(reference.named_parameters()) if cfg.ref_refresh else {}
     average = {n: p.detach().clone() for n, p in trained.items()} if cfg.ema else {}
     parameters = list(trained.values())                        # a list: a generator would be used up by the optimiser
@@ -751,15 +781,18 @@ def main(argv=None):
         print0(f"going on from {checkpoint}")
     if is_main:
         path = Path(cfg.out) / "log.jsonl"
-        kept = [line for line in path.read_text().splitlines() if checkpoint and line.endswith("}") and json.loads(line).get("step", -1) < start_step] if path.is_file() else []
+        lines = path.read_text().splitlines() if checkpoint and path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", -1) < start_step]
         head = json.dumps(dict(config=asdict(cfg), world=world, precision=str(dtype), lists=len(seen), held_out=len(held), **provenance(device)))
         write_atomic(path, "".join(line + "\n" for line in kept or [head]))
+        if not checkpoint:                                     # half-written ones, or not wanted
+            shutil.rmtree(Path(cfg.out) / "checkpoints", ignore_errors=True)
         log, board = open(path, "a"), None
         with suppress(ImportError):                            # where tensorboard is installed, it gets the same numbers
             from torch.utils.tensorboard import SummaryWriter
             board = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
-    print0(f"{cfg.loss}: {len(seen)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {world} process(es) on {device}"
-           f"{', sharded' if sharded else ''}, {dtype}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
+    print0(f"{cfg.loss}: {len(seen)} lists of up to {K} images, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {world} process(es) "
+           f"on {device}{', sharded' if sharded else ''}, {dtype}; {cfg.global_batch_size} lists a step = {world} x {-(-local_batch // micro)} x {micro}")
 
     files = {}
 
@@ -809,7 +842,42 @@ def main(argv=None):
         """Rows of every process, in the order of the lists."""
         if world == 1:
             return tensors
-        return [torch.cat(rows) for t in tensors if dist.all_gather(rows := [torch.empty_like(t) for _ in range(world)], t.contiguous()) is None]
+        whole = [[torch.empty_like(t) for _ in range(world)] for t in tensors]
+        for rows, t in zip(whole, tensors):
+            dist.all_gather(rows, t.contiguous())
+        return [torch.cat(rows) for rows in whole]
+
+    def lists_of(step):
+        """[(position, list)] of this process: a fresh permutation an epoch, the same on every process."""
+        positions = range(step * cfg.global_batch_size, (step + 1) * cfg.global_batch_size)
+        order = {e: np.random.default_rng([cfg.seed, e]).permutation(seen) for e in {p // len(seen) for p in positions}}
+        return [(p, int(order[p // len(seen)][p % len(seen)])) for p in positions][rank * local_batch:(rank + 1) * local_batch]
+
+    def held_out_accuracy():
+        """Implicit accuracy on the held-out lists, at noise and timesteps that stay the same; every process takes equally many."""
+        share, results = [held[i % len(held)] for i in range(rank, -(-len(held) // world) * world, world)], []
+        for begin in range(0, len(share), micro):
+            images, mask, w, _ = load_batch([(2 ** 40, n) for n in share[begin:begin + micro]])
+            w[[rank + world * i >= len(held) for i in range(begin, begin + len(w))]] = 0           # repeated: each list counts once
+            parts = in_parts(images, len(mask))
+            results.append((errors_in_parts(model, images, parts, mask), reference_errors(images, parts, mask), w, mask.float()))
+        policy_err, ref_err, w, mask = gather([torch.cat(r) for r in zip(*results)])
+        return list_loss(cfg, policy_err, ref_err, w, mask.bool())[1]["accuracy"].item()
+
+    def record(row):
+        """One line of log.jsonl, the progress bar, and a warning when the winner's error grows for long."""
+        if peak:
+            row.update(share_of_peak=row["tflops"] / peak, memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+        log.write(json.dumps({m: None if isinstance(v, float) and not np.isfinite(v) else v for m, v in row.items()}) + "\n")
+        log.flush()
+        for name, value in row.items() if board else ():
+            if isinstance(value, float):
+                board.add_scalar(name, value, row["step"])
+        winners.append(row["best_s"])
+        if row["step"] % 50 == 49 and np.mean(winners[-25:]) > max(0, np.mean(winners[-50:-25])):
+            tqdm.write(f"step {row['step']}: the winner's error is above the reference and growing ({np.mean(winners[-25:]):+.1e}); "
+                       "pictures may get worse although loss and accuracy improve: lower --lr or raise --beta")
+        bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.3f}", winner=f"{row['best_s']:+.1e}", loser=f"{row['worst_s']:+.1e}")
 
     # ---- model FLOPs of a list, from one image's forward: backward is twice that, or once where the weights are frozen
     image = load_batch([(0, seen[0])])[0]
@@ -822,37 +890,30 @@ def main(argv=None):
     if cfg.sample_every and not start_step:
         with autocast:
             draw_samples(cfg, pipe, sampled, sample_kwargs, device, 0, is_main)
-    winners, start, skipped, in_row, stop = [], time.time(), 0, 0, []
+    winners, start, in_row, stop = [], time.time(), 0, []
+    skipped = json.loads(kept[-1]).get("skipped", 0) if is_main and kept else 0
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     bar = tqdm(range(start_step, cfg.steps), desc="train", unit="step", disable=not is_main, initial=start_step, total=cfg.steps)
     for step in bar:
-        # which lists: a fresh permutation an epoch, the same on every process
-        positions = range(step * cfg.global_batch_size, (step + 1) * cfg.global_batch_size)
-        order = {e: np.random.default_rng([cfg.seed, e]).permutation(seen) for e in {p // len(seen) for p in positions}}
-        mine = [(p, int(order[p // len(seen)][p % len(seen)])) for p in positions][rank * local_batch:(rank + 1) * local_batch]
         if cfg.ref_refresh and step and step % cfg.ref_refresh == 0:            # BalancedDPO: ref <- theta
             refresh(trained, anchors)
         warmup, decay = min(1, (step + 1) / max(1, cfg.warmup_steps)), 1 - step / cfg.steps
         optimizer.param_groups[0]["lr"] = cfg.lr * warmup * decay
 
-        results = []                                                            # (policy_err, ref_err, weights, mask, u) of my lists
+        mine, results = lists_of(step), []                                      # (policy_err, ref_err, weights, mask, u) of my lists
         for begin in range(0, local_batch, micro):
             images, mask, w, u = load_batch(mine[begin:begin + micro])
-            parts, last = in_parts(images, len(mask)), begin + micro >= local_batch
+            parts = in_parts(images, len(mask))
             ref_err = reference_errors(images, parts, mask)                                        # (B, K), fp32
             if len(parts) == 1:
-                if sharded:
-                    model.set_requires_gradient_sync(last)                      # gradients are reduced once a step
                 policy_err = padded(errors(model, images), mask)                                   # (B, K), fp32
                 loss, _ = list_loss(cfg, policy_err, ref_err, w, mask)          # (B,)
                 (loss.sum() * scale).backward()
-            else:                                                               # the errors first, then dL / d error of each image for its own backward
+            else:                                               # the errors first, then dL / d error of each image for its own backward
                 policy_err = errors_in_parts(model, images, parts, mask).requires_grad_()          # (B, K)
                 loss, _ = list_loss(cfg, policy_err, ref_err, w, mask)          # (B,)
                 slope = torch.autograd.grad(loss.sum() * scale, policy_err)[0][mask]               # (N,)
                 for i, p in enumerate(parts):
-                    if sharded:
-                        model.set_requires_gradient_sync(last and i == len(parts) - 1)
                     again = i > 0 and p.start == 0              # a pass for nothing
                     (errors(model, images, p) * (0 * slope[p] if again else slope[p])).sum().backward()
             results.append((policy_err.detach(), ref_err, w, mask.float(), u))
@@ -879,36 +940,14 @@ def main(argv=None):
         policy_err, ref_err, w, mask, u = gather([torch.cat(r) for r in zip(*results)])
         mask = mask.bool()
         loss, metrics = list_loss(cfg, policy_err, ref_err, w, mask)
+        lists_per_s = (step + 1 - start_step) * cfg.global_batch_size / (time.time() - start)
+        row = {"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()},
+               "accuracy_by_time": accuracy_by_time(cfg, policy_err, ref_err, w, mask, u), "grad_norm": grad_norm.item(),
+               "lr": optimizer.param_groups[0]["lr"], "skipped": skipped, "lists_per_s": lists_per_s, "tflops": lists_per_s * tflop / world}   # a device
+        if held and (step + 1) % cfg.eval_every == 0:
+            row["held_out_accuracy"] = held_out_accuracy()
         if is_main:
-            tenth = (u * 10).long().clamp(0, 9)                                 # accuracy by timestep, from little noise to much
-            by_time = [list_loss(cfg, policy_err[tenth == i], ref_err[tenth == i], w[tenth == i], mask[tenth == i])[1]["accuracy"].item() if (tenth == i).any() else float("nan") for i in range(10)]
-            row = {"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()}, "accuracy_by_time": [None if v != v else v for v in by_time],
-                   "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"], "lists_per_s": (step + 1 - start_step) * cfg.global_batch_size / (time.time() - start)}
-            row["tflops"] = row["lists_per_s"] * tflop / world                  # of model work, a second and device
-            if peak:
-                row.update(share_of_peak=row["tflops"] / peak, memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-            row.update({"skipped": skipped} if skipped else {})
-        if held and (step + 1) % cfg.eval_every == 0:                           # fixed noise and timesteps; every process takes equally many
-            share = [held[i % len(held)] for i in range(rank, -(-len(held) // world) * world, world)]
-            unseen = []
-            for begin in range(0, len(share), micro):
-                images, mask, w, u = load_batch([(2 ** 40, n) for n in share[begin:begin + micro]])
-                parts = in_parts(images, len(mask))
-                unseen.append((errors_in_parts(model, images, parts, mask), reference_errors(images, parts, mask), w, mask.float()))
-            policy_err, ref_err, w, mask = gather([torch.cat(r) for r in zip(*unseen)])
-            if is_main:
-                row["held_out_accuracy"] = list_loss(cfg, policy_err, ref_err, w, mask.bool())[1]["accuracy"].item()
-        if is_main:
-            log.write(json.dumps({m: None if isinstance(v, float) and not np.isfinite(v) else v for m, v in row.items()}) + "\n")
-            log.flush()
-            for name, value in row.items() if board else ():
-                if isinstance(value, float):
-                    board.add_scalar(name, value, step)
-            winners.append(row["best_s"])
-            if step % 50 == 49 and np.mean(winners[-25:]) > max(0, np.mean(winners[-50:-25])):
-                tqdm.write(f"step {step}: the winner's error is above the reference and growing ({np.mean(winners[-25:]):+.1e}); "
-                           "pictures may get worse although loss and accuracy improve: lower --lr or raise --beta")
-            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.3f}", winner=f"{row['best_s']:+.1e}", loser=f"{row['worst_s']:+.1e}")
+            record(row)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0:
             with autocast:
                 draw_samples(cfg, pipe, sampled, sample_kwargs, device, step + 1, is_main)
@@ -920,6 +959,8 @@ def main(argv=None):
                 os.fsync(log.fileno())
             save_checkpoint(cfg, training_state(trained, optimizer, anchors, average), step + 1, rank, world)
         if told:
+            if is_main and board:
+                board.close()
             fail(f"told to stop after step {step}; the same command goes on from there", 143)
 
     with torch.no_grad():
@@ -931,20 +972,23 @@ def main(argv=None):
         tuned = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if is_main:
         log.close()
-        pipe, out = load_pipeline(cfg.model), Path(cfg.out) / "model"
+        if board:
+            board.close()
+        out = Path(cfg.out) / "model"
         if cfg.lora_rank:
             from diffusers.utils import convert_state_dict_to_diffusers
             from peft.utils import get_peft_model_state_dict
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, adapter_name="default"))
-            publish(out, lambda tmp: type(pipe).save_lora_weights(tmp, **{f"{part}_lora_layers": {n: p.cpu() for n, p in layers.items()}}))
+            publish(out, lambda tmp: family.save_lora_weights(tmp, **{f"{part}_lora_layers": {n: p.cpu() for n, p in layers.items()}}))
         else:
+            pipe = load_pipeline(cfg.model)
             if sharded:
                 getattr(pipe, part).load_state_dict(tuned)
             else:
                 setattr(pipe, part, model.to("cpu").to(memory_format=torch.contiguous_format))
             save_pipeline(pipe, out)
         plot_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
-        print0(f"saved {out}; log.jsonl and curves.png beside it")
+        print(f"saved {out}; log.jsonl and curves.png beside it")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ rewards) ranks the k images of a prompt. Three stages, each skipping what is don
 
     generate   images/00000/sdxl_0.png ...       written whole or not at all; a batch is made by its index and every image
                                                  has its own noise, so the pictures do not depend on who drew them when
+                                                 (CPU kernels round by the number of threads: keep OMP_NUM_THREADS there)
     score      scores/pickscore.jsonl ...        appended as they come; a torn last line is scored again
     label      metadata.jsonl, preview.png,      one row a prompt: prompt, file_names, models, seeds, scores, phi, rank
                summary.json, summary.png         wins, agreement of the rewards, ties, speed, cost
@@ -356,7 +357,7 @@ def rows_from_elsewhere(cfg):
     names = {p.stem.partition("@")[0] for p in (Path(cfg.out) / "scores").glob("*.jsonl")}
     for name in sorted(names):
         for i, scores in read_scores(cfg.out, name, pairs, any_version=True).items():
-            rows[i].setdefault("scores", {}).setdefault(name, scores)
+            rows[i].setdefault("scores", {})[name] = scores
     return rows
 
 

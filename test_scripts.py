@@ -22,6 +22,7 @@ import synpic
 import toyworld
 
 HERE = Path(__file__).resolve().parent
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests compare runs on the CPU, also where there is a GPU
 os.environ["OMP_NUM_THREADS"] = "1"            # CPU kernels round differently on another number of threads: here every run, in this
 torch.set_num_threads(1)                       # process or another, has one, so that bytes can be compared on any machine
 PROMPTS = ["a red circle", "two squares", "a cross left of a circle", "a photo of a triangle", "four crosses", "a blue cross and a red circle",

@@ -251,6 +251,11 @@ def test_lists_from_elsewhere_are_scored_labelled_and_trained_on(tiny, tmp_path,
     for r in rows_of(tmp_path):
         assert r["source"] == "elsewhere" and set(r["scores"]) == {"clip", "hpsv2.1"} and len(r["phi"]) == len(r["file_names"])
     synpic.main([*label, "--label", "majority"])
+    newer = {"version": "another", "prompt": PROMPTS[0], "file_names": rows[0]["file_names"], "scores": [7., 8.]}
+    with open(tmp_path / "scores/clip.jsonl", "a") as f:
+        f.write(json.dumps(newer) + "\n")
+    synpic.main(label)
+    assert rows_of(tmp_path)[0]["scores"]["clip"] == [7., 8.]                   # scores made since are taken
     assert train(tmp_path, tiny, tmp_path / "run", "--global_batch_size", "4")[-1]["step"] == 2
     fails(synpic.main, [*label, "--label", "single:mps"], "no such scores", "clip", capsys=capsys)
 

@@ -64,6 +64,7 @@ fi
 bin=${BIN-.venv/bin/}
 gpus=${GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | grep -c . || true)}
 [ "$gpus" -gt 0 ] || gpus=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}   # torchrun kills 30 s after a SIGTERM; a step and a checkpoint take longer
 run ${bin}torchrun --nproc_per_node "$gpus" synpic.py --prompts "$PROMPTS" --out "$out/synpic" --models ${MODELS:-sdxl sd3 pixart cascade} \
   --rewards ${REWARDS:-hpsv2.1 mps pickscore vqascore imagereward} --batch_size ${GEN_BATCH:-8} ${SYNPIC_OPTIONS:-}
 run ${bin}torchrun --nproc_per_node "$gpus" rankdpo.py --data "$out/synpic" --model "$model" --out "$out/rankdpo" \
