@@ -134,7 +134,7 @@ def test_shipped_generators_and_rewards_know_the_world():
         pipe = load_pipeline(model["path"])
         assert type(pipe).__name__ == kinds[model["name"]]
         images = [image for image, _ in generate(pipe, prompts, [noise_seed(p, "", 0) for p in prompts], model)]
-        assert np.mean([check(p, im) for p, im in zip(prompts, images)]) >= .6, model["name"]
+        assert np.mean([check(p, im) for p, im in zip(prompts, images)]) >= .5, model["name"]
     rng, pairs = np.random.default_rng(6), sample(40, seed=12)
     captions = [p for p, _ in pairs]
     slips = [render(slip(grammar()[p], rng), rng) for p in captions]
