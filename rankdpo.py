@@ -938,16 +938,15 @@ def main(argv=None):
 
         # metrics of the whole batch, computed once from everybody's errors
         policy_err, ref_err, w, mask, u = gather([torch.cat(r) for r in zip(*results)])
-        mask = mask.bool()
-        loss, metrics = list_loss(cfg, policy_err, ref_err, w, mask)
-        lists_per_s = (step + 1 - start_step) * cfg.global_batch_size / (time.time() - start)
-        row = {"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()},
-               "accuracy_by_time": accuracy_by_time(cfg, policy_err, ref_err, w, mask, u), "grad_norm": grad_norm.item(),
-               "lr": optimizer.param_groups[0]["lr"], "skipped": skipped, "lists_per_s": lists_per_s, "tflops": lists_per_s * tflop / world}   # a device
-        if held and (step + 1) % cfg.eval_every == 0:
-            row["held_out_accuracy"] = held_out_accuracy()
+        unseen = {"held_out_accuracy": held_out_accuracy()} if held and (step + 1) % cfg.eval_every == 0 else {}   # by all processes
         if is_main:
-            record(row)
+            mask = mask.bool()
+            loss, metrics = list_loss(cfg, policy_err, ref_err, w, mask)
+            lists_per_s = (step + 1 - start_step) * cfg.global_batch_size / (time.time() - start)
+            record({"step": step, "loss": loss.mean().item(), **{m: v.item() for m, v in metrics.items()},
+                    "accuracy_by_time": accuracy_by_time(cfg, policy_err, ref_err, w, mask, u), "grad_norm": grad_norm.item(),
+                    "lr": optimizer.param_groups[0]["lr"], "skipped": skipped, "lists_per_s": lists_per_s,
+                    "tflops": lists_per_s * tflop / world, **unseen})           # of a device
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0:
             with autocast:
                 draw_samples(cfg, pipe, sampled, sample_kwargs, device, step + 1, is_main)

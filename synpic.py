@@ -413,11 +413,16 @@ def label_stage(cfg, rows):
     summarise(cfg, rows, names)
 
 
+def asked(cfg):
+    """What labels and summary follow from, besides the scores: a finished folder with the same is left alone."""
+    return [cfg.label, cfg.seed, cfg.gpu_price, [reward_name(r) for r in cfg.rewards]]
+
+
 def summarise(cfg, rows, names):
     """summary.json and summary.png: who wins against whom, how far the rewards agree, ties, phi, speed and cost."""
     out, first = Path(cfg.out), rows[0]
     summary = {"lists": len(rows), "images": sum(len(r["phi"]) for r in rows), "label": cfg.label, "rewards": names,
-               "asked": [cfg.label, cfg.seed, cfg.gpu_price, [reward_name(r) for r in cfg.rewards]]}
+               "asked": asked(cfg)}
     if len({tuple(map(str, zip(r.get("models", []), r.get("seeds", [])))) for r in rows}) == 1 and first.get("models"):
         phi = torch.tensor([r["phi"] for r in rows])                                                    # (N, K)
         above = (phi[:, :, None] > phi[:, None]).float().mean(0)                                        # (K, K)
@@ -516,9 +521,8 @@ def main(argv=None):
         check_settings(cfg, prompts, models)
         new = generate_stage(cfg, prompts, models, device, index, count) if "generate" in stages else 0
         new += score_stage(cfg, prompts, models, device, index, count) if "score" in stages else 0
-        asked = [cfg.label, cfg.seed, cfg.gpu_price, [reward_name(r) for r in cfg.rewards]]
         if stages == {"generate", "score", "label"} and count == 1 and not new and (out / "metadata.jsonl").is_file() \
-                and (out / "summary.json").is_file() and json.loads((out / "summary.json").read_text()).get("asked") == asked:
+                and (out / "summary.json").is_file() and json.loads((out / "summary.json").read_text()).get("asked") == asked(cfg):
             print(f"{out}: all drawn, scored and labelled already")
         elif "label" in stages:
             if world > 1:                                      # every part must be there; nothing else waits for the others
