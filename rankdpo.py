@@ -81,7 +81,7 @@ class Config:
     labels: str = option("given", "controls: reversed or random labels must not help (RankDPO Table 4 has the random row)", ("given", "reversed", "random"))
     ties: str = option("drop", "what an even vote means for --loss balanced", ("drop", "literal", "random"))
     resolution: int = option(0, "side in pixels to which images are resized and cropped; 0 = as they are")
-    precision: str = option("auto", "compute type; weights, errors and losses are fp32 always", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "compute type; weights, errors and losses are fp32 always, or fp64 like all else, to check equalities", ("auto", "fp32", "bf16", "fp64"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     weight_decay: float = option(.01, "AdamW's")
     max_grad_norm: float = option(1., "gradient clipping")
@@ -142,7 +142,7 @@ def pick_device(name="auto"):
 def pick_dtype(precision, device):
     """The compute type that --precision names; auto is bf16 on a GPU, fp32 elsewhere."""
     precision = precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[precision]
 
 
 def write_atomic(path, text):
@@ -590,7 +590,8 @@ def shard(model, dtype, device):
     weights `dtype`. Inputs stay as they are, because bf16 would round SDXL's time ids; autocast does the rest."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))          # the device that was asked for, not the best one
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    half = dtype if dtype == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
     for module in reversed(list(model.modules())):             # children before parents
         if module is model or type(module).__name__ in (model._no_split_modules or ()):
             # also the root, which FSDP would leave gathered after a forward: a refreshed reference must not use old weights
@@ -609,7 +610,7 @@ def add_lora(model, rank, dtype, refreshed):
         model.add_adapter(config, adapter_name=name)           # the last one is active
     adapters = {n: p for n, p in model.named_parameters() if ".lora_" in n}
     for name, p in adapters.items():
-        p.data = p.data.float()
+        p.data = p.data.to(torch.promote_types(dtype, torch.float32))
         p.requires_grad_(".default." in name)
     trained, anchors = ({n: p for n, p in adapters.items() if p.requires_grad is wanted} for wanted in (True, False))
     refresh(trained, anchors)
@@ -740,6 +741,8 @@ def main(argv=None):
         checkpoint, start_step = found
     pipe = load_pipeline(cfg.model)
     part, model = denoiser_of(pipe)
+    wide = torch.promote_types(dtype, torch.float32)           # of weights, noise and errors
+    model.to(wide)
     scheduler, family = pipe.scheduler, type(pipe)
     folder = build_cache(cfg, rows, pipe, rank, world, device, dtype)
     if world > 1:
@@ -801,10 +804,12 @@ def main(argv=None):
         items = [read_cached(folder, n, files) for _, n in lists]
         k = [len(i["latents"]) for i in items]                                  # images of each list
         draws = [draw(cfg, position, n, tuple(i["latents"].shape)) for (position, n), i in zip(lists, items)]
-        x = torch.cat([i["latents"] for i in items]).to(device)                 # (N, C, h, w), N = sum k
-        noise = torch.cat([d[1] for d in draws]).to(device)                     # (N, C, h, w)
+        x = torch.cat([i["latents"] for i in items]).to(device, wide)             # (N, C, h, w), N = sum k
+        noise = torch.cat([d[1] for d in draws]).to(device, wide)               # (N, C, h, w)
         u = torch.stack([d[0] for d in draws]).to(device)                       # (B,) one timestep a list
         cond = {c: torch.cat([i[c][None].repeat_interleave(n, 0) for i, n in zip(items, k)]).to(device) for c in items[0] if c != "latents"}
+        if dtype == torch.float64:
+            cond = {c: v.to(wide) for c, v in cond.items()}
         x_t, t, target = add_noise(scheduler, x, noise, u.repeat_interleave(torch.tensor(k, device=device)), cfg.timesteps)
         mask = torch.arange(K, device=device) < torch.tensor(k, device=device)[:, None]            # (B, K)
         w = torch.zeros(len(k), K, K, device=device)                            # (B, K, K)
@@ -820,7 +825,7 @@ def main(argv=None):
         return denoising_error(prediction[None], target[None, part])[0]
 
     def padded(values, mask):                                                   # (N,) -> (B, K)
-        return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+        return torch.zeros(mask.shape, device=device, dtype=values.dtype).masked_scatter(mask, values)
 
     def errors_in_parts(network, images, parts, mask):                          # -> (B, K), without gradient
         with torch.no_grad():
@@ -980,7 +985,7 @@ def main(argv=None):
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, adapter_name="default"))
             publish(out, lambda tmp: family.save_lora_weights(tmp, **{f"{part}_lora_layers": {n: p.cpu() for n, p in layers.items()}}))
         else:
-            pipe = load_pipeline(cfg.model)
+            pipe, model = load_pipeline(cfg.model), model.to(torch.float32) if not sharded else model
             if sharded:
                 getattr(pipe, part).load_state_dict(tuned)
             else:

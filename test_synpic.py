@@ -102,7 +102,7 @@ def test_shards_make_the_same_data_set(lists, tiny, tmp_path):
 
 def test_two_ranks_make_the_same_data_set(lists, tiny, tmp_path):
     out = tmp_path / "ranks"
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "synpic.py"]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", "synpic.py"]
     subprocess.run(torchrun + synpic_args(tiny, out, "--device", "cpu"), cwd=HERE, check=True, capture_output=True)
     assert images_of(out) == images_of(lists) and rows_of(out) == rows_of(lists)
 

@@ -24,9 +24,7 @@ setup() {  # .venv with requirements.txt; done once for each content of that fil
   if ! cmp -s requirements.txt .venv/installed.txt; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     echo "installing requirements.txt into .venv (torch with CUDA: about 6 GB on disk, a few minutes)"
-    # image-reward needs fairscale, whose build imports pkg_resources: gone from setuptools 81. So its build sees ours.
-    .venv/bin/python -m pip install -q 'setuptools<81' wheel
-    .venv/bin/python -m pip install -q --no-build-isolation -r requirements.txt
+    .venv/bin/python -m pip install -q -r requirements.txt
     cp requirements.txt .venv/installed.txt
   fi
 }
