@@ -1,73 +1,77 @@
-"""Compare models on held-out prompts: accuracy by category, reward means, win rates with intervals, a picture grid.
+"""Compare models on held-out prompts: accuracy by category, reward means, win rates with intervals, pictures.
 
-    python evaluate.py                                         # the toy world: the base against outputs/rankdpo/model
+    python evaluate.py                                 # the toy world: the base against outputs/rankdpo/model
     python evaluate.py --models base=toy/models/sdxl rank=runs/a/model dpo=runs/b/model --seeds 8
-    python evaluate.py --prompts parti.txt --models sdxl=stabilityai/stable-diffusion-xl-base-1.0 mine=out/model \\
-        --rewards pickscore hpsv2.1 --steps 30 --guidance 5 --resolution 1024
+    python evaluate.py --models sdxl=stabilityai/stable-diffusion-xl-base-1.0 mine=out/model \\
+        --prompts parti.tsv --rewards pickscore hpsv2.1 --steps 30 --guidance 5 --resolution 1024
 
-Prompts are a .txt, one a line, or a .jsonl with `prompt` and, for categories, GenEval's `tag`. All models draw from
-the same starting noise. The first model is the baseline of the others. Output: results.json, report.md, grid.png.
+Prompts are a file of any kind that synpic.py reads; a column `tag`, as GenEval has it, makes categories. All
+models draw from the same starting noise. The first model is the baseline of the others. Output: results.json,
+report.md, grid.png.
 
-  accuracy   share of images that pass the exact checker (toyworld); overall = mean of the categories, as in GenEval
-  win rate   BalancedDPO's: best of the seeds for each prompt and reward, win = strictly higher; Wilson 95 % interval
-  gain       difference of means to the baseline with a 95 % bootstrap interval over prompts, paired
+  accuracy   share of images that pass the exact checker (toyworld); overall = mean of the categories
+  win rate   BalancedDPO's: best of the seeds for each prompt and reward, win = strictly higher; with Wilson's
+             95 % interval
+  gain       difference of means to the baseline, paired, with a 95 % bootstrap interval over prompts
 """
+
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
+from scipy.stats import binomtest
 from tqdm import tqdm
 
-from rankdpo import HERE, fail, load_pipeline, option, parse, pick_device, pick_dtype, provenance, write_atomic
+from common import (
+    HERE,
+    fail,
+    one_line_errors,
+    option,
+    parse,
+    pick_device,
+    pick_dtype,
+    picture_grid,
+    provenance,
+    read_prompts,
+    writable_folder,
+    write_text,
+)
+from pipelines import generate_each, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, check_reward, load_reward, reward_name
-from synpic import generate, noise_seed, picture_grid, read_prompts
 from toyworld import grammar
 
 
 @dataclass
 class Config:
-    models: tuple = option((f"base={HERE / 'toy/models/sdxl'}", "rankdpo=outputs/rankdpo/model"), "two or more, as name=path; the first is the baseline")
-    prompts: str = option(str(HERE / "toy/heldout.jsonl"), "held-out prompts: .txt, or .jsonl with prompt and tag")
-    rewards: tuple = option(("toyworld",) + TOY_REWARDS, "scorers, as name or name=source; toyworld is the exact checker")
+    # what is compared
+    models: tuple = option(
+        (f"base={HERE}/toy/models/sdxl", "rankdpo=outputs/rankdpo/model"),
+        "two or more, as name=path; the first is the baseline",
+    )
+    prompts: str = option(f"{HERE}/toy/heldout.jsonl", "held-out prompts; a column tag makes categories")
+    limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
+    rewards: tuple = option(("toyworld", *TOY_REWARDS), "scorers, name or name=source; toyworld is exact")
+    seeds: int = option(4, "images a prompt and model", at_least=1)
+    # how they draw
+    steps: int = option(16, "sampling steps", at_least=1)
+    guidance: float = option(2.0, "guidance scale", at_least=0)
+    resolution: int = option(0, "side in pixels; 0 = the pipeline's own", at_least=0)
+    seed: int = option(1234, "first seed of the starting noise, and of the bootstrap", at_least=0)
+    precision: str = option("auto", "auto is bf16 on a GPU", ("auto", "fp32", "bf16", "fp16"))
+    # how it is run
     out: str = option("outputs/evaluation", "folder to write")
-    seeds: int = option(4, "images a prompt and model")
-    steps: int = option(16, "sampling steps")
-    guidance: float = option(2., "guidance scale")
-    resolution: int = option(0, "side in pixels; 0 = the pipeline's own")
-    limit: int = option(0, "use the first that many prompts; 0 = all")
-    batch_size: int = option(64, "images a batch")
-    seed: int = option(1234, "first seed of the starting noise, and of the bootstrap")
-    precision: str = option("auto", "of the generators; auto is bf16 on a GPU", ("auto", "fp32", "bf16", "fp16"))
+    batch_size: int = option(64, "images a batch", at_least=1)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
 
-def read_tagged(path, limit):
-    """-> prompts, tags (category of each; "all" without one)."""
-    if not str(path).endswith(".jsonl"):
-        prompts = read_prompts(path, limit)
-        return prompts, ["all"] * len(prompts)
-    if not os.path.isfile(path):
-        fail(f"--prompts {path}: no such file")
-    rows = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append((row["prompt"].strip(), str(row.get("tag", "all"))))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{path}, line {n}: not a JSON object with a string `prompt`; mend or delete that line")
-    if not rows:
-        fail(f"--prompts {path}: holds no prompt")
-    rows = rows[:limit] if limit > 0 else rows
-    return [r[0] for r in rows], [r[1] for r in rows]
+# ----------------------------------------------------------------------------- statistics
 
 
-def wilson(wins, n, z=1.96):
+def wilson(wins, n):
     """95 % Wilson interval of a proportion."""
-    p, d = wins / n, 1 + z * z / n
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** .5 / d
-    return (p + z * z / (2 * n)) / d - half, (p + z * z / (2 * n)) / d + half
+    interval = binomtest(wins, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return interval.low, interval.high
 
 
 def category_mean(values, tags):
@@ -77,111 +81,164 @@ def category_mean(values, tags):
 
 
 def bootstrap_gain(a, b, tags, rng, n=2000):
-    """Gain of b over a, (P,) means a prompt: (difference, low, high), resampling prompts within each category."""
-    d, tags = b - a, np.array(tags)
-    index = np.concatenate([(i := np.flatnonzero(tags == t))[rng.integers(len(i), size=(n, len(i)))] for t in dict.fromkeys(tags)], axis=1)
-    order = np.concatenate([tags[tags == t] for t in dict.fromkeys(tags)])
-    samples = category_mean(d[index], order)
-    return float(category_mean(d, tags)), *np.percentile(samples, [2.5, 97.5]).tolist()
+    """Gain of b over a, (P,) means a prompt: (difference, low, high), resampling prompts by category."""
+    difference, tags = b - a, np.array(tags)
+    samples = []
+    for tag in dict.fromkeys(tags):
+        members = difference[tags == tag]
+        samples.append(members[rng.integers(len(members), size=(n, len(members)))].mean(-1))  # (n,)
+    low, high = np.percentile(np.mean(samples, axis=0), [2.5, 97.5])
+    return float(category_mean(difference, tags)), float(low), float(high)
+
+
+def win_rate(mine, base):
+    """How often the best of the seeds is strictly higher; mine, base: (P, S) scores."""
+    mine, base = mine.max(1), base.max(1)
+    wins, ties, n = int((mine > base).sum()), int((mine == base).sum()), len(mine)
+    low, high = wilson(wins, n)
+    return dict(wins=wins, ties=ties, losses=n - wins - ties, n=n, rate=wins / n, low=low, high=high)
 
 
 def compare(scores, tags, seed):
-    """{model: {reward: (P, S)}} -> results: per model category means, overall, reward means, win rates and gains."""
+    """{model: {reward: (P, S)}} -> of each model and reward: mean, means by category, win rate, gain."""
     base, results = next(iter(scores)), {}
     for name, by_reward in scores.items():
         result = results[name] = {"means": {}, "categories": {}, "win_rate": {}, "gain": {}}
         for reward, s in by_reward.items():
-            per_prompt = s.mean(1)                                               # (P,)
+            per_prompt, per_prompt_base = s.mean(1), scores[base][reward].mean(1)  # (P,)
+            means = {t: float(per_prompt[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
             result["means"][reward] = float(category_mean(per_prompt, tags))
-            result["categories"][reward] = {t: float(per_prompt[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
+            result["categories"][reward] = means
             if name != base:
-                mine, other = s.max(1), scores[base][reward].max(1)              # best of the seeds
-                wins, ties, n = int((mine > other).sum()), int((mine == other).sum()), len(mine)
-                low, high = wilson(wins, n)
-                result["win_rate"][reward] = dict(wins=wins, ties=ties, losses=n - wins - ties, n=n, rate=wins / n, low=low, high=high)
-                gain, low, high = bootstrap_gain(scores[base][reward].mean(1), per_prompt, tags, np.random.default_rng(seed))
+                result["win_rate"][reward] = win_rate(s, scores[base][reward])
+                rng = np.random.default_rng(seed)
+                gain, low, high = bootstrap_gain(per_prompt_base, per_prompt, tags, rng)
                 result["gain"][reward] = dict(gain=gain, low=low, high=high)
     return results
 
 
+# ----------------------------------------------------------------------------- report
+
+
+def table(header, rows):
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
 def report(cfg, results, tags, where):
-    """Markdown tables."""
-    names, categories = list(results), list(dict.fromkeys(tags))
-    lines = [f"{len(tags)} held-out prompts x {cfg.seeds} seeds, {cfg.steps} steps, guidance {cfg.guidance:g}; {where['device']}; commit {where['commit']}", ""]
-    if "toyworld" in results[names[0]]["means"]:
-        lines += ["| accuracy, exact checker | overall | " + " | ".join(categories) + " | gain (95 %) |", "|---" * (len(categories) + 3) + "|"]
-        for n in names:
-            c, g = results[n]["categories"]["toyworld"], results[n]["gain"].get("toyworld")
-            lines.append(f"| {n} | **{results[n]['means']['toyworld']:.3f}** | " + " | ".join(f"{c[t]:.2f}" for t in categories)
-                         + (f" | {g['gain']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f}) |" if g else " | |"))
-        lines.append("")
-    rewards = [r for r in results[names[0]]["means"] if r != "toyworld"]
+    """The setting in a line, then a table of accuracy and a table of rewards."""
+    setting = f"{cfg.steps} steps, guidance {cfg.guidance:g}; {where['device']}; commit {where['commit']}"
+    text = f"{len(tags)} held-out prompts x {cfg.seeds} seeds, {setting}\n\n"
+    categories, rewards = list(dict.fromkeys(tags)), list(next(iter(results.values()))["means"])
+    if "toyworld" in rewards:
+        rewards.remove("toyworld")
+        rows = []
+        for name, result in results.items():
+            accuracy, gain = result["categories"]["toyworld"], ""
+            if g := result["gain"].get("toyworld"):
+                gain = f"{g['gain']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})"
+            overall = f"**{result['means']['toyworld']:.3f}**"
+            rows.append([name, overall, *(f"{accuracy[t]:.2f}" for t in categories), gain])
+        text += table(["accuracy, exact checker", "overall", *categories, "gain (95 %)"], rows)
     if rewards:
-        lines += ["| mean reward over categories; win rate over the first (95 %, n) | " + " | ".join(rewards) + " |", "|---" * (len(rewards) + 1) + "|"]
-        for n in names:
-            cells = []
-            for r in rewards:
-                w = results[n]["win_rate"].get(r)
-                cells.append(f"{results[n]['means'][r]:.3f}" + (f"; {w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}, n = {w['n']})" if w else ""))
-            lines.append(f"| {n} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows = []
+        for name, result in results.items():
+            cells = [f"{result['means'][reward]:.3f}" for reward in rewards]
+            for i, w in enumerate(result["win_rate"].get(reward) for reward in rewards):
+                if w:
+                    cells[i] += f"; {w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}, n = {w['n']})"
+            rows.append([name, *cells])
+        text += table(["mean reward over categories; win rate over the first (95 %, n)", *rewards], rows)
+    return text
 
 
-def main(argv=None):
-    cfg = parse(Config, __doc__, argv)
-    paths = dict(spec.partition("=")[::2] for spec in cfg.models)
-    if len(paths) < 2 or not all(paths.values()) or len(paths) < len(cfg.models):
+def draw_grid(path, prompts, tags, pictures, passed):
+    """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model."""
+    by_tag, rows = {tag: [] for tag in tags}, []
+    for i, tag in enumerate(tags):
+        by_tag[tag].append(i)
+    for i in [i for members in by_tag.values() for i in members[:2]][:12]:
+        cells = []
+        for name, images in pictures.items():  # {model: [of prompt [of seed]]}
+            for s, image in enumerate(images[i][:4]):
+                verdict = "" if name not in passed else (" -", " ok")[int(passed[name][i, s])]
+                cells.append((image, name + verdict))
+        rows.append((prompts[i], cells))
+    picture_grid(rows, path, side=96)
+
+
+# ----------------------------------------------------------------------------- main
+
+
+def parse_models(specs):
+    """{name: path}, at least two."""
+    models = dict(spec.partition("=")[::2] for spec in specs)
+    if len(models) < 2 or not all(models.values()) or len(models) < len(specs):
         fail("--models: two or more different names are needed, each as name=path")
-    for option_name in ("seeds", "steps", "batch_size"):
-        if getattr(cfg, option_name) < 1:
-            fail(f"--{option_name} must be positive, got {getattr(cfg, option_name)}")
-    for name, path in paths.items():
-        if path.startswith(("outputs/", ".", "/")) and not all(map(os.path.isdir, path.split("+"))):   # base+adapters
+    for name, path in models.items():
+        local = path.startswith(("outputs/", ".", "/"))
+        if local and not all(map(os.path.isdir, path.split("+"))):  # base+adapters
             fail(f"--models {name}={path}: no such folder; train it with rankdpo.py first")
-    prompts, tags = read_tagged(cfg.prompts, cfg.limit)
-    for spec in cfg.rewards:
-        check_reward(spec)
-    if any(reward_name(r) == "toyworld" for r in cfg.rewards) and (unknown := [p for p in prompts if p not in grammar()]):
-        fail(f"--rewards toyworld judges sentences of the toy world only, not {unknown[0]!r} in {cfg.prompts}")
-    device, out = pick_device(cfg.device), Path(cfg.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {out}: cannot be written ({e.strerror})")
+    return models
 
-    jobs = [(p, cfg.seed + s) for p in range(len(prompts)) for s in range(cfg.seeds)]
-    sampling = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution)
-    pictures = {}
-    for name, path in paths.items():
-        pipe, images = load_pipeline(path, device, pick_dtype(cfg.precision, device)), []
-        for start in tqdm(range(0, len(jobs), cfg.batch_size), desc=f"generate {name}", unit="batch"):
-            batch = jobs[start:start + cfg.batch_size]
-            # the noise does not depend on the model: all of them start from the same
-            for (p, s), (image, problem) in zip(batch, generate(pipe, [prompts[p] for p, _ in batch], [noise_seed(prompts[p], "", s) for p, s in batch], sampling)):
-                if problem:
-                    fail(f"--models {name}={path}: {problem}, for {prompts[p]!r} with seed {s}")
-                images.append(image)
-        pictures[name] = images
-        del pipe
-    scores = {name: {} for name in paths}
+
+def draw(cfg, name, path, prompts, device):
+    """[of prompt [of seed: image]]. The noise does not depend on the model: all start from the same."""
+    pipe, images = load_pipeline(path, device, pick_dtype(cfg.precision, device)), []
+    jobs = [(prompt, cfg.seed + s) for prompt in prompts for s in range(cfg.seeds)]
+    settings = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution)
+    for start in tqdm(range(0, len(jobs), cfg.batch_size), desc=f"generate {name}", unit="batch"):
+        batch = jobs[start : start + cfg.batch_size]
+        noise = [noise_seed(prompt, "", seed) for prompt, seed in batch]
+        results = generate_each(pipe, [prompt for prompt, _ in batch], noise, settings)
+        for (prompt, seed), (image, problem) in zip(batch, results):
+            if problem:
+                fail(f"--models {name}={path}: {problem}, for {prompt!r} with seed {seed}")
+            images.append(image)
+    return [images[i : i + cfg.seeds] for i in range(0, len(images), cfg.seeds)]
+
+
+def score(cfg, pictures, prompts, device):
+    """{model: {reward: (P, S)}}."""
+    scores, repeated = {name: {} for name in pictures}, [p for p in prompts for _ in range(cfg.seeds)]
     for spec in cfg.rewards:
-        score = load_reward(spec, device)
+        reward = load_reward(spec, device)
         for name, images in tqdm(pictures.items(), desc=f"score {reward_name(spec)}", unit="model"):
             try:
-                s = score(images, [prompts[p] for p, _ in jobs])
+                values = reward([image for of_seed in images for image in of_seed], repeated)
             except ValueError as e:
                 fail(f"pictures of {name}: {e}; leave that reward or that prompt out")
-            scores[name][reward_name(spec)] = s.view(len(prompts), cfg.seeds).double().numpy()
+            scores[name][reward_name(spec)] = values.view(len(prompts), cfg.seeds).double().numpy()
+    return scores
 
+
+@one_line_errors
+def main(argv=None):
+    cfg = parse(Config, __doc__, argv)
+    models = parse_models(cfg.models)
+    rows = read_prompts(cfg.prompts, cfg.limit)
+    prompts, tags = [row["prompt"] for row in rows], [str(row.get("tag", "all")) for row in rows]
+    for spec in cfg.rewards:
+        check_reward(spec)
+    if "toyworld" in map(reward_name, cfg.rewards):
+        if unknown := [prompt for prompt in prompts if prompt not in grammar()]:
+            sentence = f"{unknown[0]!r} in {cfg.prompts}"
+            fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
+    device, out = pick_device(cfg.device), writable_folder("out", cfg.out)
+
+    pictures = {name: draw(cfg, name, path, prompts, device) for name, path in models.items()}
+    scores = score(cfg, pictures, prompts, device)
     results, where = compare(scores, tags, cfg.seed), provenance(device)
     text = report(cfg, results, tags, where)
-    raw = {name: {r: s.round(6).tolist() for r, s in by_reward.items()} for name, by_reward in scores.items()}   # (P, S) each
-    write_atomic(out / "results.json", json.dumps(dict(config=asdict(cfg), **where, prompts=prompts, tags=tags, models=results, scores=raw)))
-    write_atomic(out / "report.md", text)
-    chosen = [j for t in dict.fromkeys(tags) for j in [j for j, u in enumerate(tags) if u == t][:2]][:12]   # two of each category
-    rows = [(prompts[i], [(pictures[n][i * cfg.seeds + s], n if "toyworld" not in scores[n] else f"{n} {'ok' if scores[n]['toyworld'][i, s] else '-'}")
-                          for n in paths for s in range(min(4, cfg.seeds))]) for i in chosen]
-    picture_grid(rows, out / "grid.png", side=96)
+    raw = {}
+    for name, by_reward in scores.items():
+        raw[name] = {reward: s.round(6).tolist() for reward, s in by_reward.items()}  # (P, S) each
+    record = dict(config=asdict(cfg), **where, prompts=prompts, tags=tags, models=results, scores=raw)
+    write_text(out / "results.json", json.dumps(record))
+    write_text(out / "report.md", text)
+    passed = {name: by_reward["toyworld"] for name, by_reward in scores.items() if "toyworld" in by_reward}
+    draw_grid(out / "grid.png", prompts, tags, pictures, passed)
     print(text)
     print(f"{out}/results.json, report.md; pictures side by side in {out}/grid.png")
 

@@ -1,4 +1,4 @@
-"""Preference losses for diffusion models, as pure functions of tensors. Copy what you need: only torch is imported.
+"""Preference losses for diffusion models, as pure functions of tensors. To copy: it needs torch alone.
 
     from losses import rankdpo_loss
     loss, metrics = rankdpo_loss(policy_err, ref_err, phi, beta=2500.)      # (B,), dict
@@ -6,21 +6,25 @@
 
 The whole family is ONE pairwise loss (`preference_loss`) with different weight matrices (B, K, K):
 
-    DPO              dpo_weights(phi)                1 where image i is preferred to image j      Diffusion-DPO
-    DPO + gain       gain_weights(phi)               |2^phi_i - 2^phi_j|                          RankDPO, Table 5
-    RankDPO          dcg_weights(phi)                |2^phi_i - 2^phi_j| |1/D_i - 1/D_j|          RankDPO, Eq. 6
-    BalancedDPO      vote_weights(majority_vote(r))  1 where most rewards prefer i to j           BalancedDPO, Sec. III-C
+    Diffusion-DPO              dpo_weights(phi)                1 where image i is preferred to image j
+    DPO + gain (Table 5)       gain_weights(phi)               |2^phi_i - 2^phi_j|
+    RankDPO (Eq. 6)            dcg_weights(phi)                |2^phi_i - 2^phi_j| |1/D_i - 1/D_j|
+    BalancedDPO (Sec. III-C)   vote_weights(majority_vote(r))  1 where most rewards prefer i to j
 
+and one sum for the fine-tuning baselines (`finetuning_loss`), with weights (B, K).
 Shapes: B lists (prompts), K images a list, R rewards. Errors are *lower is better*; phi and rewards higher.
 
 The scale of beta. Here an error is the MEAN of the squared error over C, H, W, without a factor 1/2. Then
-    beta = beta_half / 2     if your code has sigmoid(-0.5 * beta_half * ...): 5000 there is 2500 here
-    beta = beta_sum * D      if your code SUMS over C, H, W: D = 16,384 (SD 1.5 at 512 px), 65,536 (SDXL at 1024),
-                             262,144 (SD3 at 1024)
-Betas do not carry over between noise, v and velocity errors either: those differ by factors of alpha and sigma.
+    beta = beta_half / 2   if your code has sigmoid(-0.5 * beta_half * ...): 5000 there is 2500 here
+    beta = beta_sum * D    if your code SUMS over C, H, W: D = 16,384 (SD 1.5 at 512 px), 65,536 (SDXL at 1024
+    px),
+                           262,144 (SD3 at 1024 px)
+Betas do not carry over between noise, v and velocity errors either: those differ by factors of alpha and
+sigma.
 
 Papers: RankDPO and Syn-Pic, arXiv 2410.18013; BalancedDPO, arXiv 2503.12575; Diffusion-DPO, arXiv 2311.12908.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -35,37 +39,45 @@ def preference_probability(rewards):
     rewards = _floats("rewards", rewards, 2)
     K, R = rewards.shape[-2:]
     if K < 2 or R < 1:
-        raise ValueError(f"preference_probability: needs at least 2 images and 1 reward, got rewards of shape {tuple(rewards.shape)} = (..., K, R)")
-    wins = rewards.unsqueeze(-2) > rewards.unsqueeze(-3)                        # (..., K, K, R), [i, j] = i beats j
-    return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))                       # (..., K)
+        shape = tuple(rewards.shape)
+        raise ValueError(f"preference_probability: needs (..., K, R) with K >= 2 and R >= 1, got {shape}")
+    wins = rewards.unsqueeze(-2) > rewards.unsqueeze(-3)  # (..., K, K, R), [i, j] = i beats j
+    return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))  # (..., K)
 
 
 def preference_rank(phi):
-    """tau (..., K) as floats, 1 = best. Tied images share their average rank, so the order they come in never matters."""
+    """tau (..., K) as floats, 1 = best. Tied images share their average rank: their order never matters."""
     phi = _floats("phi", phi, 1)
-    better = (phi.unsqueeze(-2) > phi.unsqueeze(-1)).sum(-1)                    # (..., K) images ahead of i
-    equal = (phi.unsqueeze(-2) == phi.unsqueeze(-1)).sum(-1)                    # (..., K) itself included
+    better = (phi.unsqueeze(-2) > phi.unsqueeze(-1)).sum(-1)  # (..., K) images ahead of i
+    equal = (phi.unsqueeze(-2) == phi.unsqueeze(-1)).sum(-1)  # (..., K) itself included
     return better + (equal.to(phi) + 1) / 2
 
 
 def majority_vote(rewards, ties="drop", generator=None):
     """BalancedDPO, Sec. III-C: s_ij = sign(sum_r s_r), every reward one vote.
 
-    rewards (..., K, R) -> (..., K, K) in {-1, 0, +1}, antisymmetric; +1 at [i, j] = more rewards prefer i to j.
-    ties: "drop" leaves an even vote 0 (no gradient); "literal" makes it -1 for i < j, as the paper's prose reads;
-    "random" tosses a coin and needs a `generator`. Equal scores of one reward are a vote for neither."""
+    rewards (..., K, R) -> (..., K, K) in {-1, 0, +1}, antisymmetric; +1 at [i, j] = more rewards prefer i.
+    ties: "drop" leaves an even vote 0 (no gradient); "literal" makes it -1 for i < j, as the paper's prose
+    reads; "random" tosses a coin and needs a `generator`. Equal scores of one reward are a vote for
+    neither."""
     rewards = _floats("rewards", rewards, 2)
     if ties not in ("drop", "literal", "random"):
         raise ValueError(f"majority_vote: ties must be 'drop', 'literal' or 'random', got {ties!r}")
-    diff = rewards.unsqueeze(-2) - rewards.unsqueeze(-3)                        # (..., K, K, R)
-    diff = torch.where(rewards.unsqueeze(-2) == rewards.unsqueeze(-3), torch.zeros_like(diff), diff)   # inf - inf
-    votes = diff.sign().sum(-1).sign()                                          # (..., K, K)
+    diff = rewards.unsqueeze(-2) - rewards.unsqueeze(-3)  # (..., K, K, R)
+    diff = torch.where(
+        rewards.unsqueeze(-2) == rewards.unsqueeze(-3), torch.zeros_like(diff), diff
+    )  # inf - inf
+    votes = diff.sign().sum(-1).sign()  # (..., K, K)
     if ties == "drop":
         return votes
     if ties == "random" and generator is None:
-        raise ValueError("majority_vote: ties='random' needs a torch.Generator, so that one seed gives one result")
+        raise ValueError(
+            "majority_vote: ties='random' needs a torch.Generator, so that one seed gives one result"
+        )
     if ties == "random":
-        coin = 2 * torch.randint(0, 2, votes.shape, generator=generator, device=generator.device).to(votes) - 1
+        coin = (
+            2 * torch.randint(0, 2, votes.shape, generator=generator, device=generator.device).to(votes) - 1
+        )
     else:
         coin = -torch.ones_like(votes)
     upper = coin.triu(1)
@@ -82,16 +94,17 @@ def dpo_weights(phi):
 
 
 def gain_weights(phi):
-    """(B, K) -> (B, K, K): |G_i - G_j|, G = 2^phi, where i is preferred to j, else 0. RankDPO Table 5, "DPO + gain"."""
-    gain = torch.exp2(_floats("phi", phi, 2))                                   # (B, K)
+    """(B, K) -> (B, K, K): |G_i - G_j|, G = 2^phi, where i is preferred to j, else 0. RankDPO Table 5."""
+    gain = torch.exp2(_floats("phi", phi, 2))  # (B, K)
     return (gain.unsqueeze(2) - gain.unsqueeze(1)).abs() * dpo_weights(phi)
 
 
 def dcg_weights(phi):
-    """(B, K) -> (B, K, K): Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)| where i is preferred to j, else 0.
+    """(B, K) -> (B, K, K): Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)| where i is preferred to
+    j.
 
     RankDPO Eq. 6 with D(tau) = ln(1 + tau). phi = (1, 2/3, 1/3, 0) gives Delta_14 = .8214, the largest."""
-    discount = 1 / torch.log1p(preference_rank(_floats("phi", phi, 2)))         # (B, K)
+    discount = 1 / torch.log1p(preference_rank(_floats("phi", phi, 2)))  # (B, K)
     return gain_weights(phi) * (discount.unsqueeze(2) - discount.unsqueeze(1)).abs()
 
 
@@ -107,9 +120,11 @@ def vote_weights(votes):
 def denoising_error(prediction, target):
     """(B, K, ...), (B, K, ...) -> (B, K): mean squared error over the trailing dimensions.
 
-    fp32 BEFORE subtracting: a half-precision difference times beta = 2500 is worth .04 (fp16) to .29 (bf16) in the logit."""
+    fp32 BEFORE subtracting: a half-precision difference times beta = 2500 is worth .04 (fp16) to .29 (bf16)
+    in the logit."""
     if prediction.shape != target.shape or prediction.dim() < 3:
-        raise ValueError(f"denoising_error: prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must be equal shapes (B, K, ...)")
+        shapes = f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"denoising_error: {shapes} must be equal shapes (B, K, ...)")
     wide = _wide(prediction)
     return (prediction.to(wide) - target.to(wide)).square().flatten(2).mean(-1)
 
@@ -117,45 +132,66 @@ def denoising_error(prediction, target):
 def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     """The pairwise loss of the family (RankDPO Eq. 7; Diffusion-DPO for 0/1 weights):
 
-        L_b = - sum_ij weights_ij log sigmoid(-beta (s_i - s_j)),   s = policy_err - ref_err,   lower s is better.
+        L_b = - sum_ij weights_ij log sigmoid(-beta (s_i - s_j)),   s = policy_err - ref_err, lower is better.
 
-    policy_err, ref_err (B, K) errors (see "The scale of beta" above); weights (B, K, K), [i, j] = i is preferred to j;
-    mask (B, K) True for real images, so that K may differ between lists. SUM over the pairs of a list, no mean over
-    lists: -> loss (B,), metrics. The gradient goes through policy_err only.
-    Metrics, detached () tensors: accuracy (share of weighted pairs that s orders rightly, ties 1/2; NaN without a pair),
-    best_s and worst_s (mean s of the image with most weight won and of the one with most weight lost), weight (mean
-    over pairs that have one), unweighted (share of the pairs that have none)."""
-    policy_err, ref_err, weights = _floats("policy_err", policy_err, 2), _floats("ref_err", ref_err, 2), _floats("weights", weights, 3)
-    B, K = policy_err.shape
-    if ref_err.shape != (B, K) or weights.shape != (B, K, K):
-        raise ValueError(f"preference_loss: policy_err {(B, K)}, ref_err {tuple(ref_err.shape)} and weights {tuple(weights.shape)} "
-                         "must be (B, K), (B, K), (B, K, K)")
-    if mask is not None and mask.shape != (B, K):
-        raise ValueError(f"preference_loss: mask {tuple(mask.shape)} must be (B, K) = {(B, K)}")
+    policy_err, ref_err (B, K) errors (see "The scale of beta" above); weights (B, K, K), [i, j] = i is
+    preferred to j; mask (B, K) True for real images, so that K may differ between lists. SUM over the pairs
+    of a list, no mean over lists: -> loss (B,), metrics. The gradient goes through policy_err only.
+
+    Metrics are detached, one number a list, (B,), so that a list counts once however many pairs it has:
+    accuracy (share of its weighted pairs that s orders rightly, ties 1/2), best_s and worst_s (s of the image
+    with most weight won and of the one with most weight lost), weight (mean over pairs that have one),
+    unweighted (share of its pairs that have none). NaN where a list has no weighted pair; the caller
+    reduces."""
+    policy_err, ref_err = _errors("preference_loss", policy_err, ref_err)
+    weights, real = _weights("preference_loss", weights, 3, policy_err, mask)
     if not beta > 0:
         raise ValueError(f"preference_loss: beta must be positive, got {beta}")
-    real = torch.ones_like(policy_err, dtype=torch.bool) if mask is None else mask.bool()   # (B, K)
-    pairs = real.unsqueeze(2) & real.unsqueeze(1)                               # (B, K, K)
-    weights = torch.where(pairs, weights, torch.zeros_like(weights))
-    s = policy_err - ref_err.detach()                                           # (B, K)                       Eq. 5
-    s = torch.where(real, s, torch.zeros_like(s))                               # whatever pads a short list stays out
-    margin = s.unsqueeze(2) - s.unsqueeze(1)                                    # (B, K, K), s_i - s_j
-    loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))                # (B,)                         Eq. 7
+    pairs = real.unsqueeze(2) & real.unsqueeze(1)  # (B, K, K)
+    weights = weights.masked_fill(~pairs, 0)
+    s = (policy_err - ref_err).masked_fill(~real, 0)  # (B, K)                                        Eq. 5
+    margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K), s_i - s_j
+    loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))  # (B,)                              Eq. 7
     with torch.no_grad():
-        used = weights > 0
-        right = (margin < 0).to(s) + .5 * (margin == 0).to(s)
-        n_pairs = (pairs.sum((1, 2)) - real.sum(1)).sum() / 2                   # unordered pairs
-        net = (weights.sum(2) - weights.sum(1)).masked_fill(~real, 0)           # weight won minus weight lost
-        listed = used.any(2).any(1)                                             # lists that say anything
-        best, worst = net.argmax(1, keepdim=True), net.argmin(1, keepdim=True)
+        used = weights > 0  # (B, K, K)
+        right = (margin < 0).to(s) + 0.5 * (margin == 0).to(s)
+        count = used.sum((1, 2))  # (B,), 0 / 0 is NaN below
+        net = weights.sum(2) - weights.sum(1)  # (B, K), weight won minus weight lost
+        images = real.sum(1)
         metrics = {
-            "accuracy": right[used].mean(),
-            "best_s": s.gather(1, best)[listed].mean(),
-            "worst_s": s.gather(1, worst)[listed].mean(),
-            "weight": weights[used].mean(),
-            "unweighted": 1 - used.sum() / n_pairs.clamp(min=1),
+            "accuracy": (right * used).sum((1, 2)) / count,
+            **_ends(s, net.masked_fill(~real, 0), count > 0),
+            "weight": weights.sum((1, 2)) / count,
+            "unweighted": 1 - count / (images * (images - 1) / 2).clamp(min=1),
         }
     return loss, metrics
+
+
+def finetuning_loss(policy_err, ref_err, weights, mask=None):
+    """Weighted fine-tuning (RankDPO Table 5, SFT and weighted): L_b = sum_i weights_i policy_err_i.
+
+    policy_err, ref_err, weights, mask (B, K) -> loss (B,), metrics as those of preference_loss; there are no
+    pairs, so accuracy and unweighted are NaN. The reference is looked at for the metrics only."""
+    policy_err, ref_err = _errors("finetuning_loss", policy_err, ref_err)
+    weights, real = _weights("finetuning_loss", weights, 2, policy_err, mask)
+    weights = weights.masked_fill(~real, 0)
+    loss = (weights * policy_err).sum(1)  # (B,)
+    with torch.no_grad():
+        nan = torch.full_like(loss, float("nan"))
+        s = policy_err - ref_err
+        value = torch.where(real, weights, weights.amax(1, keepdim=True))  # padding is no worst image
+        ends = _ends(s, value, weights.sum(1) > 0)
+        metrics = {"accuracy": nan, **ends, "weight": weights.sum(1) / real.sum(1), "unweighted": nan}
+    return loss, metrics
+
+
+def _ends(s, value, listed):
+    """s (B, K) at the largest and the smallest value (B, K) of a list; NaN for lists that are not `listed`
+    (B,)."""
+    best = s.gather(1, value.argmax(1, keepdim=True))[:, 0]
+    worst = s.gather(1, value.argmin(1, keepdim=True))[:, 0]
+    nan = torch.full_like(best, float("nan"))
+    return {"best_s": torch.where(listed, best, nan), "worst_s": torch.where(listed, worst, nan)}
 
 
 def rankdpo_loss(policy_err, ref_err, phi, beta):
@@ -166,8 +202,12 @@ def rankdpo_loss(policy_err, ref_err, phi, beta):
 def dpo_loss(policy_err, ref_err, beta):
     """Diffusion-DPO for pairs, (B, 2) errors, winner first -> loss (B,), metrics."""
     if policy_err.shape[-1] != 2:
-        raise ValueError(f"dpo_loss: K must be 2, winner first, got errors of shape {tuple(policy_err.shape)}; use dpo_weights for longer lists")
-    return preference_loss(policy_err, ref_err, dpo_weights(torch.tensor([[1., 0.]]).to(ref_err).expand_as(ref_err)), beta)
+        shape = tuple(policy_err.shape)
+        raise ValueError(
+            f"dpo_loss: K must be 2, winner first, got {shape}; use dpo_weights for longer lists"
+        )
+    phi = torch.tensor([[1.0, 0.0]]).to(ref_err).expand_as(ref_err)
+    return preference_loss(policy_err, ref_err, dpo_weights(phi), beta)
 
 
 # ----------------------------------------------------------------------------- checks
@@ -181,8 +221,32 @@ def _wide(x):
 def _floats(name, x, dim):
     """A floating tensor of at least `dim` dimensions without NaN, in fp32 or wider; ValueError otherwise."""
     if not isinstance(x, torch.Tensor) or x.dim() < dim:
-        raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {got}")
     x = x.to(_wide(x))
     if name in ("rewards", "phi", "votes", "weights") and torch.isnan(x).any():
         raise ValueError(f"{name}: contains NaN; drop or rescore those images first")
     return x
+
+
+def _errors(caller, policy_err, ref_err):
+    """Policy and reference errors, both (B, K), the latter without gradient."""
+    policy_err, ref_err = _floats("policy_err", policy_err, 2), _floats("ref_err", ref_err, 2)
+    if policy_err.dim() != 2 or ref_err.shape != policy_err.shape:
+        shapes = f"policy_err {tuple(policy_err.shape)} and ref_err {tuple(ref_err.shape)}"
+        raise ValueError(f"{caller}: {shapes} must be equal shapes (B, K)")
+    return policy_err, ref_err.detach()
+
+
+def _weights(caller, weights, dim, policy_err, mask):
+    """Weights (B, K) or (B, K, K) that fit policy_err (B, K), and the mask of real images (B, K), True
+    without one."""
+    weights, (B, K) = _floats("weights", weights, dim), policy_err.shape
+    if weights.shape != (B, K, K)[:dim]:
+        raise ValueError(
+            f"{caller}: weights {tuple(weights.shape)} must be {(B, K, K)[:dim]} for errors {(B, K)}"
+        )
+    if mask is not None and mask.shape != (B, K):
+        raise ValueError(f"{caller}: mask {tuple(mask.shape)} must be (B, K) = {(B, K)}")
+    real = torch.ones_like(policy_err, dtype=torch.bool) if mask is None else mask.bool()
+    return weights, real

@@ -1,30 +1,39 @@
-"""Reward models behind one function: load_reward(name, device) -> score(images, prompts) -> (N,) float tensor.
+"""Reward models behind one function: load_reward(name, device) -> score(images, prompts) -> (N,) tensor.
 
-    python rewards.py --image picture.png --prompt "a red circle"            # every toy reward on one picture
-    python rewards.py --image a.png --prompt "a cat" --rewards imagereward pickscore hpsv2.1=HPS_v2.1_compressed.pt
-    python rewards.py --score outputs/synpic --rewards mps vqascore          # a whole folder -> its scores/NAME.jsonl
+    python rewards.py --image picture.png --prompt "a red circle"     # every toy reward on one picture
+    python rewards.py --image a.png --prompt "a cat" --rewards imagereward hpsv2.1=HPS_v2.1_compressed.pt
+    python rewards.py --score outputs/synpic --rewards mps vqascore   # a whole folder: its scores/NAME.jsonl
 
-A reward is a name, or name=source with a local folder or file in the layout of the original. Larger is better, always.
+A reward is a name, or name=source: a FILE of weights is the published model and nothing else; a FOLDER holds
+the weights and may bring a config and a tokenizer of its own. Larger is better, always.
 
-    name         model, default source on the hub                                size      licence      score
-    clip         open_clip ViT-H-14, laion/CLIP-ViT-H-14-laion2B-s32B-b79K       3.9 GB    MIT          cosine, -1 to 1
-    hpsv2.1      open_clip ViT-H-14, xswu/HPSv2 HPS_v2.1_compressed.pt           2.0 GB    Apache-2.0   cosine, about .2 to .35
-    hpsv2        the same, HPS_v2_compressed.pt                                  2.0 GB    Apache-2.0   cosine, about .2 to .3
-    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1                     3.9 GB    MIT          logit scale x cosine, about 15 to 25
-    imagereward  BLIP-L + MLP, zai-org/ImageReward ImageReward.pt                1.8 GB    Apache-2.0   about -2.3 to 2
-    cyclereward  BLIP-L + MLP, carolineec/CycleReward-Combo                      1.8 GB    MIT          unbounded
-    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                           4.4 GB    not stated   logit scale x cosine, about 0 to 15
-    vqascore     CLIP-L/336 + Flan-T5-XXL, zhiqiulin/clip-flant5-xxl             23 GB     Apache-2.0   P("Yes"), 0 to 1
-    vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl              6.3 GB    Apache-2.0   P("Yes"), 0 to 1
-    aesthetic    OpenAI ViT-L/14 + LAION v2 head, trl-lib/ddpo-aesthetic-predictor   1.7 GB   Apache-2.0   about 1 to 10, ignores the prompt
-    toyworld     the exact checker of toyworld.py, for evaluation only                                  1 = shows the prompt, else 0
+    name         model, default source on the hub                     size    licence     score
+    clip         open_clip ViT-H-14                                   3.9 GB  MIT         cosine, -1 to 1
+                 laion/CLIP-ViT-H-14-laion2B-s32B-b79K
+    hpsv2.1      the same, xswu/HPSv2 HPS_v2.1_compressed.pt          2.0 GB  Apache-2.0  cosine, .2 to .35
+    hpsv2        the same, xswu/HPSv2 HPS_v2_compressed.pt            2.0 GB  Apache-2.0  cosine, .2 to .3
+    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1          3.9 GB  MIT         15 to 25
+    imagereward  BLIP-L + MLP, zai-org/ImageReward ImageReward.pt     1.8 GB  Apache-2.0  -2.3 to 2
+    cyclereward  BLIP-L + MLP, carolineec/CycleReward-Combo           1.8 GB  MIT         unbounded
+    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                4.4 GB  not stated  0 to 15
+    vqascore     CLIP-L/336 + Flan-T5-XXL, zhiqiulin/clip-flant5-xxl  23 GB   Apache-2.0  P("Yes"), 0 to 1
+    vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl   6.3 GB  Apache-2.0  P("Yes"), 0 to 1
+    aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  1 to 10, no prompt
+                 trl-lib/ddpo-aesthetic-predictor
+    toyworld     the exact checker of toyworld.py, to evaluate only                       1 if shown, else 0
 
-The weights of mps state no licence (their authors' code is MIT); only the paper's recipe in train.sh names it. Text beyond a model's context (77 tokens for CLIP, 35 for
-ImageReward) is cut, and says so once. Everything runs in fp32 but VQAScore, which is bf16 as in its own code. Every
-picture becomes 8-bit RGB before anything else: alpha is dropped as the originals do, 16-bit grey is scaled.
-Weights are read as safetensors or with weights_only=True. Nothing here needs the scorers' own packages: they pin
-libraries of years ago. test_rewards.py holds each scorer against its original modules on random weights.
+The weights of mps state no licence (their authors' code is MIT). PickScore and MPS are logit scale x cosine.
+All run in fp32; vqascore-bf16 and vqascore-xl-bf16 take half the memory. Text beyond a model's context (77
+tokens for CLIP, 35 for ImageReward) is cut, and says so once. Alpha is dropped, before or after the resize as
+in each original; 16-bit grey is scaled, where every original clips it to white. Nothing here needs the
+scorers' own packages: they pin libraries of years ago. tests/test_rewards.py holds each scorer against the
+original's own preprocessing and modules; docs/rewards.md says how far they agree.
+
+Where a score could be wrong without a word, loading fails instead: weights must have exactly the tensors of
+the published architecture (or of the folder's config) in its shapes, and a tokenizer must fit its model and
+tell two sentences apart. Weights are read as safetensors or with weights_only=True.
 """
+
 import hashlib
 import json
 import os
@@ -32,47 +41,84 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-MEAN = torch.tensor([.48145466, .4578275, .40821073])[:, None, None]           # of every CLIP, and of BLIP
-STD = torch.tensor([.26862954, .26130258, .27577711])[:, None, None]
-HERE = Path(__file__).resolve().parent
-TOY_REWARDS = tuple(f"{name}={HERE / 'toy/rewards' / folder}" for name, folder in (("clip", "clip"), ("hpsv2.1", "hps"), ("pickscore", "pick")))
-LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+from common import (
+    HERE,
+    fail,
+    lock,
+    one_line_errors,
+    open_image,
+    option,
+    parse,
+    pick_device,
+    read_metadata,
+    read_text,
+)
 
-# ----------------------------------------------------------------------------- images and text
+TOY_REWARDS = tuple(
+    f"{name}={HERE / 'toy/rewards' / folder}"
+    for name, folder in (("clip", "clip"), ("hpsv2.1", "hps"), ("pickscore", "pick"))
+)
 
 
-def read_image(image):
-    """A file or a PIL image -> 8-bit RGB. 16-bit grey keeps its high byte: PIL's own conversion would clip it to white."""
-    image = image if isinstance(image, Image.Image) else Image.open(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+@dataclass
+class Config:
+    image: str = option("", "an image file to score")
+    prompt: str = option("", "its prompt")
+    score: str = option("", "a folder to score: an imagefolder, or pictures with .txt captions; resumes")
+    rewards: tuple = option(TOY_REWARDS, "rewards, as name or name=source")
+    batch_size: int = option(32, "images a forward pass", above=0)
+    on_error: str = option("stop", "rows that cannot be scored", ("stop", "skip"))
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
 
-def crop(image, size, floor=False):
-    """OpenAI CLIP's preprocessing: shorter side to `size` by PIL bicubic, centre crop, normalise -> (3, size, size).
-    An odd margin is rounded half to even by torchvision, down by transformers (`floor`)."""
+# ----------------------------------------------------------------------------- pictures
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # of every CLIP, and of BLIP
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+def check_area(width, height):
+    """A picture of 30000 x 1 pixels is harmless until its shorter side is scaled up."""
+    if width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"too elongated: it would be resized to {width} x {height} pixels")
+
+
+def crop(image, size):
+    """OpenAI CLIP's preprocessing: shorter side to `size` by PIL bicubic, centre crop, RGB, normalise -> (3,
+    size, size). The resize comes first, so alpha weighs the colours it mixes; an odd margin is rounded half
+    to even."""
+    return crop_at(image, size, lambda margin: round(margin / 2))
+
+
+def crop_rgb(image, size):
+    """The same as transformers' CLIPImageProcessor does it: RGB first, an odd margin rounded down."""
+    return crop_at(image.convert("RGB"), size, lambda margin: margin // 2)
+
+
+def crop_at(image, size, half):
     w, h = image.size
     w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    left, top = ((m // 2 if floor else round(m / 2)) for m in (w - size, h - size))
+    check_area(w, h)
+    left, top = half(w - size), half(h - size)
     image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     return (x - MEAN) / STD
 
 
-def pad(image, size):
-    """HPSv2's preprocessing: LONGER side to `size` by bicubic with antialias on the float tensor, zero-padded to a
-    centred square, then normalised -> (3, size, size). open_clip's own crop would cut non-square images."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()[None] / 255
+def letterbox(image, size):
+    """HPSv2's preprocessing: LONGER side to `size` by bicubic with antialias on the float tensor, zero-padded
+    to a centred square, then normalised -> (3, size, size)."""
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()[None] / 255
     h, w = (max(1, round(n * (size / max(x.shape[-2:])))) for n in x.shape[-2:])
     if (h, w) != tuple(x.shape[-2:]):
         x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
@@ -82,11 +128,72 @@ def pad(image, size):
 
 
 def square(image, size):
-    """VQAScore's (LLaVA's) preprocessing: padded to a centred square with the mean colour, then as CLIP's."""
+    """VQAScore's (LLaVA's) preprocessing: RGB, padded to a centred square with the mean colour, then as
+    CLIP's."""
     side, (w, h) = max(image.size), image.size
+    check_area(side, side)
     canvas = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN.flatten().tolist()))
-    canvas.paste(image, ((side - w) // 2, (side - h) // 2))
-    return crop(canvas, size, floor=True)
+    canvas.paste(image.convert("RGB"), ((side - w) // 2, (side - h) // 2))
+    return crop_rgb(canvas, size)
+
+
+# ----------------------------------------------------------------------------- text
+
+CLIP_WORDS = 49408  # the size of CLIP's one published vocabulary, which comes with open_clip
+KNOWN = {  # what two published vocabularies, recognised by their size, make of "a photo of a cat"
+    CLIP_WORDS: [49406, 320, 1125, 539, 320, 2368, 49407],
+    30524: [101, 1037, 6302, 1997, 1037, 4937, 102],  # bert-base-uncased with BLIP's two special words
+}
+
+
+def check_tokenizer(tokenizer, size, where):
+    """ValueError unless it has the model's `size` words and tells two English sentences apart. transformers 5
+    does not fail where a tokenizer's files are not there: it returns one of 2 to 5 words, and all prompts
+    become the same."""
+    special = set(tokenizer.all_special_ids)
+    seen = [set(tokenizer(text).input_ids) - special for text in ("a red circle", "two squares")]
+    if len(tokenizer) != size:
+        problem = f"it has {len(tokenizer)} words and the model {size}"
+    elif not all(seen) or seen[0] == seen[1]:
+        problem = "it knows no word of 'a red circle' or 'two squares'"
+    elif size in KNOWN and tokenizer("a photo of a cat").input_ids != KNOWN[size]:
+        problem = "it is not the published one: its numbers for 'a photo of a cat' are others"
+    else:
+        return tokenizer
+    raise ValueError(
+        f"no tokenizer for this model at {where} ({problem}); name a FOLDER that holds the weights and "
+        "the tokenizer's files (tokenizer.json, or vocab.txt / vocab.json and merges.txt)"
+    )
+
+
+def load_tokenizer(kind, source, size, hub="", extra=()):
+    """The tokenizer of a folder that brings one, or the hub's: checked. A file of weights brings none,
+    whatever lies beside it."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+    own = source and any((Path(source) / f).is_file() for f in files)
+    where = source if own or not hub else hub
+    try:
+        tokenizer = kind.from_pretrained(where)
+    except Exception as e:
+        raise ValueError(f"no tokenizer at {where} ({one_line(e)}); put its files into the folder") from None
+    tokenizer.add_tokens(list(extra), special_tokens=True)
+    return check_tokenizer(tokenizer, size or len(tokenizer), where)
+
+
+def clip_tokenizer(source, size):
+    """transformers' CLIPTokenizer, as PickScore and MPS use it. CLIP's own vocabulary is never read from a
+    folder."""
+    from transformers import CLIPTokenizer
+
+    if size != CLIP_WORDS:
+        return load_tokenizer(CLIPTokenizer, source, size)
+    from open_clip import SimpleTokenizer
+
+    bpe = SimpleTokenizer()
+    words = {word: i for word, i in bpe.encoder.items() if i < CLIP_WORDS - 2}
+    words |= {"<|startoftext|>": CLIP_WORDS - 2, "<|endoftext|>": CLIP_WORDS - 1}
+    tokenizer = CLIPTokenizer(vocab=words, merges=list(bpe.bpe_ranks), model_max_length=77)
+    return check_tokenizer(tokenizer, size, "open_clip")
 
 
 def warn_cut(lengths, limit, name):
@@ -105,43 +212,76 @@ def tokenize(tokenizer, texts, length, name):
     return out.input_ids, out.attention_mask
 
 
-# ----------------------------------------------------------------------------- scoring: threads read, the model scores
+def open_clip_ids(source, config, name):
+    """prompts -> ids (N, length), as open_clip does it: its own tokenizer, which cleans the text (ftfy,
+    HTML), for CLIP's vocabulary; for any other the folder's."""
+    size, length = config["vocab_size"], config.get("context_length", 77)
+    if size != CLIP_WORDS:
+        tokenizer = clip_tokenizer(source, size)
+        return lambda texts: tokenize(tokenizer, texts, length, name)[0]
+    from open_clip import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer(context_length=length)
+
+    def ids(texts):
+        warn_cut([len(tokenizer.encode(t)) + 2 for t in texts], length, name)
+        return tokenizer(texts)
+
+    return ids
+
+
+# ------------------------------------------------------------ scoring: threads read, the model scores
 
 
 class Scorer:
     """score(images, prompts) -> (N,) float tensor on the CPU, larger is better.
 
-    prepare: PIL image -> tensor, in threads and two batches ahead; forward: (N, ...) tensor on the device, N prompts -> (N,)."""
+    prepare: PIL image -> tensor, in threads and two batches ahead; forward: (N, ...) tensor on the device, N
+    prompts -> (N,)."""
 
     def __init__(self, name, prepare, forward, device="cpu"):
         self.name, self.prepare, self.forward, self.device = name, prepare, forward, device
 
+    def load(self, image, prompt):
+        """(what forward takes, None), or (None, what is wrong)."""
+        if not prompt.strip():
+            return None, "an empty prompt cannot be scored"
+        try:
+            prompt.encode()  # half a surrogate pair is no text
+            return self.prepare(open_image(image)), None
+        except (OSError, ValueError) as e:
+            return None, str(e)
+
+    def score_batch(self, loaded, prompts):
+        """[(score, None) or (None, problem)]. The first good pair stands in for what cannot be scored, so
+        that the scores of the others do not depend on it: a forward pass rounds differently for another
+        number of images."""
+        good = next((n for n, (_, problem) in enumerate(loaded) if not problem), None)
+        if good is None:
+            return loaded
+        x = [loaded[good if problem else n][0] for n, (_, problem) in enumerate(loaded)]
+        texts = [prompts[good if problem else n] for n, (_, problem) in enumerate(loaded)]
+        with torch.inference_mode():
+            x = torch.stack(x).to(self.device) if torch.is_tensor(x[0]) else x
+            scores = self.forward(x, texts).float().tolist()
+        found = []
+        for score, (_, problem) in zip(scores, loaded):
+            if not problem and not np.isfinite(score):
+                problem = f"the score is {score}"
+            found.append((None if problem else score, problem))
+        return found
+
     def stream(self, images, prompts, batch_size=32):
-        """Yield (score, problem) of each pair in order: (float, None), or (None, what is wrong with this one)."""
-        def load(image, prompt):
-            if not prompt.strip():
-                return None, "an empty prompt cannot be scored"
-            try:
-                return self.prepare(read_image(image)), None
-            except (OSError, ValueError, Image.DecompressionBombError) as e:
-                return None, f"not a readable image ({e})"
-        images, prompts, ahead = list(images), list(prompts), deque()
+        """Yield (score, problem) of each pair in order: (float, None), or (None, what is wrong with this
+        one)."""
+        pairs, ahead = list(zip(images, prompts)), deque()
+        batches = [pairs[n : n + batch_size] for n in range(0, len(pairs), batch_size)]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            for start in range(0, len(images) + 2 * batch_size, batch_size):
-                ahead.append([(p, threads.submit(load, i, p)) for i, p in zip(images[start:start + batch_size], prompts[start:start + batch_size])])
-                if len(ahead) < 3:
-                    continue
-                batch = [(p, *future.result()) for p, future in ahead.popleft()]
-                good = [(p, x) for p, x, problem in batch if problem is None]
-                if good:
-                    x = [x for _, x in good]
-                    with torch.inference_mode():
-                        scores = iter(self.forward(torch.stack(x).to(self.device) if torch.is_tensor(x[0]) else x, [p for p, _ in good]).float().tolist())
-                for _, _, problem in batch:
-                    value = None if problem else next(scores)
-                    if value is not None and not np.isfinite(value):
-                        value, problem = None, f"the score is {value}"
-                    yield value, problem
+            for batch in batches + [[], []]:
+                ahead.append([(prompt, threads.submit(self.load, image, prompt)) for image, prompt in batch])
+                if len(ahead) > 2:
+                    ready = ahead.popleft()
+                    yield from self.score_batch([f.result() for _, f in ready], [p for p, _ in ready])
 
     def __call__(self, images, prompts, batch_size=32):
         if len(images) != len(prompts):
@@ -156,55 +296,119 @@ class Scorer:
 
 # ----------------------------------------------------------------------------- weights
 
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:400]
+
 
 def from_hub(repo, file):
     """A file of a hub repository; without a name, its only weights."""
     from huggingface_hub import hf_hub_download, list_repo_files
-    file = file or max((f for f in list_repo_files(repo) if f.endswith((".safetensors", ".pt", ".pth", ".bin"))), key=lambda f: f.endswith(".safetensors"))
+
+    file = file or max(
+        (f for f in list_repo_files(repo) if f.endswith(WEIGHTS)), key=lambda f: f.endswith(".safetensors")
+    )
     return Path(hf_hub_download(repo, file))
 
 
 def find_weights(source, repo, file):
-    """The checkpoint: `source` itself, the file of the usual name in that folder (or its only one), or the hub's."""
+    """The checkpoint: `source` itself, the file of the usual name in that folder (or its only one), or the
+    hub's."""
     path = Path(source or from_hub(repo, file))
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".safetensors"))
-        path = files[0] if len(files) == 1 else path / (file or "model.safetensors")
-    return path
+    if not path.is_dir():
+        return path
+    files = sorted(p for p in path.iterdir() if p.suffix in WEIGHTS)
+    usual = [p for p in files if p.name == (file or "model.safetensors")]
+    if not usual and len(files) != 1:
+        found = ", ".join(p.name for p in files) or "nothing of the kind"
+        raise ValueError(f"{path}: {file or 'model.safetensors'} is wanted there, found {found}")
+    return (usual or files)[0]
 
 
 def read_weights(path):
-    """State dict of fp32 tensors from .safetensors, or from a torch file without pickled code ({"state_dict": ...} too)."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-    return {k: v.float() for k, v in state.items()}
+    """State dict of fp32 tensors from .safetensors, or a torch file without code ({"state_dict": ...}
+    too)."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # each format has its own
+        raise ValueError(f"{path}: no readable weights ({type(e).__name__}: {one_line(e)[:150]})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"{path}: holds no state dict of tensors")
+    return {
+        k: v.float() for k, v in state.items() if not k.endswith("position_ids")
+    }  # old copies of 0, 1, ...
 
 
-def check_keys(path, missing, unexpected):
-    if missing or unexpected:
-        raise ValueError(f"{path} is not such a checkpoint: missing keys {sorted(missing)[:3]}, unexpected keys {sorted(unexpected)[:3]}")
+def check_keys(path, missing, unexpected, shapes=()):
+    if missing or unexpected or shapes:
+        parts = [f"missing keys {sorted(missing)[:3]}"] * bool(missing)
+        parts += [f"unexpected keys {sorted(unexpected)[:3]}"] * bool(unexpected)
+        parts += [f"wrong shapes {sorted(shapes)[:3]}"] * bool(shapes)
+        raise ValueError(f"{path} is not such a checkpoint: {', '.join(parts)}")
 
 
-def pretrained(kind, source, unused=(), **kwargs):
-    """transformers' from_pretrained, which only warns of keys that do not fit; `unused` parts may lie in the file."""
-    kwargs.setdefault("dtype", torch.float32)
-    model, info = kind.from_pretrained(source, output_loading_info=True, **kwargs)
-    check_keys(source, info["missing_keys"] | {k for k, *_ in info["mismatched_keys"]},
-               {k for k in info["unexpected_keys"] if "position_ids" not in k and not k.startswith(tuple(unused))})
-    return model.eval()
+def load_strict(build, state, path, device):
+    """build() with exactly these weights: the architecture says which tensors there are and how large, not
+    the file."""
+    with torch.device("meta"):  # a wrong file fails before a billion weights are made
+        wanted = {
+            k: tuple(v.shape) for k, v in build().state_dict().items() if not k.endswith("position_ids")
+        }
+    shapes = [
+        f"{k} {tuple(v.shape)} instead of {wanted[k]}"
+        for k, v in state.items()
+        if k in wanted and tuple(v.shape) != wanted[k]
+    ]
+    check_keys(path, wanted.keys() - state.keys(), state.keys() - wanted.keys(), shapes)
+    with torch.device(device):  # initial values cost 16 s for a ViT-H on a CPU, nothing on a GPU
+        model = build()
+    model.load_state_dict(state, strict=False)
+    return model.float().eval()
 
 
-def has(source, *names):
-    """The folder `source` if it holds one of these files: local checkpoints may bring their own configuration and tokenizer."""
-    folder = Path(source) if source and Path(source).is_dir() else Path(source or "").parent
-    return folder if source and any((folder / n).is_file() for n in names) else None
+def pretrained(kind, source, unused=(), optional=(), **kwargs):
+    """transformers' from_pretrained, which only warns of keys that do not fit -> (model, missing `optional`
+    keys). `unused` parts may lie in the file."""
+    kwargs = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    model, info = kind.from_pretrained(source, **kwargs)
+    left_out = {k for k in info["missing_keys"] if k.startswith(optional)}
+    unexpected = {k for k in info["unexpected_keys"] if "position_ids" not in k and not k.startswith(unused)}
+    shapes = [f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in info["mismatched_keys"]]
+    check_keys(source, info["missing_keys"] - left_out, unexpected, shapes)
+    return model.eval(), left_out
 
 
-# ----------------------------------------------------------------------------- the CLIP family: clip, hpsv2.1, hpsv2, pickscore
+def folder_config(kind, source, published):
+    """The config.json of a folder, if it is of this kind: sizes of its own. Otherwise the published sizes."""
+    path = Path(source or "") / "config.json"
+    if source and path.is_file() and json.loads(read_text(path)).get("model_type") == kind.model_type:
+        return kind.from_pretrained(source)
+    return kind(**published)
+
+
+def sizes(width, layers, heads=16):
+    """A transformer as transformers' configurations name it."""
+    return dict(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads
+    )
+
+
+# ------------------------------------------------------------ clip, hpsv2.1, hpsv2, pickscore
+
+LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+VIT_H = dict(  # as transformers names it
+    projection_dim=1024,
+    text_config=dict(sizes(1024, layers=24), hidden_act="gelu"),
+    vision_config=dict(sizes(1280, layers=32), hidden_act="gelu", patch_size=14),
+)
 
 
 def cosine(scale, image, text):
@@ -212,255 +416,428 @@ def cosine(scale, image, text):
     return scale * (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)
 
 
-def load_open_clip(name, source, device, repo, file):
-    """CLIP score and HPSv2 (Wu et al. 2023): cosine, unscaled. From an open_clip folder (open_clip_config.json,
-    open_clip_model.safetensors, a tokenizer) or a ViT-H-14 checkpoint."""
+def load_open_clip(name, source, device, repo, file, prepare):
+    """CLIP score and HPSv2 (Wu et al. 2023): cosine, unscaled. ViT-H-14, or what a folder's
+    open_clip_config.json says."""
     import open_clip
-    if folder := has(source, "open_clip_config.json"):
-        from transformers import CLIPTokenizer
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-        model, hf, length = open_clip.CLIP(**config), CLIPTokenizer.from_pretrained(folder), config["text_cfg"]["context_length"]
-        path, ids = folder / "open_clip_model.safetensors", lambda texts: tokenize(hf, texts, length, name)[0]
-        state = read_weights(path)
-    else:
-        path = find_weights(source, repo, file)
-        state = read_weights(path)                             # first: a wrong file fails before a billion weights are made
-        model, tokenizer = open_clip.create_model("ViT-H-14"), open_clip.get_tokenizer("ViT-H-14")
 
-        def ids(texts):
-            warn_cut([len(tokenizer.encode(t)) + 2 for t in texts], 77, name)
-            return tokenizer(texts)
-    problems = model.load_state_dict(state, strict=False)
-    check_keys(path, problems.missing_keys, problems.unexpected_keys)
-    model = model.float().eval().to(device)
-    size = model.visual.image_size[0] if isinstance(model.visual.image_size, (tuple, list)) else model.visual.image_size
-    return Scorer(name, partial(pad, size=size), lambda x, prompts: cosine(1., model.encode_image(x), model.encode_text(ids(prompts).to(device))), device)
-
-
-def load_pickscore(name, source, device):
-    """PickScore (Kirstain et al. 2023): exp(logit_scale) * cosine of a CLIPModel."""
-    from transformers import CLIPModel, CLIPTokenizer
-    model = pretrained(CLIPModel, source or "yuvalkirstain/PickScore_v1", use_safetensors=True).to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(has(source, "tokenizer_config.json", "vocab.json") or LAION_H)
-    length = model.config.text_config.max_position_embeddings
+    config = open_clip.get_model_config("ViT-H-14")
+    if source and (Path(source) / "open_clip_config.json").is_file():
+        config = json.loads(read_text(Path(source) / "open_clip_config.json"))["model_cfg"]
+    ids = open_clip_ids(source, config["text_cfg"], name)
+    path = find_weights(source, repo, file)
+    model = load_strict(lambda: open_clip.CLIP(**config), read_weights(path), path, device)
 
     def forward(x, prompts):
-        text = model.get_text_features(input_ids=tokenize(tokenizer, prompts, length, name)[0].to(device)).pooler_output
+        return cosine(1.0, model.encode_image(x), model.encode_text(ids(prompts).to(device)))
+
+    return Scorer(name, partial(prepare, size=config["vision_cfg"].get("image_size", 224)), forward, device)
+
+
+def load_pickscore(name, source, device, repo, file):
+    """PickScore (Kirstain et al. 2023): exp(logit_scale) * cosine of a CLIPModel."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = folder_config(CLIPConfig, source, VIT_H)
+    tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
+    path = find_weights(source, repo, file)
+    model = load_strict(lambda: CLIPModel(config), read_weights(path), path, device)
+    length = config.text_config.max_position_embeddings
+
+    def forward(x, prompts):
+        ids = tokenize(tokenizer, prompts, length, name)[0].to(device)
+        text = model.get_text_features(input_ids=ids).pooler_output
         return cosine(model.logit_scale.exp(), model.get_image_features(pixel_values=x).pooler_output, text)
-    return Scorer(name, partial(crop, size=model.config.vision_config.image_size, floor=True), forward, device)
+
+    return Scorer(name, partial(crop_rgb, size=config.vision_config.image_size), forward, device)
 
 
-# ----------------------------------------------------------------------------- BLIP with a head: imagereward, cyclereward
+# ------------------------------------------------------------ imagereward, cyclereward: BLIP and a head
+
+BLIP_TEXT = dict(sizes(768, layers=12, heads=12), vocab_size=30524, encoder_hidden_size=1024)
+BLIP_L = dict(
+    text_config=dict(BLIP_TEXT, max_position_embeddings=512, layer_norm_eps=1e-12),
+    vision_config=dict(sizes(1024, layers=24), image_size=224, patch_size=16, layer_norm_eps=1e-6),
+)
+BLIP_NAMES = (  # of the vision transformer in the checkpoints -> in transformers
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj", "embeddings.patch_embedding"),
+    ("blocks", "encoder.layers"),
+    ("norm1", "layer_norm1"),
+    ("norm2", "layer_norm2"),
+    ("attn.qkv", "self_attn.qkv"),
+    ("attn.proj", "self_attn.projection"),
+    ("norm", "post_layernorm"),
+)
 
 
-def head_of(state, prefix, activation=None):
-    """A multi-layer perceptron from its state dict: `prefix`0.weight, ... applied in order -> function (N, D) -> (N, 1)."""
-    layers = [(state[f"{prefix}{i}.weight"], state[f"{prefix}{i}.bias"])
-              for i in sorted(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix) and k.endswith(".weight"))]
-    if not layers:
-        raise ValueError(f"missing keys {prefix}*.weight")
+def blip_key(key):
+    """A key of ImageReward's state dict as BlipReward calls it."""
+    if key.startswith("blip.visual_encoder."):
+        key = f"{key}."
+        for old, new in BLIP_NAMES:  # whole names only: norm is not norm1
+            key = key.replace(f".{old}.", f".{new}.")
+        key = key.strip(".")
+    return key
 
-    def head(x):
-        for n, (w, b) in enumerate(layers):
-            x = F.linear(x, w.to(x.device), b.to(x.device))
-            x = activation(x) if activation and n + 1 < len(layers) else x
-        return x
-    return head
+
+def reward_head(width, gelu=False):
+    """The multi-layer perceptron of ImageReward and of the aesthetic predictor, which has no activations (its
+    dropout counts as a layer in the keys), or CycleReward's, which has GELUs."""
+    between = nn.GELU if gelu else nn.Identity
+    layers = []
+    for inputs, outputs in ((width, 1024), (1024, 128), (128, 64)):
+        layers += [nn.Linear(inputs, outputs), between()]
+    last = [between()] if gelu else []
+    return nn.Sequential(*layers, nn.Linear(64, 16), *last, nn.Linear(16, 1))
+
+
+class BlipReward(nn.Module):
+    """MLP(h_CLS) of BLIP's image-grounded text encoder."""
+
+    def __init__(self, config, gelu):
+        from transformers import BlipTextModel, BlipVisionModel
+
+        super().__init__()
+        text = BlipTextModel(config.text_config, add_pooling_layer=False)
+        self.blip = nn.ModuleDict(
+            dict(visual_encoder=BlipVisionModel(config.vision_config), text_encoder=text)
+        )
+        self.mlp = nn.ModuleDict(dict(layers=reward_head(config.text_config.hidden_size, gelu)))
+
+    def forward(self, x, ids, attention):
+        seen = self.blip["visual_encoder"](pixel_values=x).last_hidden_state  # (N, 1 + patches, width)
+        read = self.blip["text_encoder"](
+            input_ids=ids, attention_mask=attention, encoder_hidden_states=seen, is_decoder=False
+        )
+        return self.mlp["layers"](read.last_hidden_state[:, 0])[:, 0]
+
+
+def lower(text, keep):
+    """Lower case as BERT's first tokenizer had it, word by word: a final sigma differs from one inside a
+    word."""
+    return " ".join(word if word in keep else word.lower() for word in text.split(" "))
 
 
 def load_blip(name, source, device, repo, file):
-    """ImageReward (Xu et al. 2023) and CycleReward (Bahng et al. 2025): MLP(h_CLS) of BLIP's image-grounded text encoder.
+    """ImageReward (Xu et al. 2023) and CycleReward (Bahng et al. 2025).
 
-    transformers' BLIP after renaming keys, not the `image-reward` package: under transformers 5 the package does not
-    even import. Sizes are read off the tensors; attention heads are 64 wide, as in BLIP-L and BERT-base."""
-    from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-    path = find_weights(source, repo, file)
-    state = read_weights(path)
-    names = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding", "patch_embed.proj": "embeddings.patch_embedding",
-             "blocks": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv",
-             "attn.proj": "self_attn.projection", "norm": "post_layernorm"}
-    vision, text = {}, {}
-    for key, value in state.items():
-        if key.startswith("blip.visual_encoder."):
-            new = f".{key.removeprefix('blip.visual_encoder.')}."
-            for old, here in names.items():                    # whole names only: norm is not norm1
-                new = new.replace(f".{old}.", f".{here}.")
-            vision[new.strip(".")] = value
-        elif key.startswith("blip.text_encoder."):
-            text[key.removeprefix("blip.text_encoder.")] = value
-    count = lambda keys, at: 1 + max((int(k.split(".")[at]) for k in keys if k.startswith("encoder.layer")), default=-1)
-    patch, words = vision.get("embeddings.patch_embedding.weight"), text.get("embeddings.word_embeddings.weight")
-    if patch is None or words is None:
-        check_keys(path, {"blip.visual_encoder.patch_embed.proj.weight", "blip.text_encoder.embeddings.word_embeddings.weight"} - set(state), set(state))
-    width, size = patch.shape[0], patch.shape[-1] * round((vision["embeddings.position_embedding"].shape[1] - 1) ** .5)
-    encoder = BlipVisionModel(BlipVisionConfig(
-        hidden_size=width, intermediate_size=vision["encoder.layers.0.mlp.fc1.weight"].shape[0], num_hidden_layers=count(vision, 2),
-        num_attention_heads=width // 64, image_size=size, patch_size=patch.shape[-1], layer_norm_eps=1e-6))
-    reader = BlipTextModel(BlipTextConfig(
-        vocab_size=words.shape[0], hidden_size=words.shape[1], encoder_hidden_size=width, intermediate_size=text["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        num_hidden_layers=count(text, 2), num_attention_heads=words.shape[1] // 64, layer_norm_eps=1e-12, is_decoder=True,
-        max_position_embeddings=text["embeddings.position_embeddings.weight"].shape[0]), add_pooling_layer=False)
-    for model, part in ((encoder, vision), (reader, text)):
-        problems = model.load_state_dict(part, strict=False)
-        check_keys(path, [k for k in problems.missing_keys if "position_ids" not in k], [k for k in problems.unexpected_keys if "position_ids" not in k])
-        model.eval().to(device)
+    transformers' BLIP after renaming keys, not the `image-reward` package: under transformers 5 the package
+    does not even import."""
+    from transformers import BertTokenizer, BlipConfig
+
     cycle = name == "cyclereward"
-    head, length = head_of(state, "mlp.layers.", F.gelu if cycle else None), 128 if cycle else 35
-    mean, std = (0., 1.) if cycle else (0.16717362830052426, 1.0333394966054072)
-    tokenizer = BertTokenizer.from_pretrained(has(source, "vocab.txt", "tokenizer.json") or "google-bert/bert-base-uncased")
+    config = folder_config(BlipConfig, source, BLIP_L)
+    size, length = config.text_config.vocab_size, 128 if cycle else 35
+    mean, std = (0.0, 1.0) if cycle else (0.16717362830052426, 1.0333394966054072)
+    tokenizer = load_tokenizer(
+        BertTokenizer, source, size, "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")
+    )
+    path = find_weights(source, repo, file)
+    unused = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's pre-training
+    state = {blip_key(k): v for k, v in read_weights(path).items() if not k.startswith(unused)}
+    model = load_strict(lambda: BlipReward(config, gelu=cycle), state, path, device)
 
     def forward(x, prompts):
-        ids, attention = (t.to(device) for t in tokenize(tokenizer, prompts, length, name))
-        seen = encoder(pixel_values=x).last_hidden_state                                           # (N, 1 + patches, width)
-        h = reader(input_ids=ids, attention_mask=attention, encoder_hidden_states=seen, is_decoder=False).last_hidden_state[:, 0]
-        return (head(h)[:, 0] - mean) / std
-    return Scorer(name, partial(crop, size=size), forward, device)
+        texts = [lower(p, tokenizer.all_special_tokens) for p in prompts]
+        ids, attention = tokenize(tokenizer, texts, length, name)
+        return (model(x, ids.to(device), attention.to(device)) - mean) / std
+
+    return Scorer(name, partial(crop, size=config.vision_config.image_size), forward, device)
 
 
-# ----------------------------------------------------------------------------- CLIP with cross-attention: mps
+# ----------------------------------------------------------------------------- mps: CLIP and cross-attention
 
-CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
-             "attributes, position, number, location, word, things.")
-TAU = .01                                                      # of its README and of the port; its evaluation scripts have .3
+CONDITION = (
+    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, "
+    "instance, texture, quantity, attributes, position, number, location, word, things."
+)
+TAU = 0.01  # of its README and of the port; its evaluation scripts have .3
+LAYERS, HEADS, HEAD_WIDTH = 4, 16, 64
 
 
-def mps_cross(state, x, context, mask):
-    """MPS's cross-attention model: image tokens x (N, L, D) read text tokens context (N, T, D) where mask (N, T) is true.
+def attend(q, k, v, mask=None):
+    """Heads of q (N, L, heads * d) against one key and value (N, T, d) for all; scale 1 / sqrt(d)."""
+    q = q.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (N, heads, L, d)
+    k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
-    Each layer: multi-query cross-attention with a parallel SwiGLU, then a PaLM block (multi-query self-attention with
-    rotary positions, parallel SwiGLU), both pre-norm and residual. `state` has the keys after "mps.cross_model.layers."."""
-    swiglu = lambda h: F.silu(h.chunk(2, -1)[1]) * h.chunk(2, -1)[0]
 
-    def attend(q, k, v, mask=None):                            # heads share one key and value; scale 1 / sqrt(head width)
-        q = q.unflatten(-1, (-1, k.shape[-1])).transpose(1, 2)                                     # (N, heads, L, d)
-        k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+class SwiGLU(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, -1)
+        return F.silu(gate) * value
 
-    def rotate(t, d):                                          # (N, L, heads * d), the same angles for every head
-        angle = torch.arange(t.shape[1], device=t.device)[:, None] / 10000 ** (torch.arange(0, d, 2, device=t.device) / d)
-        angle = torch.cat([angle, angle], -1)                                                      # (L, d)
-        t = t.unflatten(-1, (-1, d)).transpose(1, 2)
+
+class Residual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x, *context):
+        return x + self.fn(x, *context)
+
+
+class CrossAttention(nn.Module):
+    """Image tokens read text tokens where mask (N, T) is true; a feed-forward stands beside, not behind."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, HEADS * HEAD_WIDTH, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * HEAD_WIDTH, bias=False)
+        self.to_out = nn.Linear(HEADS * HEAD_WIDTH, dim, bias=False)
+        wide = nn.Linear(dim, 8 * dim, bias=False)
+        self.ff = nn.Sequential(wide, SwiGLU(), nn.Linear(4 * dim, dim, bias=False))
+
+    def forward(self, x, text, mask):
+        x = self.norm(x)
+        k, v = self.to_kv(text).chunk(2, -1)
+        return self.to_out(attend(self.to_q(x), k, v, mask[:, None, None])) + self.ff(x)
+
+
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inv_freq", 10000 ** (-torch.arange(0, HEAD_WIDTH, 2).float() / HEAD_WIDTH))
+
+    def forward(self, t):  # (N, L, heads * d), the same angles for every head
+        angle = torch.arange(t.shape[1], device=t.device)[:, None] * self.inv_freq
+        angle = torch.cat([angle, angle], -1)  # (L, d)
+        t = t.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
         a, b = t.chunk(2, -1)
-        return (t * angle.cos() + torch.cat([-b, a], -1) * angle.sin()).transpose(1, 2).flatten(2)
-    for n in range(1 + max(int(k.split(".")[0]) for k in state)):
-        w = lambda name: state[f"{n}.{name}"]
-        norm = lambda x, block: F.layer_norm(x, x.shape[-1:], w(f"{block}.fn.norm.weight"), w(f"{block}.fn.norm.bias"))
-        h = norm(x, 0)
-        k, v = F.linear(context, w("0.fn.to_kv.weight")).chunk(2, -1)
-        h_cross = attend(F.linear(h, w("0.fn.to_q.weight")), k, v, mask[:, None, None])
-        x = x + F.linear(h_cross, w("0.fn.to_out.weight")) + F.linear(swiglu(F.linear(h, w("0.fn.ff.0.weight"))), w("0.fn.ff.2.weight"))
-        inner, d = w("1.fn.attn_out.weight").shape[1], k.shape[-1]
-        fused = F.linear(norm(x, 1), w("1.fn.fused_attn_ff_proj.weight"))
-        q, k, v, ff = fused.split((inner, d, d, fused.shape[-1] - inner - 2 * d), -1)
-        x = x + F.linear(attend(rotate(q, d), rotate(k, d), v), w("1.fn.attn_out.weight")) + F.linear(swiglu(ff), w("1.fn.ff_out.1.weight"))
-    return x
+        turned = torch.cat([-b, a], -1)
+        return (t * angle.cos() + turned * angle.sin()).transpose(1, 2).flatten(2)
+
+
+class ParallelBlock(nn.Module):
+    """PaLM's block: self-attention with rotary positions and a feed-forward side by side, from one
+    projection."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.rotary_emb = nn.LayerNorm(dim), Rotary()
+        self.sizes = (HEADS * HEAD_WIDTH, HEAD_WIDTH, HEAD_WIDTH, 8 * dim)
+        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.attn_out = nn.Linear(HEADS * HEAD_WIDTH, dim, bias=False)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(4 * dim, dim, bias=False))
+
+    def forward(self, x, *_):
+        q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.sizes, -1)
+        return self.attn_out(attend(self.rotary_emb(q), self.rotary_emb(k), v)) + self.ff_out(ff)
+
+
+class MpsModel(nn.Module):
+    """exp(logit_scale) * cos(text, image tokens after reading the text). The modules are named as in the
+    checkpoint.
+
+    Text tokens that have nothing to do with the condition are masked out. The largest similarity is taken
+    within each pair; the original takes it over the batch, so that its scores depend on the batch."""
+
+    def __init__(self, config):
+        from transformers import CLIPModel
+
+        super().__init__()
+        dim = config.projection_dim
+        pair = lambda: nn.ModuleList([Residual(CrossAttention(dim)), Residual(ParallelBlock(dim))])
+        layers = nn.ModuleList([pair() for _ in range(LAYERS)])
+        self.mps = nn.ModuleDict(
+            dict(model=CLIPModel(config), cross_model=nn.ModuleDict(dict(layers=layers)))
+        )
+
+    def tokens(self, ids):
+        """Every text token, projected, (N, T, D)."""
+        clip = self.mps["model"]
+        return clip.text_projection(clip.text_model(input_ids=ids).last_hidden_state)
+
+    def forward(self, x, ids, condition):
+        clip, text = self.mps["model"], self.tokens(ids)
+        end = text[torch.arange(len(ids)), ids.argmax(-1)]  # (N, D): the end token has the largest id
+        near = (text @ condition[0].T).amax(-1)  # (N, T)
+        mask = near / near.amax(-1, keepdim=True) > TAU
+        seen = clip.visual_projection(
+            clip.vision_model(pixel_values=x).last_hidden_state
+        )  # (N, 1 + patches, D)
+        for read, think in self.mps["cross_model"]["layers"]:
+            seen = think(read(seen, text, mask))
+        return cosine(clip.logit_scale.exp(), seen[:, 0], end)
 
 
 def load_mps(name, source, device, repo, file):
-    """MPS (Zhang et al. 2024), overall preference: exp(logit_scale) * cos(text, image tokens after reading the text).
+    """MPS (Zhang et al. 2024), overall preference."""
+    from transformers import CLIPConfig
 
-    Text tokens that have nothing to do with CONDITION are masked out. The largest similarity is taken within each pair;
-    the original takes it over the batch, so that its scores depend on the batch."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    config = folder_config(CLIPConfig, source, VIT_H)
+    tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
     path = find_weights(source, repo, file)
     state = read_weights(path)
-    model = CLIPModel(CLIPConfig.from_pretrained(has(source, "config.json") or LAION_H)).eval()
-    problems = model.load_state_dict({k.removeprefix("mps.model."): v for k, v in state.items() if k.startswith("mps.model.") and "position_ids" not in k}, strict=False)
-    cross = {k.removeprefix("mps.cross_model.layers."): v.to(device) for k, v in state.items() if k.startswith("mps.cross_model.layers.")}
-    missing = [k for k in problems.missing_keys if "position_ids" not in k] + ([] if cross else ["mps.cross_model.layers"])
-    check_keys(path, missing, problems.unexpected_keys + [k for k in state if not k.startswith(("mps.model.", "mps.cross_model.layers."))])
-    model.to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(has(source, "tokenizer_config.json", "vocab.json") or LAION_H)
-    length = model.config.text_config.max_position_embeddings
-
-    def tokens(ids):                                           # every token, projected, (N, T, D)
-        return model.text_projection(model.text_model(input_ids=ids.to(device)).last_hidden_state)
+    for n in range(LAYERS):  # no weight: a copy of the checkpoint may lack it
+        state.setdefault(f"mps.cross_model.layers.{n}.1.fn.rotary_emb.inv_freq", Rotary().inv_freq)
+    model = load_strict(lambda: MpsModel(config), state, path, device)
+    ids = lambda texts: tokenize(tokenizer, texts, config.text_config.max_position_embeddings, name)[0].to(
+        device
+    )
     with torch.inference_mode():
-        condition = tokens(tokenizer([CONDITION], padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids)   # (1, T, D)
+        condition = model.tokens(ids([CONDITION]))  # (1, T, D)
 
     def forward(x, prompts):
-        ids = tokenize(tokenizer, prompts, length, name)[0]
-        text = tokens(ids)                                                                         # (N, T, D)
-        end = text[torch.arange(len(ids)), ids.argmax(-1).to(device)]                              # (N, D): the end token has the largest id
-        image = model.visual_projection(model.vision_model(pixel_values=x).last_hidden_state)      # (N, 1 + patches, D)
-        near = (text @ condition[0].T).amax(-1)                                                    # (N, T)
-        mask = near / near.amax(-1, keepdim=True) > TAU
-        return cosine(model.logit_scale.exp(), mps_cross(cross, image, text, mask)[:, 0], end)
-    return Scorer(name, partial(crop, size=model.config.vision_config.image_size, floor=True), forward, device)
+        return model(x, ids(prompts), condition)
+
+    return Scorer(name, partial(crop_rgb, size=config.vision_config.image_size), forward, device)
 
 
-# ----------------------------------------------------------------------------- a question to a vision-language model: vqascore
+# ------------------------------------------------------------ vqascore: a question to a T5 that sees
 
-SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+QUESTION = '\nDoes this figure show "{}"? Please answer yes or no. ASSISTANT: '
+CLIP_L_336 = dict(sizes(1024, layers=24), image_size=336, patch_size=14)
 
 
-def load_vqascore(name, source, device, repo, dtype=torch.bfloat16):
-    """VQAScore (Lin et al. 2024): P("Yes" | image, 'Does this figure show "..."?') = exp(-mean cross-entropy of the answer)
-    by CLIP-FlanT5: the patches of CLIP-L/336's last but one layer, through a two-layer projector, stand among the words."""
-    from transformers import AutoTokenizer, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+def clip_t5_class():
+    """CLIP-FlanT5: a T5 with a vision tower and a two-layer projector beside it."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, T5ForConditionalGeneration
 
-    class ClipT5(T5ForConditionalGeneration):                  # its checkpoint is a T5 with `mm_projector.{0,2}` beside it
+    class ClipT5(T5ForConditionalGeneration):
+        _tied_weights_keys = {  # without lm_head, which transformers would make up where it is missing
+            "encoder.embed_tokens.weight": "shared.weight",
+            "decoder.embed_tokens.weight": "shared.weight",
+        }
+
         def __init__(self, config):
             super().__init__(config)
-            self.mm_projector = torch.nn.Sequential(torch.nn.Linear(config.mm_hidden_size, config.d_model), torch.nn.GELU(),
-                                                    torch.nn.Linear(config.d_model, config.d_model))
+            width, tower = config.d_model, config.mm_vision_tower
+            first, second = nn.Linear(config.mm_hidden_size, width), nn.Linear(width, width)
+            self.mm_projector = nn.Sequential(first, nn.GELU(), second)
+            if tower == "openai/clip-vit-large-patch14-336":
+                vision = CLIPVisionConfig(**CLIP_L_336)
+            else:
+                vision = CLIPVisionConfig.from_pretrained(tower)
+            self.vision_tower = nn.ModuleDict(dict(vision_tower=CLIPVisionModel(vision)))
             self.post_init()
-    config = T5Config.from_pretrained(source or repo)
-    model = pretrained(ClipT5, source or repo, unused=("vision_tower.", "embed_tokens."), config=config, dtype=dtype, weights_only=True).to(device)
-    if model.config.scale_decoder_outputs:                     # transformers derives it; true would divide the logits by sqrt(d)
-        raise ValueError(f"{source or repo}: the decoder's outputs would be scaled: tie_word_embeddings must be false, as in Flan-T5")
-    tower = pretrained(CLIPVisionModel, config.mm_vision_tower, unused=("text_model.", "text_projection", "visual_projection", "logit_scale"), dtype=dtype).to(device)
-    flan = f"google/flan-t5-{'xl' if name == 'vqascore-xl' else 'xxl'}"
-    tokenizer = AutoTokenizer.from_pretrained(has(source, "tokenizer.json", "spiece.model") or flan)
-    answer = tokenizer("Yes", return_tensors="pt").input_ids.to(device)                            # (1, 2): Yes and the end token
+
+    return ClipT5
+
+
+def load_clip_t5(source, device, dtype):
+    """The model with every weight from its checkpoint; only the vision tower may come from the hub, as its
+    config says."""
+    from transformers import CLIPVisionModel, T5Config
+
+    config, kind = T5Config.from_pretrained(source), clip_t5_class()
+    if config.scale_decoder_outputs or not hasattr(
+        config, "mm_vision_tower"
+    ):  # T5 1.0 would scale the logits
+        raise ValueError(
+            f"{source}: no CLIP-FlanT5: mm_vision_tower and tie_word_embeddings=false are wanted"
+        )
+    if torch.device(device).type == "cuda":
+        with torch.device("meta"):
+            need = kind(config).num_parameters() * dtype.itemsize / 1e9
+        free = torch.cuda.mem_get_info(device)[0] / 1e9
+        if need > free:
+            advice = "-bf16 takes half of fp32, -xl a fourth of xxl"
+            raise ValueError(f"{need:.0f} GB are needed, {free:.0f} GB are free; {advice}")
+    renamed = {r"^vision_tower\.vision_tower\.vision_model\.": "vision_tower.vision_tower."}
+    model, tower = pretrained(
+        kind, source, "embed_tokens.", "vision_tower.", config=config, dtype=dtype, key_mapping=renamed
+    )
+    if len(tower) == len(model.vision_tower.state_dict()):  # the checkpoint brings the whole of it or nothing
+        unused = ("text_model.", "text_projection", "visual_projection", "logit_scale")
+        tower_model, _ = pretrained(CLIPVisionModel, config.mm_vision_tower, unused, dtype=dtype)
+        model.vision_tower["vision_tower"] = tower_model
+    else:
+        check_keys(source, tower, ())
+    return model.to(device)
+
+
+def load_vqascore(name, source, device, repo, flan, dtype):
+    """VQAScore (Lin et al. 2024): P("Yes" | image, 'Does this figure show "..."?') = exp(-mean cross-entropy
+    of the answer) by CLIP-FlanT5: the patches of CLIP-L/336's last but one layer stand, projected, among the
+    words."""
+    from transformers import AutoTokenizer
+
+    dtype = getattr(torch, dtype)
+    tokenizer = load_tokenizer(AutoTokenizer, source, 0, flan)
+    model = load_clip_t5(source or repo, device, dtype)
+    tower, surplus = model.vision_tower["vision_tower"], model.config.vocab_size - len(tokenizer)
+    answer = tokenizer("Yes", return_tensors="pt").input_ids.to(device)  # (1, 2): Yes and the end token
+    if not 0 <= surplus < 128 or answer.shape[1] != 2:  # vocabularies are rounded up to a multiple of 128
+        raise ValueError(f"{source or flan}: a tokenizer of {len(tokenizer)} words does not fit this model")
+    words = model.get_input_embeddings()
+    # each side of the image is tokenised for itself, so an end token stands before the image, as in training
+    system = tokenizer(f"{SYSTEM} USER: ", return_tensors="pt").input_ids.to(device)
 
     def forward(x, prompts):
-        # each side of the image is tokenised for itself, so an end token stands before the image, as in training
-        before = tokenizer(f"{SYSTEM} USER: ", return_tensors="pt").input_ids.to(device).expand(len(prompts), -1)
-        after = tokenizer([f'\nDoes this figure show "{p}"? Please answer yes or no. ASSISTANT: ' for p in prompts], padding=True, return_tensors="pt").to(device)
-        patches = model.mm_projector(tower(pixel_values=x.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:])   # (N, 576, D)
-        words = model.get_input_embeddings()
-        embeds = torch.cat([words(before), patches, words(after.input_ids)], 1)
-        attention = torch.cat([torch.ones(embeds.shape[0], embeds.shape[1] - after.input_ids.shape[1], device=device, dtype=torch.long), after.attention_mask], 1)
-        labels = answer.repeat(len(prompts), 1)
-        logits = model(inputs_embeds=embeds, attention_mask=attention, labels=labels).logits.float()                         # (N, 2, vocabulary)
+        n = len(prompts)
+        asked = tokenizer([QUESTION.format(p) for p in prompts], padding=True, return_tensors="pt").to(device)
+        patches = tower(pixel_values=x.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
+        patches = model.mm_projector(patches)  # (N, 576, D)
+        embeds = torch.cat([words(system).expand(n, -1, -1), patches, words(asked.input_ids)], 1)
+        before = asked.attention_mask.new_ones(n, embeds.shape[1] - asked.input_ids.shape[1])
+        attention, labels = torch.cat([before, asked.attention_mask], 1), answer.repeat(n, 1)
+        logits = model(inputs_embeds=embeds, attention_mask=attention, labels=labels).logits.float()
+        logits = logits[..., : len(tokenizer)]  # (N, 2, words): rows of no word take no part in the softmax
         return (-F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)).exp()
+
     return Scorer(name, partial(square, size=tower.config.image_size), forward, device)
 
 
-# ----------------------------------------------------------------------------- no prompt: aesthetic; no model: toyworld
+# ------------------------------------------------------------ aesthetic (no prompt), toyworld (no model)
 
 
 def load_aesthetic(name, source, device, repo, file):
-    """LAION aesthetic predictor v2 (Schuhmann 2022): MLP(e / |e|), e the image embedding of OpenAI's CLIP ViT-L/14. The MLP
-    has no activation, so it is one affine map."""
+    """LAION aesthetic predictor v2 (Schuhmann 2022): MLP(e / |e|), e the image embedding of OpenAI's CLIP
+    ViT-L/14. The MLP has no activation, so it is one affine map."""
     from transformers import CLIPVisionModelWithProjection
-    model = pretrained(CLIPVisionModelWithProjection, has(source, "config.json") or "openai/clip-vit-large-patch14",
-                       unused=("text_model.", "text_projection", "logit_scale")).to(device)
-    path = Path(source) / file if has(source, file) and Path(source).is_dir() else find_weights(source, repo, file)
-    state = read_weights(path)
-    check_keys(path, {"layers.0.weight", "layers.7.bias"} - set(state), {k for k in state if not k.startswith("layers.")})
-    head = head_of(state, "layers.")
-    return Scorer(name, partial(crop, size=model.config.vision_config.image_size if hasattr(model.config, "vision_config") else model.config.image_size),
-                  lambda x, prompts: head(F.normalize(model(pixel_values=x).image_embeds, dim=-1))[:, 0], device)
+
+    unused = ("text_model.", "text_projection", "logit_scale")
+    own = source and (Path(source) / "config.json").is_file()
+    tower = source if own else "openai/clip-vit-large-patch14"
+    path = find_weights(source, repo, file)
+    build = lambda: nn.ModuleDict(dict(layers=reward_head(768)))
+    head = load_strict(build, read_weights(path), path, device)["layers"]
+    model = pretrained(CLIPVisionModelWithProjection, tower, unused)[0].to(device)
+
+    def forward(x, prompts):
+        return head(F.normalize(model(pixel_values=x).image_embeds, dim=-1))[:, 0]
+
+    config = getattr(model.config, "vision_config", model.config)
+    return Scorer(name, partial(crop, size=config.image_size), forward, device)
 
 
 def load_toyworld(name, source, device):
     """The exact checker as a scorer. It is the truth of the toy world: never label training lists with it."""
     import toyworld
-    return Scorer(name, lambda image: image, lambda images, prompts: torch.tensor([float(toyworld.check(p, i)) for i, p in zip(images, prompts)]))
+
+    def forward(images, prompts):
+        try:
+            return torch.tensor([float(toyworld.check(p, i)) for i, p in zip(images, prompts)])
+        except ValueError as e:
+            fail(f"reward toyworld: {e}")
+
+    return Scorer(name, lambda image: image.convert("RGB"), forward)
 
 
-LOADERS = {                                                    # name: (loader, then its default hub repository and file)
-    "clip": (load_open_clip, LAION_H, "open_clip_model.safetensors"),
-    "hpsv2.1": (load_open_clip, "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
-    "hpsv2": (load_open_clip, "xswu/HPSv2", "HPS_v2_compressed.pt"),
-    "pickscore": (load_pickscore,),
+# ----------------------------------------------------------------------------- by name
+
+FLAN = ("zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl")
+FLAN_XL = ("zhiqiulin/clip-flant5-xl", "google/flan-t5-xl")
+LOADERS = {  # name: (loader, then its default hub repository and file, ...)
+    "clip": (partial(load_open_clip, prepare=crop), LAION_H, "open_clip_model.safetensors"),
+    "hpsv2.1": (partial(load_open_clip, prepare=letterbox), "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "hpsv2": (partial(load_open_clip, prepare=letterbox), "xswu/HPSv2", "HPS_v2_compressed.pt"),
+    "pickscore": (load_pickscore, "yuvalkirstain/PickScore_v1", "model.safetensors"),
     "imagereward": (load_blip, "zai-org/ImageReward", "ImageReward.pt"),
     "cyclereward": (load_blip, "carolineec/CycleReward-Combo", None),
     "mps": (load_mps, "RE-N-Y/mpsv1", "model.safetensors"),
-    "vqascore": (load_vqascore, "zhiqiulin/clip-flant5-xxl"),
-    "vqascore-xl": (load_vqascore, "zhiqiulin/clip-flant5-xl"),
+    "vqascore": (load_vqascore, *FLAN, "float32"),
+    "vqascore-xl": (load_vqascore, *FLAN_XL, "float32"),
+    "vqascore-bf16": (load_vqascore, *FLAN, "bfloat16"),
+    "vqascore-xl-bf16": (load_vqascore, *FLAN_XL, "bfloat16"),
     "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
     "toyworld": (load_toyworld,),
 }
@@ -471,146 +848,244 @@ def reward_name(spec):
 
 
 def check_reward(spec):
-    """End with one line if "name" or "name=source" can be no reward: an unknown name, a source that is not there."""
-    name, _, source = spec.partition("=")
+    """End with one line if "name" or "name=source" can be no reward: an unknown name, a source without
+    weights."""
+    name, given, source = spec.partition("=")
     if name not in LOADERS:
-        raise SystemExit(f"unknown reward {name!r}; there are {', '.join(LOADERS)}, each also as name=folder_or_file")
+        fail(f"unknown reward {name!r}; there are {', '.join(LOADERS)}, each also as name=folder_or_file")
+    if given and (not source or name == "toyworld"):
+        fail(f"reward {spec}: {'it has no weights' if source else 'a folder or file is wanted after ='}")
     if source and not Path(source).exists():
-        raise SystemExit(f"{name}={source}: no such file or folder")
+        fail(f"{spec}: no such file or folder")
+    if source and name.startswith("vqascore") and not (Path(source) / "config.json").is_file():
+        fail(f"{spec}: a FOLDER with config.json, weights and tokenizer is wanted")
+    if Path(source).is_dir() and source and not name.startswith("vqascore"):
+        try:
+            find_weights(source, *LOADERS[name][1:])
+        except ValueError as e:
+            fail(f"reward {name}: {e}")
+
+
+def check_rewards(specs):
+    """check_reward of each, and none twice: a name has one place in a row of scores."""
+    for spec in specs:
+        check_reward(spec)
+        same = [s for s in specs if reward_name(s) == reward_name(spec)]
+        if len(same) > 1:
+            fail(f"--rewards: {reward_name(spec)} is named twice ({', '.join(same)})")
 
 
 def load_reward(spec, device="cpu"):
-    """A Scorer by name or "name=source". Ends the program with one line if the name is unknown or nothing can be loaded."""
+    """A Scorer by name or "name=source". Ends the program with one line if the name is unknown or nothing can
+    be loaded."""
     check_reward(spec)
     name, _, source = spec.partition("=")
     loader, *hub = LOADERS[name]
     try:
         return loader(name, source, device, *hub)
-    except Exception as e:                                     # a missing file, a wrong format, no hub: one line says which
-        raise SystemExit(f"reward {spec}: could not be loaded: {type(e).__name__}: {' '.join(str(e).split())[:400]}")
+    except Exception as e:  # a missing file, a wrong format, no hub: one line says which
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        fail(f"reward {spec}: could not be loaded: {kind}{one_line(e)}")
 
 
 # ----------------------------------------------------------------------------- stored scores
 
+CONFIGS = ("config.json", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
+VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+
 
 def reward_version(spec):
-    """A short hash of what a score depends on: the reward and its weights, wherever these lie. Weights are recognised by
-    size and by their first and last megabyte: hashing 23 GB would take longer than many a run."""
+    """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever these
+    lie. Files are recognised by size, first and last megabyte: hashing 23 GB would take longer than many a
+    run."""
     name, _, source = spec.partition("=")
-    parts, path = [name, 1, *LOADERS[name][1:]], Path(source)  # 1: to be raised when a formula here changes
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path] if source else []:
-        if file.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            with open(file, "rb") as f:
-                head = f.read(1 << 20)
-                f.seek(max(0, file.stat().st_size - (1 << 20)))
-                parts.append([file.name, file.stat().st_size, hashlib.sha256(head + f.read()).hexdigest()])
+    parts, path = [name, 2, *LOADERS[name][1:]], Path(source)  # 2: to be raised when a formula here changes
+    files = sorted(path.rglob("*")) if source and path.is_dir() else [path] if source else []
+    for file in files:
+        if file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
+            parts.append([file.name, *ends_of(file, 1 << 20)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
+def ends_of(path, count):
+    """(size, hash of the first and last `count` bytes)."""
+    size = os.stat(path).st_size
+    with open(path, "rb") as f:
+        head = f.read(count)
+        f.seek(max(0, size - count))
+        return size, hashlib.sha256(head + f.read()).hexdigest()
+
+
+def picture_version(path):
+    """A short hash by which a picture that was replaced is noticed: its size and both ends, where PNG keeps a
+    checksum of all pixels. None if it is not there."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return picture_hash(str(path), stat.st_ctime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=None)
+def picture_hash(path, changed, size):
+    return hashlib.sha256(repr(ends_of(path, 4096)).encode()).hexdigest()[:12]
+
+
+def stored_row(line):
+    """A line of scores/NAME.jsonl; ValueError, KeyError or TypeError if it is none."""
+    row = json.loads(line)
+    lengths = {len(row[k]) for k in ("file_names", "scores", "pictures") if row.get(k) is not None}
+    if not isinstance(row["prompt"], str) or not isinstance(row["version"], str) or len(lengths) != 1:
+        raise ValueError("not a row of scores")
+    if row["scores"] is not None and not all(type(s) is float and np.isfinite(s) for s in row["scores"]):
+        raise ValueError("scores must be finite numbers")
+    return row
+
+
 def read_scores(folder, spec, rows, any_version=False):
-    """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored in folder/scores/NAME.jsonl, and in
-    NAME@0of8.jsonl ... of parallel runs. What another version scored does not count, nor does a torn last line."""
-    name, version, stored = reward_name(spec), None if any_version else reward_version(spec), {}
-    files = [Path(folder) / "scores" / f"{name}.jsonl", *sorted((Path(folder) / "scores").glob(f"{name}@*.jsonl"))]
-    for line in (line for path in files if path.is_file() for line in path.read_text().splitlines()):
-        try:
-            row = json.loads(line)
-            if (any_version or row["version"] == version) and row["scores"] and len(row["scores"]) == len(row["file_names"]):
-                stored[row["prompt"], *row["file_names"]] = row["scores"]
-        except (ValueError, KeyError, TypeError):
+    """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored in
+    folder/scores/NAME.jsonl, and in NAME@0of8.jsonl ... of parallel runs. What another version scored does
+    not count, nor does a torn last line, nor a score of a picture that was replaced since."""
+    scores, name = Path(folder) / "scores", reward_name(spec)
+    version, stored, foreign, found, replaced = reward_version(spec), {}, [], {}, []
+    for path in [scores / f"{name}.jsonl", *sorted(scores.glob(f"{name}@*.jsonl"))]:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        for n, line in enumerate(lines, 1):
+            try:
+                row = stored_row(line)
+                if row["scores"] and (any_version or row["version"] == version):
+                    stored[(row["prompt"], *row["file_names"])] = row
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                foreign.append(f"{path}, line {n}")
+    for i, (prompt, files) in enumerate(rows):
+        row = stored.get((prompt, *files))
+        if row is None:
             continue
-    return {i: stored[prompt, *names] for i, (prompt, names) in enumerate(rows) if (prompt, *names) in stored}
+        now = [picture_version(Path(folder) / f) for f in files]
+        if any(b not in (a, None) for a, b in zip(row.get("pictures", now), now)):
+            replaced.append(files[0])
+        else:
+            found[i] = row["scores"]
+    if foreign:
+        print(f"{foreign[0]}: no row of scores; {len(foreign)} such lines are not counted", file=sys.stderr)
+    if replaced:
+        what = f"pictures of {len(replaced)} rows were replaced since {name} scored them"
+        print(f"{scores}: {what}, which does not count (the first: {replaced[0]})", file=sys.stderr)
+    return found
+
+
+def stream_rows(scorer, folder, rows, todo, batch_size):
+    """Yield (row index, [(score, problem)]) of the rows in `todo`. Batches are cut by position among all
+    images, whatever is done already: a resumed run computes what an unbroken one does, to the bit."""
+    places = [(i, file) for i, (_, files) in enumerate(rows) for file in files]
+    batches = [places[n : n + batch_size] for n in range(0, len(places), batch_size)]
+    places = [place for batch in batches if any(i in todo for i, _ in batch) for place in batch]
+    images, prompts = [Path(folder) / file for _, file in places], [rows[i][0] for i, _ in places]
+    results = []
+    for (i, _), result in zip(places, scorer.stream(images, prompts, batch_size)):
+        if i in todo:
+            results.append(result)
+            if len(results) == len(rows[i][1]):
+                yield i, results
+                results = []
 
 
 def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part=""):
-    """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes. `part` keeps the
-    files of processes that work side by side apart.
+    """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes.
+    `part` keeps the files of processes that work side by side apart.
 
-    A row with an unreadable image, an empty prompt or a score that is not finite ends the run (on_error="stop"), or is
-    stored as a row without scores and tried again next time ("skip"). Returns how many rows were scored, and
-    {row index: problem} of the skipped."""
-    done = read_scores(folder, spec, rows)
-    todo = [i for i in range(len(rows)) if i not in done]
+    A row with an unreadable image, an empty prompt or a score that is not finite ends the run
+    (on_error="stop"), or is stored as a row without scores and tried again next time ("skip"). Returns how
+    many rows were scored, and {row index: problem} of the skipped."""
+    todo = set(range(len(rows))) - read_scores(folder, spec, rows).keys()
     if not todo:
         return 0, {}
     name, version, skipped = reward_name(spec), reward_version(spec), {}
-    scorer, path = load_reward(spec, device), Path(folder) / "scores" / f"{name}{part}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-    stream = scorer.stream([Path(folder) / file for i in todo for file in rows[i][1]], [rows[i][0] for i in todo for _ in rows[i][1]], batch_size)
-    with open(path, "a") as f, tqdm(total=sum(len(rows[i][1]) for i in todo), desc=f"score {name}", unit="image") as bar:
-        f.write("\n" if torn else "")                          # ends a torn line, so that the next row stands alone
-        for i in todo:
-            prompt, files = rows[i]
-            results = [next(stream) for _ in files]
-            problems = [f"{Path(folder) / file}, prompt {prompt!r}: {problem}" for file, (_, problem) in zip(files, results) if problem]
-            if problems and on_error == "stop":
-                raise SystemExit(f"reward {spec}: {problems[0]}; mend that row, or leave such rows out with --on_error skip")
-            if problems:
-                skipped[i] = problems[0]
-            f.write(json.dumps({"version": version, "prompt": prompt, "file_names": files, "scores": None if problems else [s for s, _ in results],
-                                **({"problem": problems[0]} if problems else {})}) + "\n")
-            f.flush()
-            bar.update(len(files))
+    path = Path(folder) / "scores" / f"{name}{part}.jsonl"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with lock(path.with_name(f".{path.stem}.lock"), f"{path}: another run is scoring there"):
+            whole = path.read_bytes() if path.is_file() else b""
+            with open(path, "ab") as f, tqdm(total=len(todo), desc=f"score {name}", unit="list") as bar:
+                if not whole.endswith(b"\n") and whole:
+                    f.truncate(whole.rfind(b"\n") + 1)  # what a killed run left of a line goes
+                scorer = load_reward(spec, device)
+                for i, results in stream_rows(scorer, folder, rows, todo, batch_size):
+                    row = row_of_scores(folder, *rows[i], results, version)
+                    if row["scores"] is None and on_error == "stop":
+                        advice = "mend that row, or leave such rows out with --on_error skip"
+                        fail(f"reward {spec}: {row['problem']}; {advice}")
+                    if row["scores"] is None:
+                        skipped[i] = row["problem"]
+                    f.write(json.dumps(row).encode() + b"\n")
+                    f.flush()
+                    bar.update()
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk has no name
+        raise
     if skipped:
-        print(f"reward {spec}: {len(skipped)} of {len(rows)} rows skipped, the first: {next(iter(skipped.values()))}", file=sys.stderr)
+        first = next(iter(skipped.values()))
+        print(
+            f"reward {spec}: {len(skipped)} of {len(rows)} rows skipped, the first: {first}", file=sys.stderr
+        )
     return len(todo) - len(skipped), skipped
 
 
+def row_of_scores(folder, prompt, files, results, version):
+    """A line of scores/NAME.jsonl, as a dict."""
+    row = dict(version=version, prompt=prompt, file_names=files, scores=[score for score, _ in results])
+    row["pictures"] = [picture_version(Path(folder) / f) for f in files]
+    problems = [
+        f"{Path(folder) / f}, prompt {prompt!r}: {problem}"
+        for f, (_, problem) in zip(files, results)
+        if problem
+    ]
+    if problems:
+        row.update(scores=None, problem=problems[0])
+    return row
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
 def read_folder(folder):
-    """[(prompt, file_names)] of an imagefolder (metadata.jsonl with prompt, text or caption and file_names or file_name),
-    or of pictures with their caption in a .txt of the same name."""
+    """[(prompt, file_names)] of an imagefolder (metadata.jsonl with prompt, text or caption and file_names or
+    file_name), or of pictures with their caption in a .txt of the same name."""
     folder = Path(folder)
     if (folder / "metadata.jsonl").is_file():
-        rows = []
-        for n, line in enumerate((folder / "metadata.jsonl").read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                prompt = next(row[k] for k in ("prompt", "text", "caption") if k in row)
-                files = row["file_names"] if "file_names" in row else [row["file_name"]]
-                if not isinstance(prompt, str) or not files or not all(isinstance(f, str) and ".." not in Path(f).parts for f in files):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError, StopIteration):
-                raise SystemExit(f"{folder / 'metadata.jsonl'}, line {n}: needs prompt (or text, caption) and file_names (or file_name); mend or delete that row")
-            rows.append((prompt, files))
-    else:
-        rows = [(p.with_suffix(".txt").read_text().strip(), [p.name]) for p in sorted(folder.glob("*"))
-                if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and p.with_suffix(".txt").is_file()]
-    if not rows:
-        raise SystemExit(f"{folder}: neither metadata.jsonl nor pictures with a .txt caption beside them")
-    return rows
+        return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
+    pictures = (p for p in sorted(folder.glob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
+    if not captioned:
+        fail(f"{folder}: neither metadata.jsonl nor pictures with a .txt caption beside them")
+    return [(read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
 
 
-def main(argv=None):
-    from rankdpo import fail, option, parse, pick_device
-
-    @dataclass
-    class Config:
-        image: str = option("", "an image file to score")
-        prompt: str = option("", "its prompt")
-        score: str = option("", "a folder to score: an imagefolder, or pictures with .txt captions; resumes")
-        rewards: tuple = option(TOY_REWARDS, "rewards, as name or name=source")
-        batch_size: int = option(32, "images a forward pass")
-        on_error: str = option("stop", "rows that cannot be scored", ("stop", "skip"))
-        device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
-
-    cfg = parse(Config, __doc__, argv)
+def score_folder(cfg):
+    rows, device = read_folder(cfg.score), pick_device(cfg.device)
     for spec in cfg.rewards:
-        check_reward(spec)
-    if cfg.batch_size < 1:
-        fail(f"--batch_size must be positive, got {cfg.batch_size}")
+        score_rows(cfg.score, spec, rows, device, cfg.batch_size, cfg.on_error)
+        values = [score for scores in read_scores(cfg.score, spec, rows).values() for score in scores]
+        name, mean = reward_name(spec), sum(values) / len(values) if values else float("nan")
+        print(f"{name:12s} mean {mean:.4f} over {len(values)} images; {cfg.score}/scores/{name}.jsonl")
+
+
+@one_line_errors
+def main(argv=None):
+    cfg = parse(Config, __doc__, argv)
+    check_rewards(cfg.rewards)
     if cfg.score:
-        rows = read_folder(cfg.score)
-        for spec in cfg.rewards:
-            score_rows(cfg.score, spec, rows, pick_device(cfg.device), cfg.batch_size, cfg.on_error)
-            values = np.concatenate([s for s in read_scores(cfg.score, spec, rows).values()] or [[]])
-            print(f"{reward_name(spec):12s} mean {values.mean() if len(values) else float('nan'):.4f} over {len(values)} images; {cfg.score}/scores/{reward_name(spec)}.jsonl")
+        score_folder(cfg)
         return
     if not cfg.prompt.strip() or not os.path.isfile(cfg.image):
-        fail(f"rewards.py: --image {cfg.image!r} must be a file and --prompt not empty, or name a folder with --score (--help shows examples)")
+        fail(
+            f"rewards.py: --image {cfg.image!r} must be a file and --prompt not empty, "
+            "or name a folder with --score (--help shows examples)"
+        )
     for spec in cfg.rewards:
         try:
-            print(f"{reward_name(spec):12s} {load_reward(spec, pick_device(cfg.device))([cfg.image], [cfg.prompt]).item():.4f}")
+            score = load_reward(spec, pick_device(cfg.device))([cfg.image], [cfg.prompt]).item()
+            print(f"{reward_name(spec):12s} {score:.4f}")
         except ValueError as e:
             fail(f"{cfg.image}: {e}")
 

@@ -1,0 +1,165 @@
+"""What the tests share: tiny random-weight pipelines in the real formats, lists made with them, helpers."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+# CPU kernels round differently on another number of threads: here every run, in this process or another, has
+# one, so that bytes can be compared on any machine. Runs are compared on the CPU, also where there is a GPU.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+import pytest
+import torch
+
+import rankdpo
+import synpic
+from toy import build
+
+torch.set_num_threads(1)
+PROMPTS = [
+    "a red circle",
+    "two squares",
+    "a cross left of a circle",
+    "a photo of a triangle",
+    "four crosses",
+    "a blue cross and a red circle",
+    "a green square",
+    "three circles",
+    "a drawing of a square",
+    "a circle above a triangle",
+]
+OURS = r"(common|losses|pipelines|toyworld|rewards|synpic|rankdpo|evaluate|toy\.build|conftest|test_\w+)$"
+WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win
+    # diffusers' schedulers call np.array on a tensor, and torch's __array__ does not know numpy 2's copy
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",
+    # open_clip and timm decorate functions with torch.jit.script as they are imported
+    "ignore:`torch.jit.script:FutureWarning:torch",
+    f"error:::{OURS}",
+)
+
+
+def pytest_configure(config):
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+# ----------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Random-weight pipelines of three families, three rewards and a prompt file, in the real layouts."""
+    from diffusers import AutoencoderKL
+
+    root = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=32,
+        force_upcast=False,
+        shift_factor=0.1,
+        scaling_factor=2.0,
+    )
+    for name in ("sdxl", "sd3", "sd15"):
+        build.build_pipeline(name, vae).save_pretrained(root / name)
+    tokenizer = build.make_tokenizer()
+    for name in ("clip", "hps", "pick"):
+        build.save_reward(name, build.build_reward(name, tokenizer), tokenizer, root / "rewards" / name)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def lists(tiny, tmp_path_factory):
+    """A folder of Syn-Pic: lists of four for every prompt, scored and labelled."""
+    out = tmp_path_factory.mktemp("lists") / "synpic"
+    synpic.main(synpic_args(tiny, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def uneven(lists, tmp_path_factory):
+    """The tiny lists, some of them shorter: K is 4, 3 and 2."""
+    folder = tmp_path_factory.mktemp("uneven") / "data"
+    shutil.copytree(lists, folder)
+    rows = rows_of(folder)
+    for i, row in enumerate(rows):
+        k = 4 - i % 3
+        for key in ("file_names", "models", "seeds", "phi", "rank"):
+            row[key] = row[key][:k]
+        row["scores"] = {name: values[:k] for name, values in row["scores"].items()}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+# ----------------------------------------------------------------------------- helpers
+
+
+def rewards(tiny):
+    return [f"clip={tiny}/rewards/clip", f"hpsv2.1={tiny}/rewards/hps", f"pickscore={tiny}/rewards/pick"]
+
+
+def synpic_args(tiny, out, *more):
+    models = [
+        f"sdxl={tiny}/sdxl,steps=2,guidance=2",
+        f"sdxl={tiny}/sdxl,steps=2,guidance=2,seed=1",
+        f"sd3={tiny}/sd3,steps=2",
+        f"sd15={tiny}/sd15,steps=2",
+    ]
+    first = ["--prompts", f"{tiny}/prompts.txt", "--out", str(out), "--batch_size", "4"]
+    return [*first, "--models", *models, "--rewards", *rewards(tiny), *more]
+
+
+def train(lists, tiny, out, *more, model="sdxl"):
+    """Three steps of the trainer, or what `more` says -> the rows of its log."""
+    paths = ["--data", lists, "--model", f"{tiny}/{model}", "--out", out]
+    short = ["--steps", 3, "--global_batch_size", 4, "--warmup_steps", 0, "--device", "cpu"]
+    rankdpo.main([str(a) for a in (*paths, *short, *more)])
+    return log_of(out)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def fails(main, args, *says, capsys=None):
+    """main(args) ends with a status that is not zero and one line, which says what `says` says."""
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in args])
+    message = str(e.value.code)
+    if isinstance(e.value.code, int):  # printed already, and the code is the status
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code != 0 and "\n" not in message
+    assert all(s in message for s in says), message
+
+
+def t5_tokenizer(folder):
+    """A T5 tokenizer of a few words and all letters, saved to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = "\u2581 \u2581Yes \u2581a \u2581red \u2581circle \u2581two \u2581figure \u2581show \u2581USER :"
+    pieces = ["<pad>", "</s>", "<unk>", *words.split(" "), *map(chr, range(33, 127))]
+    scored = [(p, -float(len(pieces) - i) / 9) for i, p in enumerate(dict.fromkeys(pieces))]
+    raw = Tokenizer(models.Unigram(scored, unk_id=2))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    tok = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tok.save_pretrained(folder)
+    return tok

@@ -1,0 +1,1218 @@
+"""Rewards: every scorer against its original's own preprocessing, tokenizer and modules, on random weights in
+the original layout; what is not there, not the model or not whole is refused; the score cache; errors.
+
+    pytest -q tests/test_rewards.py
+    pytest -q tests/test_rewards.py -k parity -s        # prints the largest differences of each scorer
+"""
+
+import importlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import t5_tokenizer
+from open_clip.transform import image_transform
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import rewards
+import toyworld
+from common import open_image, read_image
+from rewards import Scorer, crop, crop_rgb, letterbox, load_reward, read_scores, score_rows, square, warn_cut
+from toy import build
+
+TEXTS = ["a red circle", "two squares", "a photo of a cross left of a circle"]
+STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+ODD = [  # prompts that tokenizers read differently, if they are not the same tokenizer
+    "a photo of a cat",
+    "A Red CIRCLE, two squares; a cross!",
+    "don't you're it's I'd we'll",
+    "  spaces   and\ttabs and a\nnew line ",
+    "Café naïve Zürich smörgåsbord",
+    "cafe\u0301 with a combining accent",
+    "1234567890 12:30 3.14 50%",
+    "&amp; &lt;b&gt; &quot;quoted&quot;",
+    "donâ€™t mend mojibake",
+    "ΑΣ ΟΔΥΣΣΕΥΣ Σ",
+    "漢字 and かな",
+    "emoji 🐱🐶 and 👩‍👩‍👧",
+    "under_score hy-phen slash/slash",
+    "<|endoftext|> in a prompt",
+    "[SEP] and [MASK] in a prompt",
+    "control\x07character and soft\u00adhyphen",
+    "full width ＡＢＣ１２３",
+    "non\u00a0breaking space",
+    'she said "yes" (twice)',
+    "word " * 90,
+]
+
+
+def picture(w=40, h=40, mode="RGB", seed=0):
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (h, w, 3), dtype=np.uint8))
+    return image if mode == "RGB" else image.convert(mode)
+
+
+def see_through(mode, w=50, h=37):
+    """A picture whose alpha differs from pixel to pixel."""
+    image = picture(w, h, seed=9).convert("RGBA")
+    image.putalpha(picture(w, h, "L", seed=8))
+    return image.convert(mode)
+
+
+IMAGES = [picture(40, 40, seed=0), picture(61, 40, seed=1), picture(36, 77, seed=2)]
+ODD_IMAGES = [
+    *IMAGES,
+    picture(33, 47, seed=3),
+    picture(20, 20, seed=4),
+    picture(200, 31, seed=5),
+    picture(45, 60, "L", seed=6),
+    picture(60, 45, "P", seed=7),
+    picture(50, 41, "1", seed=8),
+    picture(41, 50, "CMYK", seed=9),
+    see_through("RGBA"),
+    see_through("LA"),
+]
+PAIRS = list(zip(itertools.cycle(ODD_IMAGES), ODD))  # 20 of them
+
+
+@pytest.fixture(scope="module")
+def table():
+    """name -> (pixels, ids, score): largest differences, printed at the end."""
+    rows = {}
+    yield rows
+    print("\n\nlargest difference from the original's own code, fp32 on a CPU, random weights")
+    print(f"{'scorer':16s} {'pixels':>9s} {'ids':>9s} {'score':>9s}  {'of about':>9s}")
+    for name, (pixels, ids, score, size) in rows.items():
+        print(f"{name:16s} {pixels:9.1e} {ids:9d} {score:9.1e}  {size:9.3g}")
+
+
+def same(table, name, pixels, ids, scores, atol=1e-5):
+    """Pixels, ids and scores, ours and the original's, agree; and the scores differ, or the test could not
+    fail."""
+    ours, reference = (torch.as_tensor(s).float() for s in scores)
+    apart = max((a - b).abs().max().item() for a, b in zip(*pixels))
+    wrong = sum(list(a) != list(b) for a, b in zip(*ids))
+    table[name] = apart, wrong, (ours - reference).abs().max().item(), reference.abs().max().item()
+    assert ours.shape == reference.shape and ours.std() > 100 * atol
+    assert apart < 1e-5 and wrong == 0 and torch.allclose(ours, reference, rtol=0, atol=atol)
+
+
+def prepared(spec):
+    """(scorer, its pixels of the odd pictures)."""
+    scorer = load_reward(spec)
+    return scorer, [scorer.prepare(open_image(i)) for i in ODD_IMAGES]
+
+
+def score_odd(scorer):
+    return scorer([i for i, _ in PAIRS], [p for _, p in PAIRS])
+
+
+def of_pairs(pixels):
+    """The originals' pixels of the pairs' pictures, as a batch."""
+    return torch.stack([x for x, _ in zip(itertools.cycle(pixels), PAIRS)])
+
+
+def processor(size=32):
+    """transformers' CLIPImageProcessor as it was when PickScore, MPS and CLIP-FlanT5 were trained: on PIL.
+    Pictures must be RGB: it dropped alpha in those days, today's composites on white."""
+    from transformers import CLIPImageProcessorPil
+
+    whole = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=3,
+        image_mean=STATS[0], image_std=STATS[1],
+    )  # fmt: skip
+    return lambda image: torch.as_tensor(whole(image, return_tensors="pt").pixel_values[0])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Random-weight CLIPs in the layouts of the real ones, with the toy's tokenizer."""
+    root, tok, out = tmp_path_factory.mktemp("rewards"), build.make_tokenizer(), {}
+    for i, name in enumerate(("clip", "hps", "pick")):
+        torch.manual_seed(i)
+        model = build.build_reward(name, tok)
+        for p in model.parameters():  # away from the small values of an initialisation
+            p.data += 0.1 * torch.randn_like(p)
+        build.save_reward(name, model, tok, root / name)
+        out[name] = root / name
+    return out
+
+
+def clip_config(folder):
+    return json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory):
+    """A small open_clip model and a small CLIPModel of CLIP's own 49408 words, 77 at a time."""
+    from transformers import CLIPConfig, CLIPModel
+
+    root = tmp_path_factory.mktemp("english")
+    tower = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = dict(
+        embed_dim=32,
+        vision_cfg=dict(image_size=32, layers=2, width=64, head_width=32, patch_size=8),
+        text_cfg=dict(context_length=77, vocab_size=49408, width=64, heads=2, layers=2),
+    )
+    torch.manual_seed(0)
+    models = {"open": open_clip.CLIP(**config)}
+    models["hf"] = CLIPModel(
+        CLIPConfig(
+            projection_dim=64,
+            text_config=dict(tower, vocab_size=49408),
+            vision_config=dict(tower, image_size=32, patch_size=8),
+        )
+    )
+    for name, model in models.items():
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        (root / name).mkdir()
+        state = {k: v.contiguous() for k, v in model.eval().state_dict().items()}
+        save_file(
+            state, root / name / ("open_clip_model.safetensors" if name == "open" else "model.safetensors")
+        )
+    (root / "open/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    models["hf"].config.save_pretrained(root / "hf")
+    return root, models, config
+
+
+@pytest.fixture(scope="module")
+def clip_words(tmp_path_factory):
+    """CLIP's vocabulary in transformers' files, as AutoProcessor reads them from the hub for PickScore and
+    MPS."""
+    from transformers import CLIPTokenizer
+
+    root, bpe = tmp_path_factory.mktemp("words"), open_clip.SimpleTokenizer()
+    words = {w: i for w, i in bpe.encoder.items() if i < 49406}
+    (root / "vocab.json").write_text(json.dumps({**words, "<|startoftext|>": 49406, "<|endoftext|>": 49407}))
+    (root / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in bpe.bpe_ranks) + "\n")
+    (root / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
+    tokenizer = CLIPTokenizer.from_pretrained(root)
+    return lambda texts: (
+        tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    )
+
+
+# ----------------------------------------------------------------------------- parity: CLIP
+
+
+@pytest.mark.parametrize("name", ["clip", "hpsv2", "hpsv2.1"])
+def test_parity_of_clip_and_hpsv2_with_open_clips_cosine(english, table, name):
+    root, models, config = english
+    if name == "clip":
+        pixels = [image_transform(32, is_train=False)(i) for i in ODD_IMAGES]
+    else:
+        pixels = [hpsv2_pixels(i, 32) for i in ODD_IMAGES]
+    ids = open_clip.SimpleTokenizer(context_length=77)(ODD)
+    with torch.no_grad():
+        a = models["open"].encode_image(of_pairs(pixels), normalize=True)
+        b = models["open"].encode_text(ids, normalize=True)
+    scorer, ours = prepared(f"{name}={root / 'open'}")
+    our_ids = rewards.open_clip_ids(root / "open", config["text_cfg"], name)(ODD)
+    same(table, name, (ours, pixels), (our_ids.tolist(), ids.tolist()), (score_odd(scorer), (a * b).sum(-1)))
+
+
+def hpsv2_pixels(image, size):
+    """What hpsv2's image_transform does: RGB, a tensor, longer side by torchvision's resize, zeros around,
+    normalise. (It would hand a picture with alpha on as four channels, which the model does not take.)"""
+    from torchvision.transforms import functional as TF
+
+    x = TF.to_tensor(image.convert("RGB"))
+    scale = size / max(x.shape[1:])
+    if scale != 1:
+        wanted = [max(1, round(n * scale)) for n in x.shape[1:]]
+        x = TF.resize(x, wanted, TF.InterpolationMode.BICUBIC, antialias=True)
+    h, w = x.shape[1:]
+    left, top = (size - w) // 2, (size - h) // 2
+    return TF.normalize(TF.pad(x, [left, top, size - w - left, size - h - top]), *STATS)
+
+
+def test_parity_of_pickscore_with_the_diagonal_of_clipmodels_logits(english, clip_words, table):
+    root, models, _ = english
+    pixels, ids = [processor()(i.convert("RGB")) for i in ODD_IMAGES], clip_words(ODD)
+    with torch.no_grad():
+        logits = models["hf"](input_ids=ids, pixel_values=of_pairs(pixels)).logits_per_image
+    scorer, ours = prepared(f"pickscore={root / 'hf'}")
+    our_ids = rewards.tokenize(rewards.clip_tokenizer(root / "hf", 49408), ODD, 77, "pickscore")[0]
+    scores = score_odd(scorer), logits.diagonal()
+    same(table, "pickscore", (ours, pixels), (our_ids.tolist(), ids.tolist()), scores, 1e-4)
+
+
+def test_one_model_has_one_tokenizer_and_one_preprocessing_as_folder_and_as_file(english, monkeypatch):
+    """A file is the published architecture, whatever lies beside it; here a small one stands in for
+    ViT-H-14."""
+    from transformers import CLIPConfig
+
+    root, models, config = english
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    monkeypatch.setattr(rewards, "VIT_H", models["hf"].config.to_dict())
+    for name, folder, file in (
+        ("clip", "open", "open_clip_model.safetensors"),
+        ("hpsv2", "open", "open_clip_model.safetensors"),
+        ("pickscore", "hf", "model.safetensors"),
+    ):
+        by_folder = score_odd(load_reward(f"{name}={root / folder}"))
+        assert torch.equal(by_folder, score_odd(load_reward(f"{name}={root / folder / file}")))
+    assert CLIPConfig(**rewards.VIT_H).text_config.vocab_size == 49408
+
+
+# ----------------------------------------------------------------------------- parity: BLIP
+
+
+def bert_vocabulary(folder):
+    """A BERT vocabulary that can spell: pieces for every character of the odd prompts, and some words."""
+    words = "a red circle two square photo cross left of ##s".split()
+    letters = sorted({c for text in ODD for c in text.lower() + "ς" if not c.isspace()})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = list(dict.fromkeys(special + words + letters + [f"##{c}" for c in letters] + ["[DEC]", "[ENC]"]))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return len(words)
+
+
+@pytest.fixture
+def original_blip(monkeypatch):
+    """The modules med, vit and ImageReward of the `image-reward` package. Under transformers 5 the package
+    does not import: its __init__ wants modules that nobody declares, and names that have moved; here they are
+    put back."""
+    from transformers import PreTrainedModel, modeling_utils, pytorch_utils
+
+    root = Path(find_spec("ImageReward").submodule_search_locations[0])
+    for name, path in (("ImageReward", root), ("ImageReward.models", root / "models")):
+        package = types.ModuleType(name)  # the package without its __init__
+        package.__path__ = [str(path)]
+        monkeypatch.setitem(sys.modules, name, package)
+    for name in ("apply_chunking_to_forward", "prune_linear_layer"):
+        monkeypatch.setattr(modeling_utils, name, getattr(pytorch_utils, name), raising=False)
+    monkeypatch.setattr(modeling_utils, "find_pruneable_heads_and_indices", None, raising=False)
+    monkeypatch.setattr(PreTrainedModel, "get_head_mask", lambda self, mask, n: [None] * n, raising=False)
+    low = torch.finfo(torch.float32).min
+    invert = lambda self, m: (1.0 - m[:, None, None].float()) * low
+    monkeypatch.setattr(PreTrainedModel, "invert_attention_mask", invert, raising=False)
+    med = importlib.import_module("ImageReward.models.BLIP.med")
+    vit = importlib.import_module("ImageReward.models.BLIP.vit")
+    monkeypatch.setattr(med.BertPreTrainedModel, "all_tied_weights_keys", {}, raising=False)
+    monkeypatch.setattr(med.BertModel, "init_weights", lambda self: None, raising=False)
+    yield med, vit, importlib.import_module("ImageReward.ImageReward")
+    for name in [n for n in sys.modules if n.startswith("ImageReward")]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def blip_folder(original_blip, folder, name):
+    """A small BLIP with a head, made of the package's modules, in the layout of the checkpoints; sizes in
+    config.json."""
+    from transformers import BertConfig, BlipConfig
+
+    med, vit, package = original_blip
+    torch.manual_seed(0)
+    size = bert_vocabulary(folder)
+    text = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
+    text.update(vocab_size=size, max_position_embeddings=160, layer_norm_eps=1e-12)
+    config = BertConfig(**text, add_cross_attention=True)
+    config.encoder_width = 64
+    eye = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=1)
+    eye.update(image_size=32, patch_size=8, layer_norm_eps=1e-6)
+    BlipConfig(text_config=dict(text, encoder_hidden_size=64), vision_config=eye).save_pretrained(folder)
+    blip = {
+        "visual_encoder": vit.VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=1
+        ),
+        "text_encoder": med.BertModel(config=config, add_pooling_layer=False),
+        "vision_proj": torch.nn.Linear(64, 8),
+        "text_proj": torch.nn.Linear(128, 8),
+    }
+    model = torch.nn.ModuleDict({"blip": torch.nn.ModuleDict(blip), "mlp": package.MLP(128)}).eval()
+    if name == "cyclereward":  # GELU between the layers, no dropout
+        sizes = [128, 1024, 128, 64, 16, 1]
+        layers = [m for i, o in itertools.pairwise(sizes) for m in (torch.nn.Linear(i, o), torch.nn.GELU())]
+        model["mlp"].layers = torch.nn.Sequential(*layers[:-1])
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return model, size
+
+
+@pytest.mark.parametrize("name", ["imagereward", "cyclereward"])
+def test_parity_of_imagereward_and_cyclereward_with_the_package(original_blip, tmp_path, table, name):
+    from transformers import BertTokenizer
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+    model, size = blip_folder(original_blip, tmp_path, name)
+    pixels = [original_blip[2]._transform(32)(i) for i in ODD_IMAGES]
+    tokenizer = BertTokenizerLegacy(str(tmp_path / "vocab.txt"))  # the tokenizer of those days, in Python
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens(["[ENC]"], special_tokens=True)
+    length = 35 if name == "imagereward" else 128
+    cut = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    text = tokenizer(ODD, **cut)
+    with torch.no_grad():
+        seen = model["blip"]["visual_encoder"](of_pairs(pixels))
+        h = model["blip"]["text_encoder"](
+            text.input_ids,
+            attention_mask=text.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
+            return_dict=True,
+        ).last_hidden_state[:, 0]
+        reference = model["mlp"](h)[:, 0]
+    if name == "imagereward":
+        reference = (reference - 0.16717362830052426) / 1.0333394966054072
+    scorer, ours = prepared(f"{name}={tmp_path}")
+    words = rewards.load_tokenizer(BertTokenizer, tmp_path, size, extra=("[DEC]", "[ENC]"))
+    lowered = [rewards.lower(p, words.all_special_tokens) for p in ODD]
+    ids = rewards.tokenize(words, lowered, length, name)[0].tolist(), text.input_ids.tolist()
+    atol = 1e-5 * max(1, reference.abs().max().item())
+    same(table, name, (ours, pixels), ids, (score_odd(scorer), reference), atol)
+
+
+# ----------------------------------------------------------------------------- parity: MPS
+
+
+def slow_mps(state, clip, ids, condition, pixels, tau):
+    """MPS for one pair with loops over layers, tokens and heads, in float64, from the published
+    architecture."""
+    w = {k: v.double() for k, v in state.items()}
+    with torch.no_grad():
+        text = clip.text_projection(clip.text_model(ids[None]).last_hidden_state)[0].double()
+        cond = clip.text_projection(clip.text_model(condition[None]).last_hidden_state)[0].double()
+        x = clip.visual_projection(clip.vision_model(pixels[None]).last_hidden_state)[0].double()
+    near = torch.stack([max(t @ c for c in cond) for t in text])
+    keep = [i for i in range(len(text)) if near[i] / near.max() > tau]
+    gate = lambda v: v[: len(v) // 2] * F.silu(v[len(v) // 2 :])
+
+    def norm(v, key):
+        v = (v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt()
+        return v * w[f"{key}.weight"] + w[f"{key}.bias"]
+
+    def turn(v, position, inv_freq):  # rotary embedding of one vector
+        half, angles = len(v) // 2, position * inv_freq
+        a, b = v[:half], v[half:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
+
+    def attend(q, keys, values):  # one query, every head against the one set of keys
+        return torch.cat([torch.softmax(keys @ h / 8, 0) @ values for h in q.split(64)])
+
+    for n in range(4):
+        p = f"mps.cross_model.layers.{n}."
+        kv = text[keep] @ w[p + "0.fn.to_kv.weight"].T
+        rows = []
+        for v in x:
+            h = norm(v, p + "0.fn.norm")
+            mixed = attend(w[p + "0.fn.to_q.weight"] @ h, kv[:, :64], kv[:, 64:])
+            beside = w[p + "0.fn.ff.2.weight"] @ gate(w[p + "0.fn.ff.0.weight"] @ h)
+            rows.append(v + w[p + "0.fn.to_out.weight"] @ mixed + beside)
+        x, turns = torch.stack(rows), w[p + "1.fn.rotary_emb.inv_freq"]
+        fused = [w[p + "1.fn.fused_attn_ff_proj.weight"] @ norm(v, p + "1.fn.norm") for v in x]
+        keys = torch.stack([turn(f[1024:1088], i, turns) for i, f in enumerate(fused)])
+        values, rows = torch.stack([f[1088:1152] for f in fused]), []
+        for i, (v, f) in enumerate(zip(x, fused)):
+            q = torch.cat([turn(h, i, turns) for h in f[:1024].split(64)])
+            beside = w[p + "1.fn.ff_out.1.weight"] @ gate(f[1152:])
+            rows.append(v + w[p + "1.fn.attn_out.weight"] @ attend(q, keys, values) + beside)
+        x = torch.stack(rows)
+    end = text[ids.argmax()]
+    return clip.logit_scale.double().exp() * (x[0] @ end) / x[0].norm() / end.norm()
+
+
+def mps_folder(english, folder):
+    """A small MPS: the published cross-attention over a small CLIP."""
+    clip, dim = english[1]["hf"], 64
+    torch.manual_seed(3)
+    state = {f"mps.model.{k}": v.contiguous() for k, v in clip.state_dict().items()}
+    for n in range(4):
+        for key, shape in {
+            "0.fn.norm.weight": (dim,),
+            "0.fn.norm.bias": (dim,),
+            "0.fn.to_q.weight": (1024, dim),
+            "0.fn.to_kv.weight": (128, dim),
+            "0.fn.to_out.weight": (dim, 1024),
+            "0.fn.ff.0.weight": (8 * dim, dim),
+            "0.fn.ff.2.weight": (dim, 4 * dim),
+            "1.fn.norm.weight": (dim,),
+            "1.fn.norm.bias": (dim,),
+            "1.fn.fused_attn_ff_proj.weight": (1152 + 8 * dim, dim),
+            "1.fn.attn_out.weight": (dim, 1024),
+            "1.fn.ff_out.1.weight": (dim, 4 * dim),
+        }.items():
+            state[f"mps.cross_model.layers.{n}.{key}"] = torch.randn(shape) / dim**0.5
+        inv_freq = 10000 ** (-torch.arange(0, 64, 2).float() / 64)
+        state[f"mps.cross_model.layers.{n}.1.fn.rotary_emb.inv_freq"] = inv_freq
+    save_file(state, folder / "model.safetensors")
+    clip.config.save_pretrained(folder)
+    return clip.eval(), state
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.7])  # .7 masks tokens out on these weights
+def test_parity_of_mps_with_a_slow_loop_whatever_the_batch(
+    english, clip_words, table, tmp_path, monkeypatch, tau
+):
+    clip, state = mps_folder(english, tmp_path)
+    monkeypatch.setattr(rewards, "TAU", tau)
+    pixels, ids = [processor()(i.convert("RGB")) for i in ODD_IMAGES], clip_words(ODD)
+    condition = clip_words([rewards.CONDITION])[0]
+    chosen = range(0, len(PAIRS), 3)
+    reference = [
+        slow_mps(state, clip, ids[n], condition, pixels[n % len(pixels)], tau).detach() for n in chosen
+    ]
+    scorer, ours = prepared(f"mps={tmp_path}")
+    scores = score_odd(scorer)
+    our_ids = rewards.tokenize(rewards.clip_tokenizer(tmp_path, 49408), ODD, 77, "mps")[0]
+    both = torch.stack([scores[n] for n in chosen]), torch.stack(reference)
+    name = "mps" if tau == 0.01 else "mps, tau .7"
+    same(table, name, (ours, pixels), (our_ids.tolist(), ids.tolist()), both, 1e-4)
+    alone = scorer([i for i, _ in PAIRS[:4]], [p for _, p in PAIRS[:4]], batch_size=1)
+    assert torch.allclose(alone, scores[:4], atol=1e-4)  # the largest similarity is each pair's own
+
+
+def test_mps_turns_by_the_stored_frequencies(english, tmp_path):
+    _, state = mps_folder(english, tmp_path)
+    plain = load_reward(f"mps={tmp_path}")(IMAGES, TEXTS)
+    frequencies = {k: v for k, v in state.items() if k.endswith("inv_freq")}
+    save_file({k: v for k, v in state.items() if k not in frequencies}, tmp_path / "model.safetensors")
+    assert torch.equal(load_reward(f"mps={tmp_path}")(IMAGES, TEXTS), plain)  # a copy may lack them
+    save_file({**state, **{k: v * 0.5 for k, v in frequencies.items()}}, tmp_path / "model.safetensors")
+    assert not torch.allclose(load_reward(f"mps={tmp_path}")(IMAGES, TEXTS), plain, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------- parity: VQAScore
+
+
+def vqa_folder(folder, surplus=0, tower_inside=False):
+    """A small CLIP-FlanT5 in the layout of the checkpoints -> (tokenizer, t5, tower, projector, state
+    dict)."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(4)
+    tok = t5_tokenizer(folder)
+    eye = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    tower = CLIPVisionModel(CLIPVisionConfig(**eye, image_size=32, patch_size=8)).eval()
+    tower.save_pretrained(folder / "tower")
+    config = T5Config(
+        vocab_size=len(tok) + surplus,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        mm_hidden_size=48,
+        mm_vision_tower=str(folder / "tower"),
+        decoder_start_token_id=0,
+    )
+    t5 = T5ForConditionalGeneration(config).eval()
+    projector = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
+    for p in [*t5.parameters(), *projector.parameters()]:
+        p.data += 0.1 * torch.randn_like(p)
+    t5.lm_head.weight.data *= 0.03  # probabilities well inside (0, 1)
+    config.save_pretrained(folder)
+    state = {**t5.state_dict(), **{f"mm_projector.{k}": v for k, v in projector.state_dict().items()}}
+    state["embed_tokens.weight"] = t5.shared.weight  # as its class saves it
+    if tower_inside:
+        for p in tower.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        inside = {
+            k if k.startswith("vision_model.") else f"vision_model.{k}": v
+            for k, v in tower.state_dict().items()
+        }
+        state.update({f"vision_tower.vision_tower.{k}": v for k, v in inside.items()})
+    torch.save({k: v.clone() for k, v in state.items()}, folder / "pytorch_model.bin")
+    return tok, t5, tower, projector, state
+
+
+def vqa_ids(tok, prompt):
+    """The original's two sides of the image, each with its end token."""
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions. USER: <image>\n"
+    )
+    whole = system + f'Does this figure show "{prompt}"? Please answer yes or no. ASSISTANT: '
+    return [tok(side, return_tensors="pt").input_ids for side in whole.split("<image>")]
+
+
+def vqa_reference(tok, t5, tower, projector, images, prompts):
+    """T5's own loss, one pair at a time, with LLaVA's picture in a square."""
+    out = []
+    for image, prompt in zip(images, prompts):
+        with torch.no_grad():
+            seen = tower(llava_pixels(image, 32)[None], output_hidden_states=True).hidden_states[-2][:, 1:]
+            left, right = (t5.shared(ids) for ids in vqa_ids(tok, prompt))
+            embeds = torch.cat([left, projector(seen), right], 1)
+            labels = tok("Yes", return_tensors="pt").input_ids
+            out.append((-t5(inputs_embeds=embeds, labels=labels).loss).exp())
+    return torch.stack(out)
+
+
+def llava_pixels(image, size):
+    """RGB, a square of the mean colour around it, then the CLIPImageProcessor."""
+    image = image.convert("RGB")
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), tuple(int(x * 255) for x in STATS[0]))
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return processor(size)(canvas)
+
+
+@pytest.mark.parametrize("name", ["vqascore", "vqascore-xl"])
+def test_parity_of_vqascore_with_the_loss_of_t5_one_pair_at_a_time(tmp_path, table, name):
+    tok, t5, tower, projector, _ = vqa_folder(tmp_path)
+    images, prompts = [i for i, _ in PAIRS], [p for _, p in PAIRS]
+    reference = vqa_reference(tok, t5, tower, projector, images, prompts)
+    scorer, ours = prepared(f"{name}={tmp_path}")
+    asked = [rewards.QUESTION.format(p) for p in ODD]
+    ids = tok(asked).input_ids, [vqa_ids(tok, p)[1][0].tolist() for p in ODD]
+    pixels = [llava_pixels(i, 32) for i in ODD_IMAGES]
+    same(table, name, (ours, pixels), ids, (score_odd(scorer), reference), 1e-6)
+    half = score_odd(load_reward(f"{name}-bf16={tmp_path}"))
+    assert torch.allclose(half, reference, rtol=0.1) and not torch.equal(half, reference)
+
+
+def test_vqascore_drops_surplus_words_and_takes_the_tower_of_the_checkpoint(tmp_path):
+    tok, t5, tower, projector, _ = vqa_folder(tmp_path, surplus=28, tower_inside=True)
+    with_surplus = vqa_reference(tok, t5, tower, projector, IMAGES, TEXTS)
+    t5.lm_head.weight.data = t5.lm_head.weight.data[: len(tok)]  # the original resizes it to the tokenizer
+    t5.config.vocab_size = len(tok)
+    reference = vqa_reference(tok, t5, tower, projector, IMAGES, TEXTS)
+    ours = load_reward(f"vqascore={tmp_path}")(IMAGES, TEXTS)
+    assert torch.allclose(ours, reference, atol=1e-6) and not torch.allclose(ours, with_surplus, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------- parity: aesthetic
+
+
+def aesthetic_folder(folder):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(5)
+    eye = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    eye.update(image_size=32, patch_size=8, projection_dim=768)
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**eye)).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    n = torch.nn
+    layers = n.Sequential(
+        n.Linear(768, 1024),
+        n.Dropout(0.2),
+        n.Linear(1024, 128),
+        n.Dropout(0.2),
+        n.Linear(128, 64),
+        n.Dropout(0.1),
+        n.Linear(64, 16),
+        n.Linear(16, 1),
+    )
+    mlp = n.ModuleDict({"layers": layers}).eval()
+    for p in mlp.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    torch.save(mlp.state_dict(), folder / "aesthetic-model.pth")
+    return model, mlp
+
+
+def test_parity_of_aesthetic_with_the_mlp_layer_by_layer(tmp_path, table):
+    """OpenAI's clip.load has open_clip's order: resize, crop, RGB."""
+    model, mlp = aesthetic_folder(tmp_path)
+    pixels = [image_transform(32, is_train=False)(i) for i in ODD_IMAGES]
+    with torch.no_grad():
+        e = model(of_pairs(pixels)).image_embeds
+        reference = mlp["layers"](e / e.norm(dim=-1, keepdim=True))[:, 0]
+    scorer, ours = prepared(f"aesthetic={tmp_path}")
+    atol = 1e-5 * max(1, reference.abs().max().item())
+    same(table, "aesthetic", (ours, pixels), ([], []), (score_odd(scorer), reference), atol)
+
+
+# ----------------------------------------------------------------------------- what is loaded
+
+
+def test_an_hps_checkpoint_file_loads_by_its_state_dict(english, tmp_path, monkeypatch):
+    """HPSv2's file is {"state_dict": ...} for ViT-H-14; a small architecture stands in for that name here."""
+    root, _, config = english
+    torch.save({"state_dict": load_file(root / "open/open_clip_model.safetensors")}, tmp_path / "hps.pt")
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    from_file = load_reward(f"hpsv2.1={tmp_path / 'hps.pt'}")(IMAGES, TEXTS)
+    assert torch.allclose(from_file, load_reward(f"hpsv2.1={root / 'open'}")(IMAGES, TEXTS), atol=1e-6)
+    torch.save({"state_dict": {"wrong": torch.zeros(1)}}, tmp_path / "bad.pt")
+    with pytest.raises(SystemExit, match="bad.pt.*missing keys.*unexpected keys.*wrong"):
+        load_reward(f"hpsv2.1={tmp_path / 'bad.pt'}")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "hps.pt").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="torn.pt"):
+        load_reward(f"hpsv2.1={tmp_path / 'torn.pt'}")
+
+
+def test_the_keys_of_hpsv2_are_those_of_open_clips_vit_h():
+    with torch.device("meta"):
+        keys = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).state_dict()
+    assert sum(v.numel() for v in keys.values()) in range(985_000_000, 988_000_000)
+    assert "visual.transformer.resblocks.31.ln_1.weight" in keys
+
+
+def test_the_published_sizes_are_those_of_the_papers():
+    from transformers import BlipConfig, CLIPConfig, CLIPModel
+
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(**rewards.VIT_H))
+        blip = rewards.BlipReward(BlipConfig(**rewards.BLIP_L), gelu=False)
+        mps = rewards.MpsModel(CLIPConfig(**rewards.VIT_H))
+        twin = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    assert count(clip) == count(twin) and count(blip.mlp) == 927_969
+    assert round(4 * count(mps) / 1e7) == 442  # the size of its file, 4.42 GB of fp32
+    shape = blip.state_dict()["blip.text_encoder.encoder.layer.11.crossattention.self.key.weight"].shape
+    assert (
+        shape == (768, 1024)
+        and "blip.visual_encoder.encoder.layers.23.layer_norm1.weight" in blip.state_dict()
+    )
+
+
+def weights_of(folder):
+    path = next(p for p in sorted(folder.iterdir()) if p.suffix in rewards.WEIGHTS)
+    return path, load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def save_weights(path, state):
+    state = {k: v.contiguous().clone() for k, v in state.items()}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+
+
+@pytest.fixture(scope="module")
+def every(folders, english, tmp_path_factory):
+    """A folder of a small model for each kind of checkpoint."""
+    root = tmp_path_factory.mktemp("every")
+    for name in ("imagereward", "mps", "vqascore", "aesthetic"):
+        (root / name).mkdir()
+    patch = pytest.MonkeyPatch()
+    generator = original_blip.__wrapped__(patch) if hasattr(original_blip, "__wrapped__") else None
+    blip_folder(next(generator), root / "imagereward", "imagereward")
+    patch.undo()
+    mps_folder(english, root / "mps")
+    vqa_folder(root / "vqascore", tower_inside=True)
+    aesthetic_folder(root / "aesthetic")
+    shutil.copytree(folders["clip"], root / "clip")
+    shutil.copytree(folders["pick"], root / "pickscore")
+    return root
+
+
+# the last of something: a head's layer, a block, what would be tied or made up
+LAST = {
+    "clip": "visual.proj",
+    "pickscore": "vision_model.encoder.layers.2.mlp.fc2.weight",
+    "imagereward": "mlp.layers.7.weight",
+    "mps": "mps.cross_model.layers.3.1.fn.ff_out.1.weight",
+    "vqascore": "lm_head.weight",
+    "aesthetic": "layers.7.weight",
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "block"])
+def test_a_checkpoint_that_is_not_whole_or_not_the_model_is_refused_by_name(every, tmp_path, name, change):
+    folder = shutil.copytree(every / name, tmp_path / "model")
+    path, state = weights_of(folder)
+    if name == "aesthetic":
+        path = folder / "aesthetic-model.pth"
+        state = torch.load(path, weights_only=True)
+    key, says = LAST[name], "missing keys"
+    if change == "missing":
+        state.pop(key)
+    elif change == "extra":
+        key, says = f"{key}.extra", "unexpected keys"
+        state[key] = torch.zeros(2)
+    elif change == "shape":
+        says, state[key] = "wrong shapes", state[key][:-1] if state[key].shape[0] > 1 else state[key][:, :-1]
+    else:  # a whole layer
+        start = {
+            "clip": "visual.transformer.resblocks.2.",
+            "imagereward": "blip.text_encoder.encoder.layer.1.",
+        }
+        start = start.get(name, key.rpartition(".")[0])
+        state = {k: v for k, v in state.items() if not k.startswith(start)}
+        key = start.strip(".")
+    save_weights(path, state)
+    with pytest.raises(SystemExit) as e:
+        load_reward(f"{name}={folder}")
+    message = str(e.value)
+    assert str(folder) in message and says in message and key.rpartition(".")[0] in message, message
+    assert "\n" not in message
+
+
+def test_half_a_vision_tower_is_refused(tmp_path):
+    *_, state = vqa_folder(tmp_path, tower_inside=True)
+    gone = next(k for k in state if k.startswith("vision_tower.") and "layers.2" in k)
+    save_weights(tmp_path / "pytorch_model.bin", {k: v for k, v in state.items() if k != gone})
+    with pytest.raises(SystemExit, match="missing keys.*vision_tower"):
+        load_reward(f"vqascore={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\x00\x01\x02\x03", b"", b"PK\x03\x04junk", b'{"a": 1}', b"\x80\x04]q\x00."]
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".pth"])
+def test_a_file_of_junk_is_refused_by_name(tmp_path, junk, suffix):
+    path = tmp_path / f"junk{suffix}"
+    path.write_bytes(junk)
+    for name in ("clip", "hpsv2.1", "imagereward", "pickscore", "mps", "aesthetic"):
+        with pytest.raises(SystemExit, match=f"reward {name}=.*") as e:
+            if name == "imagereward":  # its tokenizer comes first, and there is none
+                raise SystemExit(
+                    f"reward {name}={path}: {pytest.raises(ValueError, rewards.read_weights, path).value}"
+                )
+            load_reward(f"{name}={path}")
+        message = str(e.value).partition("could not be loaded")[2] or str(e.value)
+        assert str(path) in message and "\n" not in message and len(message) < 600
+        assert "no readable weights" in message or "state dict" in message
+
+
+def test_what_is_no_state_dict_is_refused(tmp_path):
+    for n, thing in enumerate((torch.zeros(3), [torch.zeros(3)], {}, {"a": 1}, {"state_dict": [1]})):
+        torch.save(thing, tmp_path / f"{n}.pt")
+        with pytest.raises(SystemExit, match=f"{n}.pt: holds no state dict"):
+            load_reward(f"hpsv2={tmp_path / f'{n}.pt'}")
+
+
+def test_what_is_named_is_what_is_loaded(folders, tmp_path):
+    """A folder's config and tokenizer say nothing about a file in it; two weights in a folder are a
+    question."""
+    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    file = folder / "HPS_v2.1_compressed.pt"
+    torch.save(load_file(folders["hps"] / "open_clip_model.safetensors"), file)
+    for spec in (f"hpsv2.1={file}", f"clip={folder / 'open_clip_model.safetensors'}"):
+        with pytest.raises(SystemExit, match="not such a checkpoint"):  # no ViT-H-14
+            load_reward(spec)
+    of_hps = load_reward(f"hpsv2={folders['hps']}")(IMAGES, TEXTS)
+    assert torch.allclose(load_reward(f"hpsv2.1={folder}")(IMAGES, TEXTS), of_hps, atol=1e-6)
+    (folder / "open_clip_model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(SystemExit, match="open_clip_model.safetensors is wanted there, found HPS.*other"):
+        load_reward(f"clip={folder}")
+
+
+def test_a_pickscore_checkpoint_with_other_keys_is_refused(folders, tmp_path):
+    shutil.copytree(folders["pick"], tmp_path / "pick")
+    state = load_file(tmp_path / "pick/model.safetensors")
+    state.pop("visual_projection.weight")
+    save_file(state, tmp_path / "pick/model.safetensors")
+    with pytest.raises(SystemExit, match="pick.*missing keys.*visual_projection"):
+        load_reward(f"pickscore={tmp_path / 'pick'}")
+    (tmp_path / "pick/model.safetensors").write_bytes(b"torn")
+    with pytest.raises(SystemExit, match="pick"):
+        load_reward(f"pickscore={tmp_path / 'pick'}")
+
+
+# ----------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "imagereward", "vqascore"])
+@pytest.mark.parametrize("how", ["gone", "foreign", "junk", "permuted"])
+def test_a_tokenizer_that_is_gone_or_another_models_is_refused(every, tmp_path, monkeypatch, name, how):
+    """transformers 5 returns a tokenizer of 2 to 5 words where the files are not there."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = shutil.copytree(every / name, tmp_path / "model")
+    files = [p for p in folder.iterdir() if "token" in p.name or p.name == "vocab.txt"]
+    assert files
+    if how == "permuted" and name != "imagereward":
+        pytest.skip("a tokenizer of the right size and another order: only the published one is known")
+    for file in files:
+        if how == "gone":
+            file.unlink()
+        elif how == "junk":
+            file.write_text("{]")
+    if how == "foreign":
+        other = every / ("clip" if name in ("imagereward", "vqascore") else "vqascore")
+        for file in files:
+            file.unlink()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(other / file, folder / file)
+    if how == "permuted":
+        words = (folder / "vocab.txt").read_text().split("\n")[:-1]
+        monkeypatch.setitem(rewards.KNOWN, len(words), [2, 5, 9])
+    with pytest.raises(SystemExit, match="tokenizer") as e:
+        load_reward(f"{name}={folder}")
+    assert "\n" not in str(e.value)
+
+
+def test_a_weights_file_brings_no_tokenizer(every, monkeypatch):
+    """imagereward=FILE.pt on a node without the hub: every prompt would get the same score."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(rewards, "BLIP_L", json.loads((every / "imagereward/config.json").read_text()))
+    assert (every / "imagereward/vocab.txt").is_file()
+    for name in ("imagereward", "cyclereward"):
+        with pytest.raises(SystemExit, match="bert-base-uncased.*FOLDER.*vocab.txt"):
+            load_reward(f"{name}={every / 'imagereward/weights.pt'}")
+
+
+def test_clips_own_vocabulary_is_never_read_from_a_folder(english, clip_words, tmp_path):
+    """PickScore and MPS need no file of a tokenizer; a foreign one beside the weights is not looked at."""
+    folder = shutil.copytree(english[0] / "hf", tmp_path / "hf")
+    plain = load_reward(f"pickscore={folder}")(IMAGES, TEXTS)
+    build.make_tokenizer().save_pretrained(folder)
+    assert torch.equal(load_reward(f"pickscore={folder}")(IMAGES, TEXTS), plain)
+    ids = rewards.tokenize(rewards.clip_tokenizer("", 49408), ODD, 77, "test")[0]
+    assert torch.equal(ids, clip_words(ODD))
+
+
+def test_batches_do_not_change_scores(folders):
+    images, texts = [picture(seed=s) for s in range(40)], (TEXTS * 14)[:40]
+    score = load_reward(f"clip={folders['clip']}")
+    assert torch.allclose(score(images, texts, batch_size=1), score(images, texts, batch_size=32), atol=1e-5)
+    assert score([], []).shape == (0,)
+
+
+# ----------------------------------------------------------------------------- preprocessing
+
+SIZES = [(40, 40), (64, 24), (24, 64), (32, 32), (200, 1), (33, 47), (35, 32), (32, 37), (300, 299)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_crop_is_torchvisions_and_crop_rgb_is_transformers(size):
+    from torchvision import transforms as T
+
+    image = picture(*size)
+    resize = [T.Resize(32, T.InterpolationMode.BICUBIC), T.CenterCrop(32)]
+    reference = T.Compose([*resize, T.ToTensor(), T.Normalize(*STATS)])(image)
+    assert torch.allclose(crop(image, 32), reference, atol=1e-6)
+    assert torch.allclose(crop_rgb(image, 32), processor()(image), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_letterbox_is_hpsv2s_resize_of_the_longer_side(size):
+    image = picture(*size)
+    assert torch.allclose(letterbox(image, 32), hpsv2_pixels(image, 32), atol=1e-5)
+
+
+def test_square_pads_with_the_mean_colour():
+    wide = square(picture(64, 16), 32)
+    assert wide.shape == (3, 32, 32) and wide[:, 4].abs().max() < 0.02 and wide[:, 16].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_every_image_mode_scores_as_its_rgb_version_where_the_original_converts_first(folders, mode):
+    image = see_through(mode) if mode in ("RGBA", "LA") else picture(mode=mode)
+    for name, folder in (("hpsv2", "hps"), ("pickscore", "pick")):
+        score = load_reward(f"{name}={folders[folder]}")
+        assert torch.equal(score([image], ["a circle"]), score([image.convert("RGB")], ["a circle"]))
+    first, after = crop(image, 16), crop(image.convert("RGB"), 16)  # the others resize first
+    assert torch.equal(first, after) == (mode == "L")
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, folders):
+    grey = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint16)
+    Image.fromarray(grey * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png"))[..., 0], grey)
+    eight = Image.fromarray(grey.astype(np.uint8))
+    for name, folder in (("clip", "clip"), ("hpsv2", "hps"), ("pickscore", "pick")):
+        score = load_reward(f"{name}={folders[folder]}")
+        assert torch.equal(score([tmp_path / "deep.png"], ["a circle"]), score([eight], ["a circle"]))
+
+
+def test_long_prompts_are_cut_and_said_so_once(folders, capsys):
+    warn_cut.said.clear()
+    for name in ("clip", "pickscore"):
+        score = load_reward(f"{name}={folders['pick' if name == 'pickscore' else 'clip']}")
+        for _ in range(2):
+            score([picture()], ["circle " * 40])
+    err = capsys.readouterr().err
+    assert err.count("clip: a prompt of 42 tokens is cut at 16") == 1
+    assert err.count("pickscore: a prompt of 42 tokens is cut at 16") == 1
+
+
+def bad_pictures(folder):
+    """(name of a file that is no picture to be scored, what is said)."""
+    (folder / "junk.png").write_bytes(b"no picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "dir.png").mkdir()
+    good = folder / "good.png"
+    picture(300, 300).save(good)
+    (folder / "torn.png").write_bytes(good.read_bytes()[:5000])
+    (folder / "changed.png").write_bytes(good.read_bytes()[:3000] + b"xxxx" + good.read_bytes()[3004:])
+    Image.new("L", (1, 12000)).save(folder / "tall.png")
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
+    names = ("junk", "empty", "dir", "torn", "changed", "bomb", "gone")
+    return [(f"{n}.png", "not a readable image") for n in names] + [("tall.png", "too elongated")]
+
+
+def test_pictures_that_cannot_be_read_are_problems_by_name(folders, tmp_path):
+    for name, folder in (("clip", "clip"), ("pickscore", "pick")):
+        scorer = load_reward(f"{name}={folders[folder]}")
+        scorer.prepare.keywords["size"] = 224  # the real size: 1 x 12000 pixels would become 224 x 2,688,000
+        for file, says in bad_pictures(tmp_path) if name == "clip" else []:
+            loaded, problem = scorer.load(tmp_path / file, "a circle")
+            assert loaded is None and says in problem, (file, problem)
+
+
+# ----------------------------------------------------------------------------- stored scores
+
+
+def test_the_checker_is_a_scorer():
+    rng = np.random.default_rng(0)
+    prompts = ["two circles", "a red square"]
+    images = [toyworld.render(p, rng) for p in prompts]
+    assert load_reward("toyworld")(images, prompts).tolist() == [1, 1]
+    assert load_reward("toyworld")(images[::-1], prompts).tolist() == [0, 0]
+    with pytest.raises(SystemExit, match="reward toyworld:.*'a horse' is not a sentence of the toy world"):
+        load_reward("toyworld")(images, ["a horse", "two circles"])
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Three rows of two pictures, as synpic.py writes them."""
+    rows = [
+        ("a circle", ["a0.png", "a1.png"]),
+        ("two squares", ["b0.png", "b1.png"]),
+        ("a cross", ["c0.png", "c1.png"]),
+    ]
+    for i, (_, files) in enumerate(rows):
+        for j, file in enumerate(files):
+            picture(seed=10 * i + j).save(tmp_path / file)
+    lines = [json.dumps({"prompt": p, "file_names": f}) + "\n" for p, f in rows]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    return tmp_path, rows
+
+
+def test_scores_are_stored_and_taken_up_again(album, folders, monkeypatch):
+    folder, rows = album
+    spec, path = f"clip={folders['clip']}", folder / "scores/clip.jsonl"
+    args = ["--score", str(folder), "--rewards", spec, "--device", "cpu", "--batch_size", "2"]
+    rewards.main(args)
+    whole, scores = path.read_text(), read_scores(folder, spec, rows)
+    files, prompts = [folder / f for _, files in rows for f in files], [p for p, f in rows for _ in f]
+    expected = load_reward(spec)(files, prompts).view(3, 2)
+    assert np.allclose([scores[i] for i in range(3)], expected, atol=1e-6)
+    path.write_text(whole[:-20])  # killed while it wrote the last row
+    assert sorted(read_scores(folder, spec, rows)) == [0, 1]
+    seen, stream = [], Scorer.stream
+    record = lambda self, images, *a: seen.extend(images) or stream(self, images, *a)
+    monkeypatch.setattr(Scorer, "stream", record)
+    rewards.main(args)
+    assert [p.name for p in seen] == ["c0.png", "c1.png"]
+    assert read_scores(folder, spec, rows) == scores and path.read_text() == whole
+    moved = folders["clip"].rename(folders["clip"].with_name("moved"))
+    try:  # the same weights elsewhere: nothing to do
+        assert read_scores(folder, f"clip={moved}", rows) == scores
+        assert read_scores(folder, f"clip={folders['hps']}", rows) == {}  # other weights: nothing counts
+    finally:
+        moved.rename(folders["clip"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_a_run_killed_anywhere_leaves_the_bytes_of_an_unbroken_one(album, folders, batch_size):
+    """Rows straddle batches of 4: a resumed run computes whole batches, cut by position."""
+    folder, rows = album
+    spec, path = f"clip={folders['clip']}", folder / "scores/clip.jsonl"
+    rows = rows + [(f"{p} above a circle", files) for p, files in rows]
+    score_rows(folder, spec, rows, batch_size=batch_size)
+    whole = path.read_bytes()
+    ends = [n + 1 for n, c in enumerate(whole) if c == 10]
+    for cut in sorted({0, 1, *ends, *(e - 1 for e in ends), *(e - 30 for e in ends)}):
+        path.write_bytes(whole[:cut])
+        score_rows(folder, spec, rows, batch_size=batch_size)
+        assert path.read_bytes() == whole, cut
+
+
+def test_rows_that_cannot_be_scored_stop_or_are_skipped_by_name(album, folders, capsys, monkeypatch):
+    folder, rows = album
+    spec = f"clip={folders['clip']}"
+    (folder / "b1.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match="b1.png.*two squares.*not a readable image.*--on_error skip"):
+        score_rows(folder, spec, rows)
+    assert sorted(read_scores(folder, spec, rows)) == [0]  # what came before is kept
+    assert list(score_rows(folder, spec, rows, on_error="skip")[1]) == [1]
+    assert "1 of 3 rows skipped" in capsys.readouterr().err
+    assert sorted(read_scores(folder, spec, rows)) == [0, 2]
+    picture(seed=11).save(folder / "b1.png")  # mended: scored next time
+    assert score_rows(folder, spec, rows, on_error="skip") == (1, {})
+    assert sorted(read_scores(folder, spec, rows)) == [0, 1, 2]
+    value = lambda p: float("nan") if p == "a cross" else 1.0
+    bad = Scorer(
+        "bad", lambda i: torch.zeros(1), lambda x, prompts: torch.tensor([value(p) for p in prompts])
+    )
+    monkeypatch.setattr(rewards, "load_reward", lambda *a: bad)
+    skipped = score_rows(folder, f"hpsv2={folders['clip']}", rows, on_error="skip")[1]
+    assert "the score is nan" in skipped[2]
+    skipped = score_rows(folder, f"hpsv2.1={folders['clip']}", [(" ", ["a0.png"])], on_error="skip")[1]
+    assert list(skipped.values())[0].endswith("an empty prompt cannot be scored")
+
+
+def test_a_row_that_is_skipped_does_not_touch_the_others(album, folders):
+    folder, rows = album
+    spec, path = f"pickscore={folders['pick']}", folder / "scores/pickscore.jsonl"
+    score_rows(folder, spec, rows)
+    whole = read_scores(folder, spec, rows)
+    path.unlink()
+    (folder / "b0.png").write_bytes(b"no picture")
+    score_rows(folder, spec, rows, on_error="skip")
+    assert read_scores(folder, spec, rows) == {0: whole[0], 2: whole[2]}  # bit for bit
+
+
+def test_a_picture_that_was_replaced_is_scored_again(album, folders, capsys):
+    folder, rows = album
+    spec = f"clip={folders['clip']}"
+    score_rows(folder, spec, rows)
+    before = read_scores(folder, spec, rows)
+    stat = os.stat(folder / "b0.png")
+    picture(seed=99).save(folder / "b0.png", compress_level=0)
+    os.utime(folder / "b0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a date says nothing
+    capsys.readouterr()
+    for any_version in (False, True):
+        assert sorted(read_scores(folder, spec, rows, any_version)) == [0, 2]
+        assert "pictures of 1 rows were replaced since clip scored them" in capsys.readouterr().err
+    assert score_rows(folder, spec, rows) == (1, {})
+    after = read_scores(folder, spec, rows)
+    assert after[0] == before[0] and after[1] != before[1] and after[2] == before[2]
+    flat = Image.new(
+        "RGB", (40, 40), (1, 2, 3)
+    )  # one pixel of a picture without noise: a PNG of the same size
+    flat.save(folder / "b0.png", compress_level=0)
+    score_rows(folder, spec, rows)
+    flat.putpixel((20, 20), (1, 2, 4))
+    flat.save(folder / "b0.png", compress_level=0)
+    assert sorted(read_scores(folder, spec, rows)) == [0, 2]
+
+
+def test_lines_that_are_no_scores_are_named_and_scored_again(album, folders, capsys):
+    folder, rows = album
+    spec, path = f"clip={folders['clip']}", folder / "scores/clip.jsonl"
+    score_rows(folder, spec, rows)
+    lines, row = path.read_bytes().split(b"\n"), json.loads(path.read_bytes().split(b"\n")[1])
+    foreign = [
+        b"",
+        b"garbage",
+        b"\xff\xfe\x00",
+        b"null",
+        b"[1, 2]",
+        b'"text"',
+        b"[" * 100000,
+        b'{"version": 1}',
+        b"{" + b'"a": 1, ' * 3 + b'"b": 2}',
+        *(
+            json.dumps({**row, **change}).encode()
+            for change in (
+                {"scores": [1.0]},
+                {"scores": [1.0, float("nan")]},
+                {"scores": [1.0, float("inf")]},
+                {"scores": ["a", "b"]},
+                {"scores": [True, False]},
+                {"scores": "ab"},
+                {"scores": [[1.0], [2.0]]},
+                {"file_names": 3},
+                {"file_names": None},
+                {"prompt": ["a"]},
+                {"version": None},
+                {"pictures": ["a"]},
+            )
+        ),
+    ]
+    for line in foreign:
+        path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
+        capsys.readouterr()
+        assert sorted(read_scores(folder, spec, rows)) == [0, 2], line
+        err = capsys.readouterr().err
+        assert "clip.jsonl, line 2: no row of scores; 1 such lines" in err and err.count("\n") == 1, (
+            line,
+            err,
+        )
+    assert score_rows(folder, spec, rows) == (1, {}) and len(read_scores(folder, spec, rows)) == 3
+
+
+def test_scores_of_prompts_with_line_separators_are_read_back(album, folders):
+    folder, _ = album
+    rows = [("a\u2028circle", ["a0.png"]), ("a\x85cross", ["b0.png"]), ("\ud800 half", ["c0.png"])]
+    spec = f"hpsv2={folders['hps']}"
+    assert "surrogates not allowed" in score_rows(folder, spec, rows, on_error="skip")[1][2]
+    assert sorted(read_scores(folder, spec, rows)) == [0, 1]
+
+
+def test_two_runs_of_one_reward_on_one_folder_are_refused(album, folders):
+    from common import lock
+
+    folder, rows = album
+    (folder / "scores").mkdir()
+    with lock(folder / "scores/.clip.lock", "taken"):
+        with pytest.raises(SystemExit, match="clip.jsonl: another run is scoring there"):
+            score_rows(folder, f"clip={folders['clip']}", rows)
+        score_rows(folder, f"hpsv2={folders['hps']}", rows)  # another reward may
+    assert score_rows(folder, f"clip={folders['clip']}", rows) == (3, {})
+
+
+def test_a_full_disk_ends_in_one_line_that_names_the_file(album, folders):
+    folder, _ = album
+    (folder / "scores").mkdir()
+    (folder / "scores/clip.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="clip.jsonl: No space left on device.*goes on from there") as e:
+        rewards.main(["--score", str(folder), "--rewards", f"clip={folders['clip']}", "--device", "cpu"])
+    assert "\n" not in str(e.value)
+    shutil.rmtree(folder / "scores")
+    (folder / "scores").write_text("a file")
+    with pytest.raises(SystemExit, match="scores"):
+        rewards.main(["--score", str(folder), "--rewards", f"clip={folders['clip']}", "--device", "cpu"])
+
+
+def test_a_folder_of_pictures_with_captions_is_scored(tmp_path, folders, capsys):
+    for i, text in enumerate(TEXTS):
+        picture(seed=i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(text + "\n")
+    specs = [f"clip={folders['clip']}", f"pickscore={folders['pick']}"]
+    rewards.main(["--score", str(tmp_path), "--rewards", *specs, "--device", "cpu"])
+    assert capsys.readouterr().out.count("over 3 images") == 2
+    assert len((tmp_path / "scores/pickscore.jsonl").read_text().splitlines()) == 3
+    (tmp_path / "1.txt").write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(SystemExit, match="1.txt: not UTF-8"):
+        rewards.main(["--score", str(tmp_path), "--rewards", *specs, "--device", "cpu"])
+
+
+# ----------------------------------------------------------------------------- errors
+
+
+def test_errors_are_one_clear_line(folders, tmp_path):
+    for spec, says in (
+        ("beauty", "unknown reward"),
+        ("clip=nowhere", "no such file"),
+        (f"pickscore={tmp_path}", "pickscore"),
+        (f"clip={tmp_path}", "model.safetensors"),
+        (f"imagereward={tmp_path}", "ImageReward.pt|model.safetensors"),
+        ("clip=", "a folder or file is wanted after ="),
+        (f"toyworld={tmp_path}", "it has no weights"),
+        (f"vqascore={tmp_path}", "a FOLDER with config.json"),
+        (f"vqascore-bf16={folders['pick'] / 'model.safetensors'}", "a FOLDER with config.json"),
+        (f"vqascore={folders['pick']}", "CLIP-FlanT5|tokenizer"),
+    ):
+        with pytest.raises(SystemExit, match=says) as e:
+            load_reward(spec)
+        assert "\n" not in str(e.value)
+    score = load_reward(f"clip={folders['clip']}")
+    with pytest.raises(ValueError, match="pair 0: an empty prompt"):
+        score([picture()], [" "])
+    with pytest.raises(ValueError, match="2 images but 1 prompts"):
+        score([picture(), picture()], ["a circle"])
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"prompt": "a", "file_name": "x.png"}\n{"file_name": "y.png"}\n'
+    )
+    for args, says in (
+        (["--score", tmp_path], "metadata.jsonl, line 2"),
+        (["--score", tmp_path / "none"], "neither metadata.jsonl nor pictures"),
+        (["--image", "nowhere.png", "--prompt", "a"], "nowhere.png"),
+        (["--score", tmp_path, "--rewards", "beauty"], "unknown reward 'beauty'"),
+        (["--score", tmp_path, "--rewards", "clip", f"clip={folders['clip']}"], "clip is named twice"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            rewards.main([str(a) for a in args])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
+def test_a_batch_has_at_least_one_image(value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        rewards.main(["--score", str(tmp_path), "--batch_size", value])
+    assert e.value.code == 2 and "--batch_size" in capsys.readouterr().err
+
+
+def test_importing_rewards_needs_no_scorers_package():
+    heavy = {"ImageReward", "clip", "timm", "open_clip", "transformers", "toyworld", "synpic", "rankdpo"}
+    code = f"import sys, rewards; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rewards.__file__).parent)

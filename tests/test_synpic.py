@@ -1,0 +1,635 @@
+"""Syn-Pic at scale: every family of generators, the same bytes however it is run, kills, labels, bad images.
+
+pytest -q tests/test_synpic.py
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, PROMPTS, fails, rewards, rows_of, synpic_args, t5_tokenizer, train
+from PIL import Image
+from scipy.stats import kendalltau
+
+import common
+import rewards as reward_models
+import synpic
+from toy import build
+
+
+def images_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).glob("images/*/*.png"))}
+
+
+# ----------------------------------------------------------------------------- what is written
+
+
+def test_synpic_writes_ranked_rows(lists):
+    rows = rows_of(lists)
+    assert [r["prompt"] for r in rows] == PROMPTS
+    for r in rows:
+        assert (
+            r["models"] == ["sdxl", "sdxl", "sd3", "sd15"]
+            and r["seeds"] == [0, 1, 0, 0]
+            and set(r["scores"]) == {"clip", "hpsv2.1", "pickscore"}
+        )
+        for i in range(4):  # phi by hand: strict wins / (3 rewards x 3 others)
+            wins = sum(s[i] > s[j] for s in r["scores"].values() for j in range(4))
+            assert r["phi"][i] == pytest.approx(wins / 9)
+            assert (
+                r["rank"][i]
+                == 1 + sum(p > r["phi"][i] for p in r["phi"]) + (r["phi"].count(r["phi"][i]) - 1) / 2
+            )
+        images = [np.asarray(Image.open(lists / f)) for f in r["file_names"]]
+        assert (
+            all(im.shape == (32, 32, 3) for im in images) and not (images[0] == images[1]).all()
+        )  # another seed, another picture
+    assert (lists / "preview.png").is_file()
+
+
+def test_datasets_reads_the_folder(lists, tmp_path):
+    from datasets import load_dataset
+
+    data = load_dataset("imagefolder", data_dir=str(lists), split="train", cache_dir=str(tmp_path))
+    assert len(data) == len(PROMPTS) and data[0]["prompt"] == PROMPTS[0] and len(data[0]["images"]) == 4
+    assert data[0]["images"][0].size == (32, 32) and data[1]["phi"] == rows_of(lists)[1]["phi"]
+
+
+def test_synpic_resumes_to_the_same_bytes(lists, tiny, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(lists, out)
+    gone = rows_of(out)[5]["file_names"]
+    (out / gone[0]).unlink(), (out / gone[2]).unlink()
+    scores = out / "scores/clip.jsonl"
+    scores.write_text(scores.read_text()[:-30])  # a torn last line
+    (out / "metadata.jsonl").unlink()
+    before = (out / gone[1]).stat().st_mtime_ns
+    synpic.main(synpic_args(tiny, out))
+    assert (out / "metadata.jsonl").read_bytes() == (lists / "metadata.jsonl").read_bytes()
+    for f in gone:
+        assert (out / f).read_bytes() == (lists / f).read_bytes()
+    assert (out / gone[1]).stat().st_mtime_ns == before  # what was there was left alone
+
+
+def test_synpic_labels_follow_the_chosen_rewards(lists, tiny, tmp_path):
+    out = tmp_path / "one"
+    shutil.copytree(lists, out)
+    synpic.main(synpic_args(tiny, out, "--stages", "label", "--rewards", rewards(tiny)[2]))
+    for r in rows_of(out):
+        assert set(r["scores"]) == {"clip", "hpsv2.1", "pickscore"} and np.argmax(r["phi"]) == np.argmax(
+            r["scores"]["pickscore"]
+        )
+
+
+# ----------------------------------------------------------------------------- generators
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Random-weight PixArt-Sigma and Stable Cascade, in the layouts of the real ones."""
+    from diffusers import (
+        AutoencoderKL,
+        DDPMWuerstchenScheduler,
+        DPMSolverMultistepScheduler,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+        StableCascadeCombinedPipeline,
+        StableCascadeUNet,
+    )
+    from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    root = tmp_path_factory.mktemp("others")
+    torch.manual_seed(0)
+    (root / "t5").mkdir()
+    tok = t5_tokenizer(root / "t5")
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    transformer = PixArtTransformer2DModel(
+        sample_size=32,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tok),
+            d_model=32,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    PixArtSigmaPipeline(
+        tokenizer=tok,
+        text_encoder=t5,
+        vae=vae,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    ).save_pretrained(root / "pixart")
+
+    clip_tok = build.make_tokenizer()
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(clip_tok),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            projection_dim=32,
+            bos_token_id=clip_tok.bos_token_id,
+            eos_token_id=clip_tok.eos_token_id,
+            pad_token_id=clip_tok.pad_token_id,
+        )
+    )
+    prior = StableCascadeUNet(
+        conditioning_dim=128,
+        block_out_channels=(128, 128),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        clip_image_in_channels=768,
+        switch_level=(False,),
+        clip_text_in_channels=32,
+        clip_text_pooled_in_channels=32,
+    )
+    blocks = (("SDCascadeResBlock", "SDCascadeTimestepBlock"),) * 2 + (
+        ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+    ) * 2
+    decoder = StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        conditioning_dim=128,
+        block_out_channels=(16, 32, 64, 128),
+        num_attention_heads=(-1, -1, 1, 2),
+        down_num_layers_per_block=(1,) * 4,
+        up_num_layers_per_block=(1,) * 4,
+        down_blocks_repeat_mappers=(1,) * 4,
+        up_blocks_repeat_mappers=(3, 3, 2, 2),
+        block_types_per_layer=blocks,
+        switch_level=None,
+        clip_text_pooled_in_channels=32,
+        dropout=(0.1,) * 4,
+    )
+    StableCascadeCombinedPipeline(
+        text_encoder=text,
+        tokenizer=clip_tok,
+        decoder=decoder,
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2),
+        prior_text_encoder=text,
+        prior_tokenizer=clip_tok,
+        prior_prior=prior,
+        prior_scheduler=DDPMWuerstchenScheduler(),
+    ).save_pretrained(root / "cascade")
+    index = json.loads((root / "cascade/model_index.json").read_text())
+    index["vqgan"] = ["wuerstchen", "PaellaVQModel"]  # as the hub's repository has it
+    (root / "cascade/model_index.json").write_text(json.dumps(index))
+    return root
+
+
+def test_the_papers_four_generators_and_sd15_draw(tiny, others, tmp_path):
+    models = [
+        f"sdxl={tiny}/sdxl,steps=2",
+        f"sd3={tiny}/sd3,steps=2",
+        f"pixart={others}/pixart,steps=2",
+        f"cascade={others}/cascade,steps=2,resolution=128",
+        f"sd15={tiny}/sd15,steps=2",
+    ]
+    out = tmp_path / "out"
+    synpic.main(
+        [
+            "--prompts",
+            f"{tiny}/prompts.txt",
+            "--limit",
+            "3",
+            "--out",
+            str(out),
+            "--batch_size",
+            "2",
+            "--models",
+            *models,
+            "--rewards",
+            *rewards(tiny),
+        ]
+    )
+    rows = rows_of(out)
+    assert len(rows) == 3 and rows[0]["models"] == ["sdxl", "sd3", "pixart", "cascade", "sd15"]
+    sizes = [Image.open(out / f).size for f in rows[0]["file_names"]]
+    assert sizes == [(32, 32), (32, 32), (256, 256), (128, 128), (32, 32)]
+    for k in range(5):  # prompts differ, and so do their pictures
+        assert not np.array_equal(*(np.asarray(Image.open(out / r["file_names"][k])) for r in rows[:2]))
+
+
+def test_defaults_come_from_the_table_and_can_be_overridden():
+    card = synpic.parse_model("sd3")
+    assert card == dict(
+        name="sd3",
+        path="stabilityai/stable-diffusion-3-medium-diffusers",
+        steps=28,
+        guidance=7.0,
+        resolution=1024,
+        dtype="fp16",
+        seed=0,
+    )
+    assert synpic.parse_model("sd3,steps=40,guidance=4.5,dtype=bf16,seed=2") == dict(
+        card, steps=40, guidance=4.5, dtype="bf16", seed=2
+    )
+    assert synpic.parse_model("mine=some/folder,steps=9")["resolution"] == 0 and set(synpic.MODELS) >= {
+        "sdxl",
+        "sd3",
+        "pixart",
+        "cascade",
+    }
+
+
+# --------------------------------------------------------------------------- the same bytes however it is run
+
+
+def test_shards_make_the_same_data_set(lists, tiny, tmp_path):
+    out = tmp_path / "parts"
+    for i in (1, 0):
+        synpic.main(synpic_args(tiny, out, "--shard", f"{i}/2"))
+        assert not (out / "metadata.jsonl").exists()
+    synpic.main(synpic_args(tiny, out, "--stages", "label"))
+    assert (
+        images_of(out) == images_of(lists)
+        and (out / "metadata.jsonl").read_bytes() == (lists / "metadata.jsonl").read_bytes()
+    )
+
+
+def test_two_ranks_make_the_same_data_set(lists, tiny, tmp_path):
+    out = tmp_path / "ranks"
+    torchrun = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "synpic.py",
+    ]
+    subprocess.run(
+        torchrun + synpic_args(tiny, out, "--device", "cpu"), cwd=HERE, check=True, capture_output=True
+    )
+    assert images_of(out) == images_of(lists) and rows_of(out) == rows_of(lists)
+
+
+def test_another_batch_size_draws_the_same_pictures(lists, tiny, tmp_path):
+    out = tmp_path / "batch"
+    synpic.main([*synpic_args(tiny, out, "--stages", "generate"), "--batch_size", "3"])
+    a, b = images_of(lists), images_of(out)
+    assert a.keys() == b.keys()
+    for name in a:
+        difference = np.abs(
+            np.asarray(Image.open(lists / name)).astype(int) - np.asarray(Image.open(out / name)).astype(int)
+        )
+        assert difference.max() <= 2
+
+
+def victim(args):
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    synpic.main(args)
+
+
+def test_twenty_kills_at_random_moments_change_nothing(lists, tiny, tmp_path, monkeypatch):
+    """kill -9 while it draws, scores and labels, then start again; a fork server makes starts cheap."""
+
+    def command(out):
+        models = [f"sdxl={tiny}/sdxl,steps=2", f"sd15={tiny}/sd15,steps=2"]
+        return [
+            "--prompts",
+            f"{tiny}/prompts.txt",
+            "--limit",
+            "6",
+            "--out",
+            str(out),
+            "--batch_size",
+            "2",
+            "--models",
+            *models,
+            "--rewards",
+            *rewards(tiny)[:2],
+        ]
+
+    context, out, whole = multiprocessing.get_context("forkserver"), tmp_path / "killed", tmp_path / "whole"
+    context.set_forkserver_preload(["test_synpic"])
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE}/tests")  # the server looks nowhere else
+    for again in (False, True):  # the first start pays for the server's imports
+        shutil.rmtree(whole, ignore_errors=True)
+        began = time.time()
+        process = context.Process(target=victim, args=(command(whole),))
+        process.start(), process.join()
+        assert process.exitcode == 0
+    length, rng, kills = time.time() - began, random.Random(0), 0
+    while kills < 20:
+        process = context.Process(target=victim, args=(command(out),))
+        process.start()
+        process.join(rng.uniform(0.05, 0.9) * length)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        else:  # it came to its end: take a part away, so that there is work
+            assert process.exitcode == 0
+            (
+                shutil.rmtree(out / "images" / f"0000{rng.randrange(6)}"),
+                (out / "metadata.jsonl").unlink(),
+                (out / "scores/hpsv2.1.jsonl").unlink(),
+            )
+        process.join()
+    for path in rng.sample(
+        sorted(out.glob("images/*/*.png")), 2
+    ):  # and two torn pictures, as a crash of the disk leaves them
+        path.write_bytes(path.read_bytes()[:-5])
+    synpic.main(command(out))
+    assert images_of(out) == images_of(whole) and len(images_of(out)) == 12
+    assert (out / "metadata.jsonl").read_bytes() == (whole / "metadata.jsonl").read_bytes()
+
+
+def test_a_second_process_is_refused(lists, tiny, tmp_path, capsys):
+    out = tmp_path / "locked"
+    shutil.copytree(lists, out)
+    with synpic.folder_lock(out, 0, 1):
+        fails(synpic.main, synpic_args(tiny, out), "another synpic.py is at work", capsys=capsys)
+        fails(synpic.main, synpic_args(tiny, out, "--shard", "0/2"), "another synpic.py", capsys=capsys)
+    with synpic.folder_lock(out, 0, 2):
+        fails(synpic.main, synpic_args(tiny, out, "--shard", "0/2"), "another synpic.py", capsys=capsys)
+        synpic.main(synpic_args(tiny, out, "--shard", "1/2"))  # another part may
+
+
+def test_changed_settings_are_refused_and_named(lists, tiny, tmp_path, capsys):
+    check = lambda args, *says: fails(synpic.main, args, *says, capsys=capsys)
+    args, models = (
+        synpic_args(tiny, lists),
+        synpic_args(tiny, lists)[synpic_args(tiny, lists).index("--models") + 1 :][:4],
+    )
+    check([*args, "--batch_size", "5"], "batch_size (before: 4, now: 5)")
+    check([*args, "--limit", "3"], "prompts (before: [10,", "now: [3,")
+    check(
+        [*args, "--models", *models[:3], models[3] + ",guidance=9"],
+        "model sd15_0 (guidance 7.5 before, 9.0 now)",
+    )
+    check([*args, "--models", *models[:3]], "model sd15_0 (missing now)")
+    check([*args, "--models", *models[:3], f"sd15={tiny}/sd3,steps=2"], "model sd15_0 (other weights)")
+
+
+# ----------------------------------------------------------------------------- prompts
+
+
+def test_prompt_files_of_every_kind(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    want = ['a sign that says "hi"', "two, three\tfour".replace("\t", " "), "a cat"]
+    (tmp_path / "a.txt").write_text("\n".join([want[0], "", want[1], want[2], want[2]]) + "\n")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"tag": 1, "prompt": p}) for p in want))
+    (tmp_path / "a.csv").write_text('id,Prompt\n1,"a sign that says ""hi"""\n2,"two, three four"\n3,a cat\n')
+    (tmp_path / "a.tsv").write_text(
+        'Prompt\tCategory\n"a sign that says ""hi"""\tX\ntwo, three four\tY\na cat\tZ\n'
+    )  # PartiPrompts
+    pyarrow.parquet.write_table(pyarrow.table({"caption": want, "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    texts = lambda name, **more: [row["prompt"] for row in common.read_prompts(tmp_path / name, **more)]
+    for kind in ("txt", "jsonl", "csv", "tsv", "parquet"):
+        assert texts(f"a.{kind}") == want, kind
+    assert "1 blank and 1 repeated" in capsys.readouterr().out
+    assert texts("a.csv", limit=1, offset=1) == want[1:2]
+    assert texts("a.tsv", column="Category") == ["X", "Y", "Z"]
+    for name, text, says in (
+        ("b.jsonl", '{"prompt": "a"}\n{torn\n', "b.jsonl, line 2"),
+        ("c.csv", "id,words\n1,a\n", "--field"),
+        ("d.parquet", "no", "d.parquet"),
+        ("e.txt", "\n", "holds no prompt"),
+        ("f.jsonl", '{"prompt": 3}\n', "row 1: no text"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(SystemExit, match=says):
+            common.read_prompts(tmp_path / name)
+    with pytest.raises(SystemExit, match="after --offset 9"):
+        common.read_prompts(tmp_path / "a.txt", offset=9)
+
+
+# ----------------------------------------------------------------------------- labels
+
+
+def test_every_label_against_hand_made_ones():
+    R = torch.tensor(
+        [[[3.0, 10.0, 0.0], [2.0, 30.0, 1.0], [1.0, 20.0, 2.0]]], dtype=torch.float64
+    )  # (1, 3 images, 3 rewards)
+    phi = lambda label, rewards=R: synpic.phi_of(label, rewards, ["a", "b", "c"], [0], 0)[0].tolist()
+    assert phi("phi") == pytest.approx(
+        [2 / 6, 4 / 6, 3 / 6]
+    )  # wins: 2+0+0, 1+2+1, 0+1+2 of 3 rewards x 2 others
+    assert phi("single:a") == [1, 0.5, 0] and phi("single:b") == [0, 1, 0.5]
+    assert phi("sum") == [0, 1, 0.5]  # 13, 33, 23: the reward of the largest scale decides
+    # standard deviations 1, 10, 1: 3 + 1 + 0, 2 + 3 + 1, 1 + 2 + 2
+    assert phi("normalized_sum") == [0, 1, 0.5]
+    big = R * torch.tensor([1.0, 1e-6, 1e-3])
+    assert phi("sum", big) == [1, 0.5, 0] and phi("normalized_sum", big) == [
+        0,
+        1,
+        0.5,
+    ]  # scale of the rewards does not matter
+    assert phi("majority") == pytest.approx([0, 1, 0.5])  # 0 loses to 1 and 2 by 2:1, 1 beats 2 by 2:1
+    draws = [synpic.phi_of("random", R, ["a"], [n], 0)[0].tolist() for n in range(60)]
+    assert {tuple(d) for d in draws} == {
+        (0, 0.5, 1),
+        (0, 1, 0.5),
+        (0.5, 0, 1),
+        (0.5, 1, 0),
+        (1, 0, 0.5),
+        (1, 0.5, 0),
+    }
+    assert draws == [synpic.phi_of("random", R, ["a"], [n], 0)[0].tolist() for n in range(60)]
+
+
+def test_relabelling_rewrites_phi_and_rank_only(lists, tiny, tmp_path):
+    out = tmp_path / "relabel"
+    shutil.copytree(lists, out)
+    before, drop = rows_of(out), lambda r: {k: v for k, v in r.items() if k not in ("phi", "rank")}
+    synpic.main(["--out", str(out), "--stages", "label", "--label", "single:pickscore"])
+    after = rows_of(out)
+    assert [drop(r) for r in after] == [drop(r) for r in before] and after != before
+    for r in after:
+        s = r["scores"]["pickscore"]
+        assert r["phi"] == pytest.approx([sum(a > b for b in s) / 3 for a in s])
+    synpic.main(["--out", str(out), "--stages", "label"])
+    assert rows_of(out) == before  # and back
+
+
+def test_lists_from_elsewhere_are_scored_labelled_and_trained_on(tiny, tmp_path, capsys):
+    rng, rows = np.random.default_rng(0), []
+    for i, k in enumerate((2, 3, 2, 3)):  # pairs and lists of three, side by side
+        files = [f"pictures/{i}_{j}.png" for j in range(k)]
+        for f in files:
+            (tmp_path / "pictures").mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f)
+        rows.append({"prompt": PROMPTS[i], "file_names": files, "source": "elsewhere"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    label = ["--out", str(tmp_path), "--stages", "label"]
+    fails(synpic.main, label, "score first", capsys=capsys)
+    synpic.main([*label, "--label", "random"])  # needs no scores
+    reward_models.main(["--score", str(tmp_path), "--rewards", *rewards(tiny)[:2], "--device", "cpu"])
+    synpic.main(label)
+    for r in rows_of(tmp_path):
+        assert (
+            r["source"] == "elsewhere"
+            and set(r["scores"]) == {"clip", "hpsv2.1"}
+            and len(r["phi"]) == len(r["file_names"])
+        )
+    synpic.main([*label, "--label", "majority"])
+    newer = {
+        "version": "another",
+        "prompt": PROMPTS[0],
+        "file_names": rows[0]["file_names"],
+        "scores": [7.0, 8.0],
+    }
+    with open(tmp_path / "scores/clip.jsonl", "a") as f:
+        f.write(json.dumps(newer) + "\n")
+    synpic.main(label)
+    assert rows_of(tmp_path)[0]["scores"]["clip"] == [7.0, 8.0]  # scores made since are taken
+    assert train(tmp_path, tiny, tmp_path / "run", "--global_batch_size", "4")[-1]["step"] == 2
+    fails(synpic.main, [*label, "--label", "single:mps"], "no such scores", "clip", capsys=capsys)
+
+
+def test_the_summary_counts_what_is_there(lists):
+    s, rows = json.loads((lists / "summary.json").read_text()), rows_of(lists)
+    assert (
+        s["generators"] == ["sdxl_0", "sdxl_1", "sd3_0", "sd15_0"]
+        and s["lists"] == 10
+        and s["images"] == 40
+        and sum(s["phi_histogram"]["counts"]) == 40
+    )
+    assert s["win_matrix"][0][2] == pytest.approx(np.mean([r["phi"][0] > r["phi"][2] for r in rows]))
+    taus = [kendalltau(r["scores"]["clip"], r["scores"]["pickscore"]).statistic for r in rows]
+    assert s["kendall_tau"][0][2] == pytest.approx(np.mean(taus)) and s["kendall_tau"][1][1] == pytest.approx(
+        1
+    )
+    assert s["speed"]["generate"]["sd3_0"]["images"] == 10 and s["speed"]["score"]["clip"]["images"] == 40
+    assert (lists / "summary.png").is_file() and "cost" not in s
+
+
+def test_the_cost_is_that_of_the_time_taken(lists, tmp_path, capsys):
+    out = tmp_path / "cost"
+    shutil.copytree(lists, out)
+    (out / "timings.jsonl").write_text(
+        '{"stage": "generate", "name": "sdxl_0", "images": 40, "seconds": 1800}\n'
+    )
+    synpic.main(["--out", str(out), "--stages", "label", "--gpu_price", "2"])
+    cost = json.loads((out / "summary.json").read_text())["cost"]
+    assert (
+        cost["usd"] == pytest.approx(1)
+        and cost["usd_for_232k_images"] == pytest.approx(232_000 / 40)
+        and "under 206" in capsys.readouterr().out
+    )
+
+
+# ----------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """A generator that raises on one prompt, draws not-a-number on another and black on a third."""
+    from diffusers import StableDiffusionPipeline
+
+    original = StableDiffusionPipeline.__call__
+
+    def call(self, prompt, *args, **kwargs):
+        if PROMPTS[1] in prompt:
+            raise RuntimeError("this prompt is too much")
+        out = original(self, *args, prompt=prompt, **kwargs)
+        for p, x in zip(prompt, out.images):
+            x[...] = np.nan if p == PROMPTS[4] else 0 if p == PROMPTS[7] else x
+        return out
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+
+
+def test_bad_images_stop_the_run_or_are_left_out(faulty, tiny, tmp_path, capsys):
+    out = tmp_path / "bad"
+    fails(
+        synpic.main,
+        synpic_args(tiny, out),
+        "sd15_0.png",
+        PROMPTS[1],
+        "too much",
+        "--on_error skip",
+        capsys=capsys,
+    )
+    synpic.main(synpic_args(tiny, out, "--on_error", "skip"))
+    said = capsys.readouterr()
+    for i, what in ((1, "too much"), (4, "not a number"), (7, "all-black")):
+        assert (
+            what in said.out
+            and not (out / f"images/0000{i}/sd15_0.png").exists()
+            and (out / f"images/0000{i}/sdxl_0.png").exists()
+        )
+    assert "3 images could not be drawn" in said.out and [r["prompt"] for r in rows_of(out)] == [
+        p for i, p in enumerate(PROMPTS) if i not in (1, 4, 7)
+    ]
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, lists, tmp_path, monkeypatch, capsys):
+    out, save, room = tmp_path / "full", Image.Image.save, [6]
+
+    def full(self, *args, **kwargs):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(28, "No space left on device")
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    fails(synpic.main, synpic_args(tiny, out), "No space left on device", capsys=capsys)
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert not list(out.glob("images/*/*.tmp")) and len(images_of(out)) == 6
+    synpic.main(synpic_args(tiny, out))
+    assert images_of(out) == images_of(lists)
+
+
+def test_synpic_errors(lists, tiny, tmp_path, capsys):
+    check = lambda args, *says: fails(synpic.main, args, *says, capsys=capsys)
+    check(["--prompts", "none.txt"], "none.txt", "no such file")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    check(["--prompts", tmp_path / "empty.txt"], "holds no prompt")
+    args = synpic_args(tiny, tmp_path / "out")
+    check(args + ["--models", "midjourney", "sdxl"], "midjourney", "sdxl, sd3")
+    check(args + ["--models", f"a={tiny}/sdxl,step=3", f"b={tiny}/sd3"], "step=3")
+    check(args + ["--models", f"a={tiny}/sdxl", f"a={tiny}/sdxl"], "another seed")
+    check(args + ["--models", f"a={tiny}/sdxl,steps=1", f"b={tiny}/nothing"], "nothing")
+    check(args + ["--rewards", "toyworld"], "evaluation only")
+    check(synpic_args(tiny, tmp_path / "out2", "--rewards", "beauty"), "beauty")
+    check(args + ["--stages", "dance"], "dance")
+    check(args + ["--frobnicate"], "--frobnicate")
+    check(
+        synpic_args(tiny, lists, "--limit", "3"), "prompts", "another --out"
+    )  # the settings of a folder do not change
+    out = tmp_path / "unscored"
+    shutil.copytree(lists, out)
+    (out / "scores/clip.jsonl").unlink(), (out / "metadata.jsonl").unlink()
+    check(synpic_args(tiny, out, "--stages", "label"), "clip.jsonl", "--stages score")
+    check(synpic_args(tiny, out, "--shard", "2/2"), "--shard 2/2")
+    check(synpic_args(tiny, out, "--label", "beauty"), "--label beauty")

@@ -1,0 +1,108 @@
+"""The command line: train.sh and its recipes on tiny models, and every script's one line for bad input.
+
+pytest -q tests/test_train_sh.py
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE, log_of, rewards
+
+
+def train_sh(*args, check=False, **env):
+    """`bash train.sh args` that prints its commands and runs none."""
+    env = {**os.environ, "DRY_RUN": "1", **env}
+    command = ["bash", "train.sh", *args]
+    return subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, check=check)
+
+
+def commands_of(done):
+    """The commands it printed, [[word, ...]], without the + of bash."""
+    return [shlex.split(line[2:]) for line in done.stdout.splitlines()]
+
+
+def scripts_of(commands):
+    return [next(w for w in c if w.endswith(".py")) for c in commands]
+
+
+THREE = ["synpic.py", "rankdpo.py", "evaluate.py"]
+
+
+def test_the_toy_task_prints_its_three_commands():
+    assert scripts_of(commands_of(train_sh(check=True))) == THREE
+
+
+@pytest.mark.parametrize(
+    "args, env, says",
+    [
+        (["sd4"], {}, "sd4"),
+        (["sdxl"], {}, "PROMPTS"),
+        (["sdxl"], {"PROMPTS": "none.txt", "EVAL_PROMPTS": "README.md"}, "PROMPTS=none.txt"),
+        (["sd3"], {"PROMPTS": "README.md"}, "EVAL_PROMPTS"),
+        (["sd3"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "none.txt"}, "EVAL_PROMPTS=none.txt"),
+        (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "GPUS": "0"}, "GPUS=0"),
+        (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "GPUS": "all"}, "GPUS=all"),
+    ],
+)
+def test_train_sh_refuses_what_it_does_not_know(args, env, says):
+    done = train_sh(*args, **env)
+    assert done.returncode != 0 and says in done.stderr and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("task", ["sdxl", "sd3"])
+def test_every_command_of_the_recipes_runs_on_tiny_models(tiny, tmp_path, task):
+    """The commands that DRY_RUN prints, with tiny models and sizes in the variables, then run one by one."""
+    models = [f"{name}={tiny}/{name},steps=1" for name in ("sdxl", "sd3", "sd15")]
+    models.append(f"sdxl={tiny}/sdxl,steps=1,seed=1")
+    env = dict(
+        BIN="",
+        GPUS="2",
+        PROMPTS=f"{tiny}/prompts.txt",
+        EVAL_PROMPTS=f"{tiny}/prompts.txt",
+        OUT=str(tmp_path),
+        MODEL=f"{tiny}/{task}",
+        MODELS=" ".join(models),
+        REWARDS=" ".join(rewards(tiny)),
+        STEPS="2",
+        WARMUP="1",
+        BATCH="4",
+        RESOLUTION="32",
+        EVAL_LIMIT="2",
+        EVAL_OPTIONS="--steps 1 --seeds 2",
+        REF_REFRESH="1",
+        SAVE_EVERY="1",
+        TRAIN_OPTIONS="--sample_every 1 --sample_steps 1",
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    commands = commands_of(train_sh(task, check=True, **env))
+    assert scripts_of(commands) == THREE and commands[0][0] == commands[1][0] == "torchrun"
+    for command in commands:
+        done = subprocess.run(
+            command, cwd=HERE, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+    assert (tmp_path / "rankdpo/model/model_index.json").is_file()
+    assert (tmp_path / "evaluation/report.md").is_file()
+    assert log_of(tmp_path / "rankdpo")[0]["world"] == 2 and (tmp_path / "rankdpo/samples.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rankdpo.py --data nowhere",
+        "synpic.py --prompts nowhere",
+        "evaluate.py --prompts nowhere.txt --models a=b c=d",
+        "rewards.py --image nowhere",
+        "toy/build.py --only everything",
+    ],
+)
+def test_scripts_fail_with_one_line_on_the_command_line(command):
+    command = [sys.executable, *command.split()]
+    p = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert p.returncode != 0 and "Traceback" not in p.stderr
+    assert len(p.stderr.strip().splitlines()) == 1, p.stderr
