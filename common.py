@@ -1,16 +1,12 @@
-"""What every script stands on: options, one-line errors, processes and devices, atomic files, readers,
-pictures.
+"""What every script stands on: options, errors, processes, files, readers, pictures. Nothing of the method.
 
-Nothing of the method is here, and nothing of the project is imported. A reader of the method can skip this
-file:
-
-    option, parse                  a dataclass from the command line; an option's range stands where it is
-    defined fail, one_line_errors          bad input ends in one line and a status that is not zero
-    process_rank, pick_device      torchrun's processes, or one; the only place that knows rank and world
-    publish, write_text, lock      a reader of a file sees the old one or the new one, never half
-    read_jsonl, read_prompts, read_metadata, read_image
-                                   one reader of each format, so that each complaint stands once
-    picture_grid                   rows of captioned pictures
+option, parse                a dataclass from the command line; a range stands where its option is defined
+fail, one_line_errors        bad input ends in one line and a status that is not zero
+process_rank, pick_device    torchrun's processes, or one; the only place that knows rank and world
+publish, write_text, lock    a reader of a file sees the old one or the new one, never half
+read_jsonl, read_prompts, read_metadata, read_image
+                             one reader of each format, so that each complaint stands once
+picture_grid, plot_curves    rows of captioned pictures, curves of a log
 """
 
 import argparse
@@ -20,10 +16,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,7 +39,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def fail(message, status=1):
-    """End with one line on stderr: the last one, below any progress bar."""
+    """End with one line on stderr: the last one, below any progress bar. Under torchrun the first process
+    says it; the others speak up only where torchrun does not end them meanwhile, because the first has
+    nothing to say."""
+    message = " ".join(str(message).splitlines())  # it may quote a name or a library
+    if process_rank()[0] > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
     if status == 1:
         raise SystemExit(message)  # python prints it at the very end and exits with 1
     print(message, file=sys.stderr, flush=True)
@@ -61,6 +67,10 @@ def one_line_errors(main):
         except OSError as e:
             what = f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e)
             fail(f"{what}; what was complete is kept, and the same command goes on from there")
+        except Exception as e:  # a full disk as safetensors, torch and others report it
+            if not any(text in str(e) for text in ("No space left", "Read-only file", "Permission denied")):
+                raise
+            fail(f"{' '.join(str(e).split())[-200:]}; what was complete is kept")
         finally:
             at_end.close()
 
@@ -77,59 +87,57 @@ def option(default, help, choices=None, above=None, at_least=None, below=None):
 
 
 def in_range(name, value, limits):
-    """The value, or ValueError with what it must be."""
+    """The value, or ValueError with what it must be. Whole numbers fit in what torch and PIL count with."""
     above, at_least, below = limits
+    if isinstance(value, int) and below is None:
+        below = 2**31
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
-    if above is not None and not value > above:
-        raise ValueError(f"{name} must be {'positive' if above == 0 else f'above {above}'}, got {value}")
-    if at_least is not None and not value >= at_least:
-        wanted = "must not be negative" if at_least == 0 else f"must be at least {at_least}"
-        raise ValueError(f"{name} {wanted}, got {value}")
-    if below is not None and not value < below:
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be {f'above {above}' if above else 'positive'}, got {value}")
+    if at_least is not None and value < at_least:
+        wanted = f"be at least {at_least}" if at_least else "not be negative"
+        raise ValueError(f"{name} must {wanted}, got {value}")
+    if below is not None and value >= below:
         raise ValueError(f"{name} must be below {below}, got {value}")
     return value
 
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def read_value(field, text):
+    """The text of an option as its field's type, within its range; ArgumentTypeError says what is wanted."""
+    if field.type not in KINDS:
+        if "\0" in text or (field.default and not text.strip()):  # "" may stand where it is the default
+            raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+        return text
+    try:
+        value = {"true": True, "false": False}[text.lower()] if field.type is bool else field.type(text)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{KINDS[field.type]} is wanted, not {text!r}") from None
+    try:
+        return in_range("the value", value, field.metadata["range"])
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def parse(config, doc, argv=None):
     """A dataclass from the command line. Wrong options end in one line and exit status 2."""
-
-    def reader(f):
-        def read(text):
-            if f.type is bool:
-                if text.lower() not in ("true", "false"):
-                    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
-                return text.lower() == "true"
-            if f.type not in (int, float):
-                return text
-            try:
-                number = f.type(text)
-            except ValueError:
-                kind = "a whole number" if f.type is int else "a number"
-                raise argparse.ArgumentTypeError(f"{kind} is wanted, not {text!r}") from None
-            try:
-                return in_range("the value", number, f.metadata["range"])
-            except ValueError as e:
-                raise argparse.ArgumentTypeError(str(e)) from None
-
-        return read
-
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: fail(f"{parser.prog}: {message} (--help lists the options)", 2)
     for f in fields(config):
-        more = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": f.name.upper()}
-        default = f.default
+        choices, default = f.metadata["choices"], f.default
+        more = {"choices": choices} if choices else {"metavar": f.name.upper()}
         if f.type is bool:
             more.update(nargs="?", const=True)  # --flag, --flag true, --flag false
         if f.type is tuple:
             more.update(nargs="+")
-            default = " ".join(f.default)
+            default = " ".join(default)
         text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
-        parser.add_argument(
-            f"--{f.name}", type=reader(f), default=f.default, help=text.replace("%", "%%"), **more
-        )
+        more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
+        parser.add_argument(f"--{f.name}", **more)
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -163,7 +171,7 @@ def start_processes(device_name):
     """The device of this process, after it has joined the others where torchrun started several."""
     device, world = pick_device(device_name), process_rank()[1]
     if world > 1:  # the long timeout is for the first encoding of a data set: processes wait for the slowest
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
         at_end.callback(dist.destroy_process_group)
     return device
 
@@ -185,6 +193,32 @@ def any_process(flag, device):
     return bool(value)
 
 
+def wait_for_all():
+    if process_rank()[1] > 1:
+        dist.barrier()
+
+
+def check_finite(values, device, message):
+    """No weights that are not finite are trained on or saved."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in values]
+    if any_process(not torch.stack([p.isfinite().all() for p in local]).all(), device):
+        fail(message)
+
+
+def matrix_rate(device, n=8192, times=50):
+    """bf16 FLOP/s of an (n, n) matrix product on a GPU: what a share of the peak is a share of; else 0."""
+    if device.type != "cuda":
+        return 0
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    for i in range(times + 5):  # five to warm up
+        if i == 5:
+            torch.cuda.synchronize()
+            start = time.time()
+        a @ a
+    torch.cuda.synchronize()
+    return 2 * n**3 * times / (time.time() - start)
+
+
 def pick_dtype(precision, device):
     """The compute type that --precision names; auto is bf16 on a GPU, fp32 elsewhere."""
     if precision == "auto":
@@ -198,56 +232,43 @@ def provenance(device):
     import diffusers
     import transformers
 
-    describe = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, timeout=10)
-        commit = done.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
+    describe, commit = ["git", "describe", "--always", "--dirty"], ""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, timeout=10).stdout.strip()
+    name = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type}, {torch.get_num_threads()} threads"
-    return dict(
-        commit=commit or "unknown",
-        torch=torch.__version__,
-        diffusers=diffusers.__version__,
-        transformers=transformers.__version__,
-        device=name,
-    )
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
+    return dict(commit=commit or "unknown", **versions, device=name)
 
 
 # ----------------------------------------------------------------------------- writing
 
 
 def publish(path, write, sync=True, unique=False):
-    """write(temporary path), then rename: a reader of a file or folder sees the old one or the new one, never
-    half.
+    """write(temporary path), then rename: a reader sees the old file or folder or the new one, never half.
 
     The temporary name is the same each time, so that what a killed run left is overwritten; `unique` is for
     files that several runs may write at once. `sync` waits until a file is on the disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tag = f".{os.getpid()}" if unique else ""
-    tmp = path.with_name(f".tmp{tag}.{path.name}")  # hidden, and with the suffix that names the format
+    tmp = path.with_name(f".tmp{tag}.{path.name}")  # the suffix stays: it names the format
+    old = path.with_name(f".old{tag}.{path.name}")
     remove(tmp)
     try:
         write(tmp)
         if sync and tmp.is_file():
             with open(tmp, "rb") as f:
                 os.fsync(f.fileno())
-        if path.is_dir() and exchange(tmp, path):
-            remove(tmp)  # the old one
-            return
-        if path.is_dir():
-            os.rename(path, old := path.with_name(f".old.{path.name}"))
-            os.rename(tmp, path)
+        if path.is_dir() and not exchange(tmp, path):  # no such call here: there is a moment without a folder
             remove(old)
-        else:
+            os.rename(path, old)
+        if not path.is_dir():
             os.replace(tmp, path)
-    except BaseException:
+    finally:  # what was there before, or what was not finished
         remove(tmp)
-        raise
+        remove(old)
 
 
 def exchange(a, b):
@@ -274,10 +295,11 @@ def write_text(path, text):
 
 def writable_folder(name, path):
     """Make the folder of option --name and try to write into it: now, not after hours of work."""
+    if not str(path).strip():
+        fail(f"--{name}: a folder must be named")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / f".try.{os.getpid()}").touch()
-        (Path(path) / f".try.{os.getpid()}").unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
         fail(f"--{name} {path}: cannot be written ({e.strerror})")
     return Path(path)
@@ -292,9 +314,10 @@ def own_folder(name, path, busy):
 
 
 @contextmanager
-def lock(path, message, shared=False):
-    """Hold the lock of the file or folder `path`, or fail with the message. The system frees the locks of a
-    process that ends, however it ends; where there are none (Windows), nothing is locked."""
+def lock(path, message="", shared=False, wait=False):
+    """Hold the lock of the file or folder `path`; if another process does, fail with the message, or wait.
+    The system frees the locks of a process that ends, however it ends; where there are none (Windows),
+    nothing is locked."""
     try:
         import fcntl
     except ImportError:
@@ -304,7 +327,7 @@ def lock(path, message, shared=False):
     f = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             fail(message)
         yield
@@ -325,14 +348,31 @@ def read_text(path):
         fail(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8")
 
 
-def parse_json(text):
-    """json.loads; ValueError also for what is nested too deep, and for half a surrogate pair, which no file
-    can hold."""
+def is_whole_safetensors(path):
+    """A safetensors file that is there, to its end."""
     try:
-        value = json.loads(text)
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def parse_json(text):
+    """json.loads; ValueError also for what is nested too deep, for half a surrogate pair and for a key that
+    stands twice."""
+
+    def once(pairs):
+        if len(row := dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice in {list(row)}")
+        return row
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON ({e})") from None
     except RecursionError:
         raise ValueError("nested too deep") from None
-    if "\\ud" in text.lower():
+    if "\\ud" in text.lower():  # half a pair can be read and printed, but no file can hold it
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -355,50 +395,44 @@ def read_jsonl(path, torn_end=False):
     return rows
 
 
+def prompt_rows(path, kind):
+    """Rows of a prompt file, blank ones included. `kind` is its suffix."""
+    if kind == ".txt":
+        return [{"prompt": line} for line in read_text(path).removesuffix("\n").split("\n")]
+    if kind == ".jsonl":
+        return [row for _, row in read_jsonl(path)]
+    try:
+        if kind == ".json":
+            rows = parse_json(read_text(path))
+            if not isinstance(rows, list):
+                raise ValueError("not a list of strings or objects")
+            return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+        import pandas  # half a second; only here
+
+        if kind == ".parquet":
+            return pandas.read_parquet(path).to_dict("records")
+        if kind in (".csv", ".tsv"):
+            as_it_is = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            return pandas.read_csv(path, sep="," if kind == ".csv" else "\t", **as_it_is).to_dict("records")
+    except Exception as e:  # pandas and pyarrow have their own errors
+        fail(f"--prompts {path}: not a readable {kind} file ({' '.join(str(e).split())[:200]})")
+    fail(f"--prompts {path}: a file of prompts ends in .txt, .json, .jsonl, .csv, .tsv or .parquet")
+
+
 def read_prompts(path, limit=0, offset=0, column=""):
-    """Rows (dicts with a text under "prompt") of a prompt file; blank and repeated prompts are dropped and
-    counted.
+    """Rows (dicts with a text under "prompt") of a prompt file; blank and repeated prompts are dropped.
 
     .txt: one a line; .json: a list of strings or objects (HPDv2); .jsonl, .csv, .tsv, .parquet: the column
     `column`, or prompt, caption or text. Other columns (GenEval's tag) stay in the row."""
     kind = Path(path).suffix.lower()
     if not Path(path).is_file():
         fail(f"--prompts {path}: no such file")
-    if kind == ".txt":
-        lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
-        rows = [{"prompt": line} for line in lines]
-    elif kind == ".jsonl":
-        rows = [row for _, row in read_jsonl(path)]
-    elif kind == ".json":
-        try:
-            rows = parse_json(read_text(path))
-        except ValueError as e:
-            fail(f"--prompts {path}: not JSON ({e})")
-        if not isinstance(rows, list):
-            fail(f"--prompts {path}: a .json file of prompts is a list of strings or objects")
-        rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
-    elif kind in (".csv", ".tsv", ".parquet"):
-        import pandas  # half a second; only here
-
-        try:
-            if kind == ".parquet":
-                table = pandas.read_parquet(path)
-            else:
-                separator = "\t" if kind == ".tsv" else ","
-                table = pandas.read_csv(
-                    path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-                )
-        except Exception as e:  # pandas and pyarrow have their own errors
-            fail(f"--prompts {path}: not a readable {kind} file ({' '.join(str(e).split())[:200]})")
-        rows = table.to_dict("records")
-    else:
-        fail(f"--prompts {path}: a file of prompts ends in .txt, .json, .jsonl, .csv, .tsv or .parquet")
-    names = rows[0] if rows and isinstance(rows[0], dict) else {}
-    known = [c for c in names if str(c).lower() in ("prompt", "caption", "text")]
+    rows = prompt_rows(path, kind)
+    known = [c for c in (rows[0] if rows else {}) if str(c).lower() in ("prompt", "caption", "text")]
     column = column or (known[0] if known else "prompt")
     kept, blank = {}, 0
     for n, row in enumerate(rows, 1):
-        text = row.get(column, 0) if isinstance(row, dict) else 0
+        text = row.get(column, 0)
         if not isinstance(text, str | None):
             fail(f"--prompts {path}, row {n}: no text under {column!r}; name the column with --field")
         text = " ".join((text or "").split())
@@ -415,51 +449,67 @@ def read_prompts(path, limit=0, offset=0, column=""):
     return chosen
 
 
-def read_metadata(folder, labelled=False):
-    """Rows of folder/metadata.jsonl, one a list of images: prompt, file_names and, where they are there,
-    scores, phi.
+def read_metadata(folder, lists=False, labelled=False):
+    """Rows of folder/metadata.jsonl, one a list of images: prompt, file_names; scores, phi where they are.
 
-    Rows of other programs may say text or caption, and file_name. With `labelled`, every row must be one that
-    can be trained on: at least two images, which are there, and a phi in [0, 1] for each. A bad row ends the
-    run with file, line and what to do."""
-    path, rows = Path(folder) / "metadata.jsonl", []
+    Rows of other programs may say text or caption, and file_name. With `lists`, every row must have at least
+    two images, which are there; with `labelled`, also a phi in [0, 1] for each, so that it can be trained on.
+    A bad row ends the run with file, line and what to do."""
+    path, rows, lines, real = Path(folder) / "metadata.jsonl", [], {}, os.path.realpath(folder)
     if not path.is_file():
         fail(f"{path}: no such file; make it with synpic.py, or name its folder with --data")
+    mend = "mend or delete that row" + (" (synpic.py --stages label writes phi anew)" if labelled else "")
     for n, row in read_jsonl(path):
         try:
-            rows.append(checked_row(Path(folder), row, labelled))
+            rows.append(row := checked_row(real, row, lists, labelled))
+            if (first := lines.setdefault((row["prompt"], *row["file_names"]), n)) < n:
+                raise ValueError(f"the same prompt and images as line {first}")
         except (ValueError, TypeError, AttributeError) as e:
-            mend = "; mend or delete that row" + (
-                " (synpic.py --stages label writes phi anew)" if labelled else ""
-            )
-            fail(f"{path}, line {n}: {e}{mend}")
+            fail(f"{path}, line {n}: {e}; {mend}")
     if not rows:
-        fail(f"{path}: no rows; run synpic.py to the end first")
+        fail(f"{path}: no rows; run synpic.py to the end first, with all of its stages")
     return rows
 
 
-def checked_row(folder, row, labelled):
-    """A row of metadata.jsonl with its keys in our names; ValueError with what is wrong with it."""
+def checked_row(folder, row, lists, labelled):
+    """A row of metadata.jsonl with its keys in our names; ValueError with what is wrong with it. `folder` is
+    text, without links: a Path for each of 232 k files would take longer than a look at them."""
     prompt = next((row[k] for k in ("prompt", "text", "caption") if k in row), None)
     files = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
     if not isinstance(prompt, str) or not isinstance(files, list) or not files:
         raise ValueError("needs prompt (or text, caption) and file_names (or file_name)")
-    for f in files:
-        if not isinstance(f, str) or Path(f).is_absolute() or ".." in Path(f).parts:
-            raise ValueError(f"image {f}: must be a path inside the folder")
-    scores, k = row.get("scores", {}), len(files)
+    plain = [os.path.normpath(str(f)) for f in files]  # ./a.png is a.png
+    for f, name in zip(files, plain):
+        if not isinstance(f, str) or "\0" in f or os.path.isabs(f) or ".." in f.split("/"):
+            raise ValueError(f"image {f!r}: must be a path inside the folder")
+        if plain.count(name) > 1:
+            raise ValueError(f"image {f} stands {plain.count(name)} times in the list")
+    for f in {f if os.path.islink(f"{folder}/{f}") else os.path.dirname(f) for f in files}:
+        if not f"{os.path.realpath(f'{folder}/{f}')}/".startswith(f"{folder}/"):
+            raise ValueError(f"image {f}: a link out of the folder; copy what it links to")
+    scores, k = {} if row.get("scores") is None else row["scores"], len(files)
+    if not isinstance(scores, dict):
+        raise ValueError("scores must be an object, {reward: [a number an image]}")
     for name, values in scores.items():
-        if len(values) != k or not np.isfinite(np.array(values, dtype=float)).all():
+        if not isinstance(values, list) or len(values) != k or not all(map(is_number, values)):
             raise ValueError(f"scores of {name}: as many finite numbers as file_names are wanted")
     if labelled:
         phi = row.get("phi")
-        if k < 2 or not isinstance(phi, list) or len(phi) != k:
-            raise ValueError("needs at least two file_names, and as many phi as files")
-        if not all(0 <= p <= 1 for p in phi):
+        if not isinstance(phi, list) or len(phi) != k:
+            raise ValueError("needs as many phi as file_names")
+        if not all(is_number(p) and 0 <= p <= 1 for p in phi):
             raise ValueError("phi must lie in [0, 1]")
-        if missing := [f for f in files if not (folder / f).is_file()]:
+    if lists or labelled:
+        if k < 2:
+            raise ValueError("needs at least two file_names")
+        if missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]:
             raise ValueError(f"image {missing[0]} is not in the folder")
-    return {**row, "prompt": prompt, "file_names": files}
+    return {**row, "prompt": prompt, "file_names": files, "scores": scores}
+
+
+def is_number(value):
+    """A finite number of fp32's range, not text that looks like one."""
+    return type(value) in (int, float) and abs(value) < 3e38
 
 
 def random_order(k, seed, n):
@@ -471,13 +521,16 @@ def random_order(k, seed, n):
 
 
 def open_image(image):
-    """A file or a PIL image, read to its end, in its own mode. 16-bit grey becomes 8-bit by its high byte, where
-    PIL's own conversion would clip it to white. ValueError if it cannot be read."""
+    """A file or a PIL image, read to its end, in its own mode. 16-bit grey becomes 8-bit by its high byte,
+    where PIL's own conversion would clip it to white. ValueError if it cannot be read."""
     try:
         image = image if isinstance(image, Image.Image) else Image.open(image)
         image.load()
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        if image.mode.startswith(("I", "F")):
+            deep = np.asarray(image)
+            if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:
+                raise ValueError("32-bit pixels, whose range nobody says; save it with 8 or 16")
+            image = Image.fromarray((deep // 256).astype(np.uint8))
         return image
     except Exception as e:  # besides OSError, each format of PIL has its own
         raise ValueError(f"not a readable image ({e})") from None
@@ -486,6 +539,44 @@ def open_image(image):
 def read_image(image):
     """The same, as 8-bit RGB: alpha is dropped."""
     return open_image(image).convert("RGB")
+
+
+def read_pixels(path, resolution):
+    """An image file as (3, H, W) in [-1, 1]; with a resolution, shorter side to that and centre crop."""
+    try:
+        image = read_image(path)
+    except ValueError as e:
+        fail(f"{path}: {e}; delete it and run synpic.py again")
+    if resolution and image.size != (resolution, resolution):
+        scale = resolution / min(image.size)
+        w, h = (max(resolution, round(side * scale)) for side in image.size)
+        left, top = (w - resolution) // 2, (h - resolution) // 2
+        box = (left, top, left + resolution, top + resolution)
+        image = image.resize((w, h), Image.Resampling.LANCZOS).crop(box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def plot_curves(rows, panels, path):
+    """Rows of a log -> a PNG: a panel {title: {key: label}} each, smoothed over a twentieth of its length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), constrained_layout=True)
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for key, label in lines.items():
+            y = np.array([np.nan if row[key] is None else row[key] for row in rows])
+            (line,) = axis.plot(y, alpha=0.3)
+            width = max(1, len(y) // 20)
+            smooth = np.convolve(y, np.ones(width) / width, "valid")
+            axis.plot(np.arange(len(smooth)) + width // 2, smooth, color=line.get_color(), label=label)
+        axis.set(title=title, xlabel="step")
+        if len(lines) > 1:
+            axis.axhline(0, color="k", lw=0.5)
+            axis.legend()
+    publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
+    plt.close(figure)
 
 
 def picture_grid(rows, path, side=128):

@@ -17,7 +17,7 @@ report.md, grid.png.
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy.stats import binomtest
@@ -37,8 +37,8 @@ from common import (
     writable_folder,
     write_text,
 )
-from pipelines import generate_each, load_pipeline, noise_seed
-from rewards import TOY_REWARDS, check_reward, load_reward, reward_name
+from pipelines import SUITS, check_pipeline, generate_each, load_pipeline, noise_seed, scale_of
+from rewards import TOY_REWARDS, check_rewards, load_reward, reward_name
 from toyworld import grammar
 
 
@@ -54,8 +54,8 @@ class Config:
     rewards: tuple = option(("toyworld", *TOY_REWARDS), "scorers, name or name=source; toyworld is exact")
     seeds: int = option(4, "images a prompt and model", at_least=1)
     # how they draw
-    steps: int = option(16, "sampling steps", at_least=1)
-    guidance: float = option(2.0, "guidance scale", at_least=0)
+    steps: int = option(None, "sampling steps (default: what suits the first model)", at_least=1)
+    guidance: float = option(None, "guidance scale (default: the same)", at_least=0)
     resolution: int = option(0, "side in pixels; 0 = the pipeline's own", at_least=0)
     seed: int = option(1234, "first seed of the starting noise, and of the bootstrap", at_least=0)
     precision: str = option("auto", "auto is bf16 on a GPU", ("auto", "fp32", "bf16", "fp16"))
@@ -123,7 +123,8 @@ def compare(scores, tags, seed):
 def table(header, rows):
     """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells) + "\n"
 
 
 def report(cfg, results, tags, where):
@@ -150,7 +151,7 @@ def report(cfg, results, tags, where):
                     cells[i] += f"; {w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}, n = {w['n']})"
             rows.append([name, *cells])
         text += table(["mean reward over categories; win rate over the first (95 %, n)", *rewards], rows)
-    return text
+    return text.strip() + "\n"
 
 
 def draw_grid(path, prompts, tags, pictures, passed):
@@ -183,9 +184,30 @@ def parse_models(specs):
     return models
 
 
-def draw(cfg, name, path, prompts, device):
+def check_choices(cfg, models, prompts):
+    """What can be wrong is found now, not after hours of drawing."""
+    check_rewards(cfg.rewards)
+    if "toyworld" in map(reward_name, cfg.rewards):
+        if unknown := [prompt for prompt in prompts if prompt not in grammar()]:
+            sentence = f"{unknown[0]!r} in {cfg.prompts}"
+            fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
+    if cfg.resolution % 8:
+        fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
+    for path in models.values():
+        check_pipeline(path)
+
+
+def suited(cfg, pipe):
+    """The options with what suits the model where they were not given. All models are drawn alike."""
+    taken = {name: value for name, value in SUITS[scale_of(pipe)].items() if getattr(cfg, name) is None}
+    if taken:
+        print("sampling:", *(f"--{name} {value:g}" for name, value in taken.items()))
+    return replace(cfg, **taken)
+
+
+def draw(cfg, name, pipe, prompts):
     """[of prompt [of seed: image]]. The noise does not depend on the model: all start from the same."""
-    pipe, images = load_pipeline(path, device, pick_dtype(cfg.precision, device)), []
+    images = []
     jobs = [(prompt, cfg.seed + s) for prompt in prompts for s in range(cfg.seeds)]
     settings = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution)
     for start in tqdm(range(0, len(jobs), cfg.batch_size), desc=f"generate {name}", unit="batch"):
@@ -194,7 +216,7 @@ def draw(cfg, name, path, prompts, device):
         results = generate_each(pipe, [prompt for prompt, _ in batch], noise, settings)
         for (prompt, seed), (image, problem) in zip(batch, results):
             if problem:
-                fail(f"--models {name}={path}: {problem}, for {prompt!r} with seed {seed}")
+                fail(f"--models {name}: {problem}, for {prompt!r} with seed {seed}")
             images.append(image)
     return [images[i : i + cfg.seeds] for i in range(0, len(images), cfg.seeds)]
 
@@ -218,16 +240,17 @@ def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     models = parse_models(cfg.models)
     rows = read_prompts(cfg.prompts, cfg.limit)
-    prompts, tags = [row["prompt"] for row in rows], [str(row.get("tag", "all")) for row in rows]
-    for spec in cfg.rewards:
-        check_reward(spec)
-    if "toyworld" in map(reward_name, cfg.rewards):
-        if unknown := [prompt for prompt in prompts if prompt not in grammar()]:
-            sentence = f"{unknown[0]!r} in {cfg.prompts}"
-            fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
+    prompts = [row["prompt"] for row in rows]
+    tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
+    check_choices(cfg, models, prompts)
     device, out = pick_device(cfg.device), writable_folder("out", cfg.out)
 
-    pictures = {name: draw(cfg, name, path, prompts, device) for name, path in models.items()}
+    pictures = {}
+    for name, path in models.items():
+        pipe = load_pipeline(path, device, pick_dtype(cfg.precision, device))
+        cfg = suited(cfg, pipe)
+        pictures[name] = draw(cfg, name, pipe, prompts)
+        del pipe  # before the next is loaded
     scores = score(cfg, pictures, prompts, device)
     results, where = compare(scores, tags, cfg.seed), provenance(device)
     text = report(cfg, results, tags, where)

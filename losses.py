@@ -16,11 +16,9 @@ Shapes: B lists (prompts), K images a list, R rewards. Errors are *lower is bett
 
 The scale of beta. Here an error is the MEAN of the squared error over C, H, W, without a factor 1/2. Then
     beta = beta_half / 2   if your code has sigmoid(-0.5 * beta_half * ...): 5000 there is 2500 here
-    beta = beta_sum * D    if your code SUMS over C, H, W: D = 16,384 (SD 1.5 at 512 px), 65,536 (SDXL at 1024
-    px),
-                           262,144 (SD3 at 1024 px)
-Betas do not carry over between noise, v and velocity errors either: those differ by factors of alpha and
-sigma.
+    beta = beta_sum * D    if your code SUMS over C, H, W: D = 16,384 for SD 1.5 at 512 px, 65,536 for SDXL,
+                           262,144 for SD3 at 1024 px
+Betas do not carry over between noise, v and velocity errors: those differ by factors of alpha and sigma.
 
 Papers: RankDPO and Syn-Pic, arXiv 2410.18013; BalancedDPO, arXiv 2503.12575; Diffusion-DPO, arXiv 2311.12908.
 """
@@ -58,26 +56,20 @@ def majority_vote(rewards, ties="drop", generator=None):
 
     rewards (..., K, R) -> (..., K, K) in {-1, 0, +1}, antisymmetric; +1 at [i, j] = more rewards prefer i.
     ties: "drop" leaves an even vote 0 (no gradient); "literal" makes it -1 for i < j, as the paper's prose
-    reads; "random" tosses a coin and needs a `generator`. Equal scores of one reward are a vote for
-    neither."""
+    reads; "random" tosses a coin and needs a `generator`. Equal scores of one reward vote for neither."""
     rewards = _floats("rewards", rewards, 2)
     if ties not in ("drop", "literal", "random"):
         raise ValueError(f"majority_vote: ties must be 'drop', 'literal' or 'random', got {ties!r}")
     diff = rewards.unsqueeze(-2) - rewards.unsqueeze(-3)  # (..., K, K, R)
-    diff = torch.where(
-        rewards.unsqueeze(-2) == rewards.unsqueeze(-3), torch.zeros_like(diff), diff
-    )  # inf - inf
+    diff = diff.masked_fill(rewards.unsqueeze(-2) == rewards.unsqueeze(-3), 0)  # inf - inf is no number
     votes = diff.sign().sum(-1).sign()  # (..., K, K)
     if ties == "drop":
         return votes
     if ties == "random" and generator is None:
-        raise ValueError(
-            "majority_vote: ties='random' needs a torch.Generator, so that one seed gives one result"
-        )
+        raise ValueError("majority_vote: ties='random' needs a torch.Generator: one seed, one result")
     if ties == "random":
-        coin = (
-            2 * torch.randint(0, 2, votes.shape, generator=generator, device=generator.device).to(votes) - 1
-        )
+        heads = torch.randint(0, 2, votes.shape, generator=generator, device=generator.device)
+        coin = 2 * heads.to(votes) - 1
     else:
         coin = -torch.ones_like(votes)
     upper = coin.triu(1)
@@ -100,10 +92,11 @@ def gain_weights(phi):
 
 
 def dcg_weights(phi):
-    """(B, K) -> (B, K, K): Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)| where i is preferred to
-    j.
+    """(B, K) -> (B, K, K): Delta_ij where i is preferred to j, else 0. RankDPO Eq. 6:
 
-    RankDPO Eq. 6 with D(tau) = ln(1 + tau). phi = (1, 2/3, 1/3, 0) gives Delta_14 = .8214, the largest."""
+        Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)|,   D(tau) = ln(1 + tau)
+
+    phi = (1, 2/3, 1/3, 0) gives Delta_14 = .8214, the largest."""
     discount = 1 / torch.log1p(preference_rank(_floats("phi", phi, 2)))  # (B, K)
     return gain_weights(phi) * (discount.unsqueeze(2) - discount.unsqueeze(1)).abs()
 
@@ -141,8 +134,7 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     Metrics are detached, one number a list, (B,), so that a list counts once however many pairs it has:
     accuracy (share of its weighted pairs that s orders rightly, ties 1/2), best_s and worst_s (s of the image
     with most weight won and of the one with most weight lost), weight (mean over pairs that have one),
-    unweighted (share of its pairs that have none). NaN where a list has no weighted pair; the caller
-    reduces."""
+    unweighted (share of its pairs that have none). NaN where a list has no pair; the caller reduces."""
     policy_err, ref_err = _errors("preference_loss", policy_err, ref_err)
     weights, real = _weights("preference_loss", weights, 3, policy_err, mask)
     if not beta > 0:
@@ -156,11 +148,11 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
         used = weights > 0  # (B, K, K)
         right = (margin < 0).to(s) + 0.5 * (margin == 0).to(s)
         count = used.sum((1, 2))  # (B,), 0 / 0 is NaN below
-        net = weights.sum(2) - weights.sum(1)  # (B, K), weight won minus weight lost
+        net = weights.sum(2) - weights.sum(1)  # (B, K), weight won minus weight lost; 0 for padding
         images = real.sum(1)
         metrics = {
             "accuracy": (right * used).sum((1, 2)) / count,
-            **_ends(s, net.masked_fill(~real, 0), count > 0),
+            **_ends(s, net, count > 0),
             "weight": weights.sum((1, 2)) / count,
             "unweighted": 1 - count / (images * (images - 1) / 2).clamp(min=1),
         }
@@ -186,8 +178,7 @@ def finetuning_loss(policy_err, ref_err, weights, mask=None):
 
 
 def _ends(s, value, listed):
-    """s (B, K) at the largest and the smallest value (B, K) of a list; NaN for lists that are not `listed`
-    (B,)."""
+    """s (B, K) where the value (B, K) of a list is largest, and smallest; NaN where not `listed` (B,)."""
     best = s.gather(1, value.argmax(1, keepdim=True))[:, 0]
     worst = s.gather(1, value.argmin(1, keepdim=True))[:, 0]
     nan = torch.full_like(best, float("nan"))
@@ -239,8 +230,7 @@ def _errors(caller, policy_err, ref_err):
 
 
 def _weights(caller, weights, dim, policy_err, mask):
-    """Weights (B, K) or (B, K, K) that fit policy_err (B, K), and the mask of real images (B, K), True
-    without one."""
+    """Weights (B, K) or (B, K, K) that fit policy_err (B, K), and the mask of real images (B, K)."""
     weights, (B, K) = _floats("weights", weights, dim), policy_err.shape
     if weights.shape != (B, K, K)[:dim]:
         raise ValueError(

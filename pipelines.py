@@ -1,10 +1,10 @@
 """All that differs between model families: load, encode, noise and target, predict, sample.
 
-    pipe = load_pipeline("stabilityai/stable-diffusion-xl-base-1.0")     # or a folder, base+adapters,
-    random:sdxl family = family_of(pipe)                                             # the class below that
-    fits cond = family.encode_prompts(pipe, ["a cat"], size=(1024, 1024))     # {name: (N, ...)}
-    x = family.encode_images(pipe.vae, pixels)                           # (N, C, h, w)
-    x_t, t, target = add_noise(pipe.scheduler, x, noise, u)              # u (N,) uniform in [0, 1)
+    pipe = load_pipeline("folder or hub id")                           # or base+adapters, or random:sdxl
+    family = family_of(pipe)                                           # the class below that fits
+    cond = family.encode_prompts(pipe, ["a cat"], size=(1024, 1024))   # {name: (N, ...)}
+    x = family.encode_images(pipe.vae, pixels)                         # (N, C, h, w)
+    x_t, t, target = add_noise(pipe.scheduler, x, noise, u)            # u (N,) uniform in [0, 1)
     prediction = family.predict(pipe.unet, x_t, t, cond)
 
 A family is one class: `StableDiffusion` is the base, the others say where they differ from it. A family that
@@ -13,30 +13,30 @@ family a model is of.
 """
 
 import hashlib
-import json
+import re
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import fail, process_rank, publish
+from common import fail, parse_json, process_rank, publish, read_text
 
 # ----------------------------------------------------------------------------- families
 
 
 class StableDiffusion:
-    """Stable Diffusion 1.x and 2.x: a U-Net that predicts noise or v. N prompts or images, errors raised by
-    diffusers."""
+    """Stable Diffusion 1.x and 2.x: a U-Net that predicts noise or v."""
 
     def encode_prompts(self, pipe, prompts, size):
-        """All that the denoiser is conditioned on: {name: (N, ...) tensor}. `size` is (height, width) in
-        pixels."""
+        """All that the denoiser is conditioned on: {name: (N, ...)}. `size` is (height, width) in pixels."""
         embeds, _ = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)
         return {"embeds": embeds}
 
@@ -47,8 +47,7 @@ class StableDiffusion:
         return (z - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
     def predict(self, model, x_t, t, cond):
-        """What the denoiser predicts, (N, C, h, w), of x_t (N, C, h, w) at timesteps t (N,), given
-        encode_prompts'."""
+        """What the denoiser predicts, (N, C, h, w), of x_t (N, C, h, w), timesteps t (N,), prompts."""
         return model(x_t, t, encoder_hidden_states=cond["embeds"], return_dict=False)[0]
 
     def sampling(self, pipe, steps, guidance, resolution=0):
@@ -58,22 +57,25 @@ class StableDiffusion:
 
     def prompt_arguments(self, pipe, cond, nothing):
         """encode_prompts' of prompts and of "" -> the pipeline's arguments in their place."""
-        return {"prompt_embeds": cond["embeds"], "negative_prompt_embeds": nothing["embeds"]}
+        zero = pipe.config.get("force_zeros_for_empty_prompt", False)  # SDXL's, instead of an encoded ""
+        arguments = {}
+        for key, argument in (("embeds", "prompt_embeds"), ("pooled", "pooled_prompt_embeds")):
+            if key in cond:
+                arguments[argument] = cond[key]
+                arguments[f"negative_{argument}"] = nothing[key] * (not zero)
+        return arguments
 
     def shapes(self, config):
-        """Shapes of one image's latents and of its conditioning at the model's own size, from the denoiser's
-        config."""
+        """Shapes of one image's latents and conditioning at the model's own size, from the config."""
         latents = (config.in_channels, config.sample_size, config.sample_size)
         return {"latents": latents, "embeds": (77, config.cross_attention_dim)}
 
-    def random_pipeline(self):
-        """A pipeline of the real size with random weights, nothing but denoiser and scheduler: to measure."""
+    pipeline = diffusers.StableDiffusionPipeline
+
+    def random_parts(self):
+        """Denoiser, with random weights, and scheduler of the real model, as the pipeline calls them."""
         unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        scheduler = diffusers.DDPMScheduler(**BETAS)
-        return diffusers.StableDiffusionPipeline(
-            unet=unet, scheduler=scheduler, **nothing, requires_safety_checker=False
-        )
+        return dict(unet=unet, scheduler=diffusers.DDPMScheduler(**BETAS), requires_safety_checker=False)
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -91,20 +93,13 @@ class StableDiffusionXL(StableDiffusion):
         embeds = cond["embeds"]
         return model(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
-    def prompt_arguments(self, pipe, cond, nothing):
-        keep = 0 if pipe.config.get("force_zeros_for_empty_prompt", False) else 1
-        return {
-            "prompt_embeds": cond["embeds"],
-            "pooled_prompt_embeds": cond["pooled"],
-            "negative_prompt_embeds": nothing["embeds"] * keep,
-            "negative_pooled_prompt_embeds": nothing["pooled"] * keep,
-        }
-
     def shapes(self, config):
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {**super().shapes(config), "pooled": (pooled,), "time_ids": (6,)}
 
-    def random_pipeline(self):
+    pipeline = diffusers.StableDiffusionXLPipeline
+
+    def random_parts(self):
         unet = diffusers.UNet2DConditionModel(
             sample_size=128,
             block_out_channels=(320, 640, 1280),
@@ -118,19 +113,14 @@ class StableDiffusionXL(StableDiffusion):
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )
-        nothing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        return diffusers.StableDiffusionXLPipeline(
-            unet=unet, scheduler=diffusers.DDPMScheduler(**BETAS), **nothing
-        )
+        return dict(unet=unet, scheduler=diffusers.DDPMScheduler(**BETAS))
 
 
 class StableDiffusion3(StableDiffusion):
-    """SD3 and SD3.5: a transformer that predicts the velocity of a rectified flow; the T5 encoder may be
-    absent."""
+    """SD3 and SD3.5: a transformer that predicts the velocity of a rectified flow; T5 may be absent."""
 
     def text_length(self, pipe):
-        """T5's: 256 as the pipeline has it, unless the tokenizer is shorter than CLIP's 77 (the toy
-        models)."""
+        """T5's: 256 as the pipeline has it, unless the tokenizer is shorter than CLIP's 77: the toy's."""
         return 256 if pipe.tokenizer.model_max_length >= 77 else pipe.tokenizer.model_max_length
 
     def encode_prompts(self, pipe, prompts, size):
@@ -144,27 +134,17 @@ class StableDiffusion3(StableDiffusion):
         return model(x_t, timestep=t, **text, return_dict=False)[0]
 
     def sampling(self, pipe, steps, guidance, resolution=0):
-        return {
-            **super().sampling(pipe, steps, guidance, resolution),
-            "max_sequence_length": self.text_length(pipe),
-        }
-
-    def prompt_arguments(self, pipe, cond, nothing):
-        return {
-            "prompt_embeds": cond["embeds"],
-            "pooled_prompt_embeds": cond["pooled"],
-            "negative_prompt_embeds": nothing["embeds"],
-            "negative_pooled_prompt_embeds": nothing["pooled"],
-        }
+        more = {"max_sequence_length": self.text_length(pipe)}
+        return {**super().sampling(pipe, steps, guidance, resolution), **more}
 
     def shapes(self, config):
-        latents = (config.in_channels, 128, 128)  # sample_size is the position table's in some checkpoints
-        if config.sample_size < 128:
-            latents = (config.in_channels, config.sample_size, config.sample_size)
-        pooled = (config.pooled_projection_dim,)
-        return {"latents": latents, "embeds": (333, config.joint_attention_dim), "pooled": pooled}
+        side = min(config.sample_size, 128)  # sample_size is the position table's in some checkpoints
+        embeds, pooled = (333, config.joint_attention_dim), (config.pooled_projection_dim,)
+        return {"latents": (config.in_channels, side, side), "embeds": embeds, "pooled": pooled}
 
-    def random_pipeline(self):
+    pipeline = diffusers.StableDiffusion3Pipeline
+
+    def random_parts(self):
         transformer = diffusers.SD3Transformer2DModel(
             num_layers=24,
             num_attention_heads=24,
@@ -172,19 +152,7 @@ class StableDiffusion3(StableDiffusion):
             pooled_projection_dim=2048,
             caption_projection_dim=1536,
         )
-        names = (
-            "vae",
-            "text_encoder",
-            "text_encoder_2",
-            "text_encoder_3",
-            "tokenizer",
-            "tokenizer_2",
-            "tokenizer_3",
-        )
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        return diffusers.StableDiffusion3Pipeline(
-            transformer=transformer, scheduler=scheduler, **dict.fromkeys(names)
-        )
+        return dict(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
 class PixArt(StableDiffusion):
@@ -196,8 +164,7 @@ class PixArt(StableDiffusion):
 
 
 class StableCascade(StableDiffusion):
-    """Stable Cascade, sampled from only: steps and guidance are the prior's, the decoder keeps its card's 10
-    steps."""
+    """Stable Cascade, sampled from only: steps and guidance are the prior's, the decoder has 10 steps."""
 
     def sampling(self, pipe, steps, guidance, resolution=0):
         prior = dict(prior_num_inference_steps=steps, prior_guidance_scale=guidance)
@@ -207,6 +174,11 @@ class StableCascade(StableDiffusion):
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 TRAINABLE = {"sdxl": StableDiffusionXL(), "sd3": StableDiffusion3(), "sd15": StableDiffusion()}
+SUITS = {  # what suits a model where it is not said: sampling here, training in rankdpo.py
+    "toy": dict(steps=16, guidance=2.0),
+    "noise": dict(steps=40, guidance=5.0),
+    "flow": dict(steps=28, guidance=7.0),
+}
 FAMILIES = {  # the first whose name the pipeline's class begins with
     "StableDiffusionXL": TRAINABLE["sdxl"],
     "StableDiffusion3": TRAINABLE["sd3"],
@@ -220,17 +192,40 @@ def family_of(pipe, trainable=False):
     """The family of a pipeline; one that nobody described is sampled from like Stable Diffusion."""
     kind = type(pipe).__name__
     family = next((f for name, f in FAMILIES.items() if kind.startswith(name)), StableDiffusion())
-    if trainable and (family not in TRAINABLE.values() or not kind.startswith("StableDiffusion")):
+    if trainable and family not in TRAINABLE.values():
         fail(f"{kind}: the trainer knows Stable Diffusion 1.x / 2.x, SDXL and SD3 pipelines")
+    if trainable:
+        if denoiser_of(pipe)[1] is None:
+            fail(f"{pipe.name_or_path}: has no denoiser")
+        check_scheduler(pipe.name_or_path, pipe.scheduler)
     return family
+
+
+def check_scheduler(path, scheduler):
+    """It must say how much noise there is at each timestep, and predict what add_noise can give."""
+    levels = getattr(scheduler, "alphas_cumprod", getattr(scheduler, "sigmas", torch.zeros(0)))
+    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 0)
+    if len(levels) != steps or not levels.any() or not ((0 <= levels) & (levels <= 1)).all():
+        fail(
+            f"{path}/scheduler: no level of noise from 0 to 1 for each of {steps} timesteps; mend its config"
+        )
+    kind = scheduler.config.get("prediction_type", "flow")
+    if kind not in ("epsilon", "v_prediction", "flow"):
+        fail(f"{path}/scheduler: predicts {kind!r}; only epsilon, v_prediction and rectified flow are known")
+
+
+def scale_of(pipe):
+    """toy, noise or flow: a small model, or one of real size that predicts noise (or v) or velocity."""
+    if sum(p.numel() for p in denoiser_of(pipe)[1].parameters()) < 50e6:
+        return "toy"
+    return "flow" if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) else "noise"
 
 
 # ----------------------------------------------------------------------------- noise and target
 
 
 def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
-    """x_t, the model's timestep and its target, for u (N,) uniform in [0, 1). x, noise: (N, C, h, w) fp32 or
-    wider.
+    """x_t, the model's timestep and its target, for u (N,) uniform in [0, 1). x, noise: (N, C, h, w).
 
     Diffusion: t = floor(1000 u), x_t = alpha x + sigma eps, target eps or v = alpha eps - sigma x.
     Rectified flow: sigma = u or logit-normal, then the scheduler's shift, x_t = (1 - sigma) x + sigma eps,
@@ -242,63 +237,138 @@ def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
         sigma = scheduler.config.shift * u / (1 + (scheduler.config.shift - 1) * u)  # (N,)
         s = sigma.view(shape)
         return (1 - s) * x + s * noise, 1000 * sigma, noise - x
-    kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        fail(f"the scheduler predicts {kind!r}; only epsilon, v_prediction and rectified flow are known")
     t = (u * scheduler.config.num_train_timesteps).long()  # (N,)
     alpha_bar = scheduler.alphas_cumprod.to(x.device)[t].view(shape)
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    target = alpha * noise - sigma * x if kind == "v_prediction" else noise
+    v = scheduler.config.prediction_type == "v_prediction"
+    target = alpha * noise - sigma * x if v else noise
     return alpha * x + sigma * noise, t, target
 
 
 # ----------------------------------------------------------------------------- load and save
 
 
+def check_pipeline(path):
+    """Fail now if no pipeline lies at `path`, a folder or a hub id, not after hours of work with another."""
+    base, *adapters = str(path).split("+")
+    index = Path(base) / "model_index.json"
+    for folder in adapters:
+        if folder.startswith((".", "/")) and not Path(folder).exists():
+            fail(f"{path}: no such file or folder: {folder}")
+    if index.is_file():
+        try:
+            parts = parse_json(read_text(index))
+            names = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
+        except (ValueError, AttributeError, IndexError):
+            fail(f"{index}: damaged; it is no list of a pipeline's parts")
+        if missing := [name for name in names if not (Path(base) / name).is_dir()]:
+            fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
+    elif Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1:
+        fail(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
+    else:
+        try:
+            DiffusionPipeline.load_config(base)
+        except Exception as e:  # the hub has many errors: not found, no licence agreed to, no network
+            reason = " ".join(str(e).split())[:200]
+            fail(f"{path}: no such folder, and the hub does not give such a pipeline ({reason})")
+
+
 def load_pipeline(path, device="cpu", dtype=torch.float32):
     """Any diffusers text-to-image pipeline from a folder or a hub id; "base+folder" adds LoRA weights to it,
-    and "random:sdxl" is one of the real size with random weights. A component that was saved as null (a
-    safety checker, the T5 of SD3) stays None: some pipelines ask for that in so many words."""
+    "base+first+second" one set after the other; "random:sdxl" is one of the real size with random weights.
+    A part that was saved as null (a safety checker, the T5 of SD3) stays None."""
     if str(path).startswith("random:"):
-        return random_pipeline(str(path)[7:], device, dtype)
-    path, _, adapters = str(path).partition("+")
-    kwargs, index = {}, Path(path) / "model_index.json"
-    if not index.is_file() and (Path(path).exists() or path.startswith((".", "/"))):
-        fail(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
-    if not hasattr(
-        diffusers.pipelines, "wuerstchen"
-    ):  # where Stable Cascade's index looks for its VQGAN; it moved
-        with suppress(ImportError):
-            from diffusers.pipelines.deprecated import wuerstchen
+        return random_pipeline(str(path).removeprefix("random:"), device, dtype)
+    check_pipeline(path)
+    whole, (path, *adapters) = path, str(path).split("+")
+    with suppress(ImportError):  # Stable Cascade's index looks for its VQGAN where it was before it moved
+        from diffusers.pipelines.deprecated import wuerstchen
 
-            diffusers.pipelines.wuerstchen = wuerstchen
+        diffusers.pipelines.wuerstchen = wuerstchen
     try:
-        if index.is_file():
-            parts = json.loads(index.read_text())
-            kwargs = {k: None for k, v in parts.items() if isinstance(v, list) and v[0] is None}
-        kwargs.update(dtype=dtype, use_safetensors=True)
+        kwargs = dict(load_parts(path, dtype), dtype=dtype, use_safetensors=True)
         try:  # the text-to-image pipeline of that family: Stable Cascade's has two halves
             pipe = AutoPipelineForText2Image.from_pretrained(path, **kwargs)
         except ValueError:  # a family for which diffusers has no such entry
             pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
-        if adapters:
-            pipe.load_lora_weights(adapters)
+        for folder in adapters:
+            load_adapters(pipe, folder)
             pipe.fuse_lora()  # into the weights: a model like any other, to tune or to save
             pipe.unload_lora_weights()
     except Exception as e:  # torn weights, no hub, another format: one line says which folder
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        fail(f"{path}: could not load a pipeline: {reason}")
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        fail(f"{whole}: could not load a pipeline: {reason}")
+    check_tokenizers(path, pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+            fail(f"{whole}: {name} holds weights that are not finite")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
+def load_parts(path, dtype):
+    """{name: module or None} of a pipeline's parts with weights, each with exactly the tensors that its
+    configuration asks for: from_pretrained itself only warns, and draws what is missing at random."""
+    parts = {}
+    for name, value in DiffusionPipeline.load_config(path).items():
+        library, kind = value if isinstance(value, list) and len(value) == 2 else ("", "")
+        if kind is None:
+            parts[name] = None  # some pipelines ask for that in so many words
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind or "", None)
+        if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            more = dict(subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            try:
+                parts[name], info = kind.from_pretrained(path, **more)
+            except Exception as e:
+                raise ValueError(f"{name}: {e}") from None
+            if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+                raise ValueError(f"{name}: tensors are missing or have another shape: {str(wrong)[:150]}")
+            if surplus := [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]:
+                print(f"{path}: {len(surplus)} tensors of {name} are not used by its config, as {surplus[0]}")
+    return parts
+
+
+def load_adapters(pipe, path):
+    """Those of a denoiser, whole: diffusers takes a file of another family for no adapters at all, and draws
+    the half of a pair that is missing at random."""
+    state = pipe.lora_state_dict(path)
+    names = list(state[0] if isinstance(state, tuple) else state)
+    down, up = (
+        {re.sub(half, "", name) for name in names if re.search(half, name)}
+        for half in (r"lora_A\.|lora\.down\.", r"lora_B\.|lora\.up\.")
+    )
+    if not down or down != up:
+        raise ValueError(f"{path}: holds no whole adapters")
+    pipe.load_lora_weights(path)
+    if not pipe.get_list_adapters():
+        raise ValueError(f"{path}: holds adapters of another kind of model")
+
+
+def check_tokenizers(path, pipe):
+    """transformers does not fail where a tokenizer's files are gone, but returns one of 2 to 5 words."""
+    for name, encoder in text_encoders_of(pipe).items():
+        tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
+        words, wanted = len(tokenizer or ()), encoder.get_input_embeddings().num_embeddings
+        if not 0.99 * wanted <= words <= wanted:  # T5's embedding is padded to a multiple of 128
+            folder, sizes = name.replace("text_encoder", "tokenizer"), f"{words} words, not {wanted}"
+            fail(f"{path}/{folder}: {sizes} as {name} wants; put the model's tokenizer files there")
+        if "clip" in encoder.config.model_type:
+            if tokenizer.model_max_length > encoder.config.max_position_embeddings:  # 10**30 if nobody says
+                folder = name.replace("text_encoder", "tokenizer")
+                fail(f"{path}/{folder}: tokenizer_config.json lacks model_max_length; put the model's there")
+
+
 def random_pipeline(name, device, dtype):
-    """random:NAME, the same weights on every process."""
+    """random:NAME, nothing but denoiser and scheduler: to measure. The same weights on every process."""
     if name not in TRAINABLE:
         fail(f"random:{name}: there are {', '.join(f'random:{n}' for n in TRAINABLE)}")
     torch.manual_seed(0)
+    family = TRAINABLE[name]
     with torch.device(device):
-        pipe = TRAINABLE[name].random_pipeline()
+        parts = family.random_parts()
+    wanted = signature(family.pipeline).parameters.values()
+    missing = {p.name: None for p in wanted if p.default is p.empty and p.name not in parts}
+    pipe = family.pipeline(**parts, **missing)
     return pipe if dtype == torch.float32 else pipe.to(dtype)
 
 
@@ -306,6 +376,11 @@ def denoiser_of(pipe):
     """("unet" or "transformer", the module that is trained)."""
     name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
     return name, getattr(pipe, name)
+
+
+def vae_factor(pipe):
+    """Pixels a latent pixel."""
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
 def text_encoders_of(pipe):
@@ -335,6 +410,8 @@ def save_tuned(folder, base, model, part, adapters):
     """The pipeline `base` with `model` as its `part`, or that model's adapters. Called by every process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    if base.startswith("random:"):  # measured, not trained
+        return
     if not adapters:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)  # by all processes
@@ -416,8 +493,7 @@ def generate_each(pipe, prompts, seeds, settings):
 
 @torch.no_grad()
 def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
-    """Prompts -> the arguments with which `pipe` draws them once its text encoders are gone, as they are from
-    here on."""
+    """Prompts -> the arguments with which `pipe` draws them without its text encoders, which are dropped."""
     encoders, family = text_encoders_of(pipe), family_of(pipe)
     for m in encoders.values():
         m.to(device, dtype)
@@ -427,4 +503,5 @@ def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
         if hasattr(pipe, name):
             setattr(pipe, name, None)
     pipe.vae.enable_slicing()  # one image at a time: at 1024 px each takes gigabytes to decode
-    return {"height": size[0], "width": size[1], **{k: v.float() for k, v in arguments.items()}}
+    wide = torch.promote_types(dtype, torch.float32)
+    return {"height": size[0], "width": size[1], **{k: v.to(wide) for k, v in arguments.items()}}

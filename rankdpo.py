@@ -5,16 +5,14 @@
     python rankdpo.py --loss balanced --ref_refresh 50   # BalancedDPO: majority vote, reference refresh
     torchrun --nproc_per_node 8 rankdpo.py --data synpic --model stabilityai/stable-diffusion-xl-base-1.0 \\
         --resolution 1024 --beta 2500 --lr 2e-5 --steps 400 --global_batch_size 1024 --device_batch_size 1 \\
-        --gradient_checkpointing true --save_every 20    # the paper's size; the whole recipe: bash train.sh
-        sdxl
+        --gradient_checkpointing true --save_every 20    # the paper's size; bash train.sh sdxl is the recipe
     python rankdpo.py ... --lora_rank 64 --images_per_forward 1      # adapters, one image at a time: one GPU
     python rankdpo.py --model random:sdxl --data random --steps 5    # time and memory at real size
 
 Input is a folder that synpic.py wrote (metadata.jsonl and images), output a pipeline folder that diffusers'
 `from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl, curves.png and,
 with --sample_every, samples.png. A run that was killed goes on from its newest checkpoint when the same
-command is given again. Model families differ in pipelines.py; losses, weights and the scale of beta are in
-losses.py.
+command is given again. Model families differ in pipelines.py; losses.py holds losses and the scale of beta.
 
 Where this departs from the paper (arXiv 2410.18013), which gives no beta, rate, optimiser or schedule:
   - one noise is shared by the k images of a list, as public DPO trainers share it over a pair;
@@ -23,8 +21,7 @@ Where this departs from the paper (arXiv 2410.18013), which gives no beta, rate,
   - errors are means over C, H, W, so beta is ~65,000 times the beta of a summed SDXL error
   - AdamW with a linear decay to zero: a constant rate ruins small models while loss and accuracy look fine
 The curve is the same on 1 and on N processes, for any --device_batch_size and --images_per_forward: noise and
-timestep depend on (seed, step, list) alone. One process runs plain, several shard all that is trained
-(FSDP2).
+timestep depend on (seed, step, list) alone. One process runs plain, several shard what is trained (FSDP2).
 """
 
 import copy
@@ -33,9 +30,10 @@ import json
 import os
 import signal
 import time
+import warnings
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +43,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from tqdm import tqdm
 
@@ -53,7 +52,14 @@ import losses
 import pipelines
 from common import HERE, fail, option, process_rank
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves for itself: on purpose
+
 LOSSES = ("rankdpo", "dpo", "gain", "balanced", "sft", "weighted")
+SUITS = {  # (--beta, --lr, --lr of adapters) where they are not given, by the scale of the model
+    "toy": (100.0, 2e-4, 2e-4),
+    "noise": (2500.0, 2e-5, 1e-4),  # of public DPO trainers of SDXL at 1024 px, with batches of 1024 and 2048
+    "flow": (50.0, 2e-5, 1e-4),  # public SD3 trainers' 100 has the factor 1/2
+}
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Method:
     seed: int = option(0, "order of the lists, timesteps, noise", at_least=0)
     # objective
     loss: str = option("rankdpo", "sft and weighted fine-tune, gain is DPO + gain, balanced votes", LOSSES)
-    beta: float = option(100.0, "for mean squared errors without a half; usual for SDXL: 2500", above=0)
+    beta: float = option(None, "for mean squared errors without a half (default: see SUITS)", above=0)
     ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal", "random"))
     ref_refresh: int = option(
         0, "steps between copies of the policy into the reference; 0 = never", at_least=0
@@ -79,7 +85,7 @@ class Method:
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
     timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
     # optimiser
-    lr: float = option(2e-4, "peak learning rate of AdamW; decays linearly to 0", above=0)
+    lr: float = option(None, "peak learning rate of AdamW, decays to 0 (default: see SUITS)", above=0)
     steps: int = option(600, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
     global_batch_size: int = option(32, "lists a step, over all processes", above=0)
@@ -106,8 +112,8 @@ class Config(Method):
     eval_every: int = option(50, "steps between measurements on the held-out lists", above=0)
     sample_every: int = option(0, "steps between rows of pictures in samples.png; 0 = never", at_least=0)
     sample_prompts: int = option(8, "prompts in samples.png", above=0)
-    sample_steps: int = option(16, "sampling steps of samples.png", above=0)
-    sample_guidance: float = option(2.0, "guidance scale of samples.png", at_least=0)
+    sample_steps: int = option(None, "sampling steps of samples.png (default: what suits the model)", above=0)
+    sample_guidance: float = option(None, "guidance scale of samples.png (default: the same)", at_least=0)
     save_every: int = option(0, "steps between checkpoints; 0 = only at a SIGTERM", at_least=0)
     keep: int = option(1, "checkpoints to keep", above=0)
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
@@ -130,7 +136,7 @@ def relabel(row, labels, seed, n):
     k = len(row["phi"])
     order = common.random_order(k, seed, n) if labels == "random" else np.arange(k)
     phi = [row["phi"][i] for i in order]
-    scores = {name: [s[i] for i in order] for name, s in row.get("scores", {}).items()}
+    scores = {name: [s[i] for i in order] for name, s in row["scores"].items()}
     if labels == "reversed":
         phi, scores = [1 - p for p in phi], {name: [-x for x in s] for name, s in scores.items()}
     return dict(row, phi=phi, scores=scores)
@@ -150,8 +156,6 @@ def list_weights(cfg, row, n):
         return best / best.sum()
     if cfg.loss == "weighted":
         return phi[0] / phi.sum().clamp(min=1e-6)
-    if not row.get("scores"):
-        fail("--loss balanced needs the scores of every reward: run synpic.py's score stage")
     rewards = torch.tensor([list(v) for v in row["scores"].values()]).T[None]  # (1, K, R)
     coin = torch.Generator().manual_seed(cfg.seed * 1_000_003 + n)
     return losses.vote_weights(losses.majority_vote(rewards, cfg.ties, coin))[0]
@@ -159,6 +163,8 @@ def list_weights(cfg, row, n):
 
 def stack_weights(cfg, rows):
     """Weights (L, K, K) or (L, K) and mask (L, K) of L lists, True for real images; K is the longest's."""
+    if cfg.loss == "balanced" and (not rows[0]["scores"] or len({frozenset(r["scores"]) for r in rows}) > 1):
+        fail("--loss balanced needs the scores of every reward for every list: run synpic.py's score stage")
     weights = [list_weights(cfg, row, n) for n, row in enumerate(rows)]
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
@@ -166,6 +172,18 @@ def stack_weights(cfg, rows):
     mask = torch.tensor([[i < len(w) for i in range(K)] for w in weights])
     pad = lambda w: torch.nn.functional.pad(w, (0, K - len(w)) * w.dim())
     return torch.stack([pad(w) for w in weights]), mask
+
+
+def complete(cfg, pipe):
+    """The options with what suits the model where they were not given."""
+    scale = pipelines.scale_of(pipe)
+    beta, lr, lr_adapters = SUITS[scale]
+    suits = dict(beta=beta, lr=lr_adapters if cfg.lora_rank else lr)
+    suits.update({f"sample_{name}": value for name, value in pipelines.SUITS[scale].items()})
+    taken = {name: value for name, value in suits.items() if getattr(cfg, name) is None}
+    if process_rank()[0] == 0 and taken:
+        print(f"{scale} model:", *(f"--{name} {value:g}" for name, value in taken.items()))
+    return replace(cfg, **taken)
 
 
 def split_lists(cfg, n):
@@ -178,59 +196,55 @@ def split_lists(cfg, n):
     return seen, held
 
 
-def read_pixels(path, resolution):
-    """An image file as (3, H, W) in [-1, 1]; with a resolution, shorter side to that and centre crop."""
-    try:
-        image = common.read_image(path)
-    except ValueError as e:
-        fail(f"{path}: {e}; delete it and run synpic.py again")
-    if resolution and image.size != (resolution, resolution):
-        scale = resolution / min(image.size)
-        w, h = (max(resolution, round(side * scale)) for side in image.size)
-        left, top = (w - resolution) // 2, (h - resolution) // 2
-        box = (left, top, left + resolution, top + resolution)
-        image = image.resize((w, h), Image.Resampling.LANCZOS).crop(box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def cache_folder(cfg, rows, dtype):
     """data/.cache/HASH, of all that goes into it: other images, prompts or models make another one."""
     data, local = Path(cfg.data), Path(cfg.model.partition("+")[0])
     stat = lambda p: [str(p), p.stat().st_size, p.stat().st_mtime_ns]
     images = [[row["prompt"], [stat(data / f) for f in row["file_names"]]] for row in rows]
-    encoders = [stat(p) for n in ("vae", "text_encoder*") for p in sorted(local.glob(f"{n}/*.safetensors"))]
+    encoders = [stat(p) for n in ("vae", "text_encoder*", "tokenizer*") for p in sorted(local.glob(f"{n}/*"))]
     key = json.dumps([images, cfg.model, encoders, cfg.resolution, str(dtype)])
     return data / ".cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def list_pixels(cfg, row, size):
+    """(k, 3, H, W) of a list's images, each of `size` (3, H, W)."""
+    images = []
+    for name in row["file_names"]:
+        images.append(common.read_pixels(f"{cfg.data}/{name}", cfg.resolution))
+        if images[-1].shape != size:
+            differs = f"{images[-1].shape[2]} x {images[-1].shape[1]} pixels, not {size[2]} x {size[1]}"
+            fail(f"{cfg.data}/{name}: {differs} as the first image; give --resolution")
+    return torch.stack(images)
 
 
 @torch.no_grad()
 def encode_lists(cfg, rows, pipe, device, dtype):
     """Latents (k, C, h, w) of every list and what the denoiser is conditioned on, computed once: a file a
     list, shared by all processes. Returns read(n) -> {name: tensor}."""
-    (rank, world), folder = process_rank(), cache_folder(cfg, rows, dtype)
-    family, size = pipelines.family_of(pipe), None
+    if missing := [n for n in ("vae", "text_encoder", "tokenizer") if getattr(pipe, n) is None]:
+        fail(f"{cfg.model}: has no {', '.join(missing)}, which --data {cfg.data} needs")
+    (rank, world), folder, family = process_rank(), cache_folder(cfg, rows, dtype), pipelines.family_of(pipe)
+    first = f"{cfg.data}/{rows[0]['file_names'][0]}"
+    size, factor = common.read_pixels(first, cfg.resolution).shape, pipelines.vae_factor(pipe)
+    if any(side % factor for side in size[1:]):
+        sides = f"{size[2]} x {size[1]} pixels, but sides must be multiples of {factor}"
+        fail(f"{first}: {sides}; give another --resolution")
     file_of = lambda n: folder / f"{n:07d}.safetensors"
-    todo = [n for n in range(rank, len(rows), world) if not file_of(n).is_file()]
+    todo = [n for n in range(rank, len(rows), world) if not common.is_whole_safetensors(file_of(n))]
     if todo:
         pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
         for encoder in pipelines.text_encoders_of(pipe).values():
             encoder.to(device, dtype)
     for n in tqdm(todo, desc="encode", unit="list", disable=rank > 0):
-        names = rows[n]["file_names"]
-        images = [read_pixels(f"{cfg.data}/{name}", cfg.resolution) for name in names]
-        size = size or images[0].shape
-        for name, image in zip(names, images):
-            if image.shape != size:
-                differs = f"{image.shape[2]} x {image.shape[1]} pixels, not {size[2]} x {size[1]}"
-                fail(f"{cfg.data}/{name}: {differs} as the first image; give --resolution")
-        tensors = {"latents": family.encode_images(pipe.vae, torch.stack(images)).float()}
+        tensors = {"latents": family.encode_images(pipe.vae, list_pixels(cfg, rows[n], size)).float()}
         cond = family.encode_prompts(pipe, [rows[n]["prompt"]], size[1:])
         tensors.update({name: t[0] for name, t in cond.items()})
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        if not all(t.isfinite().all() for t in tensors.values()):
+            fail(f"{cfg.model}: encodes list {n}, {rows[n]['prompt']!r}, to numbers that are not finite")
         # several runs may write the same file; one torn by a power cut is noticed when it is read
         common.publish(file_of(n), partial(save_file, tensors), sync=False, unique=True)
-    if world > 1:
-        dist.barrier()
+    common.wait_for_all()
     return lambda n: load_file(file_of(n))
 
 
@@ -358,11 +372,10 @@ def held_out_accuracy(cfg, held, micro, load, errors, policy, engine):
 
 def shard(model, dtype, device):
     """FSDP2: every block that diffusers names as a unit, then the rest. Master weights and reductions are
-    fp32, gathered weights `dtype`. Inputs stay as they are: bf16 would round SDXL's time ids; autocast does
-    the rest."""
+    fp32, gathered weights `dtype`. Inputs stay fp32 until autocast: bf16 would round SDXL's time ids."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))  # the one asked for
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))  # --device, whatever else is there
     half = dtype if dtype == torch.bfloat16 else None
     precision = MixedPrecisionPolicy(half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
     for module in reversed(list(model.modules())):  # children before parents
@@ -375,9 +388,8 @@ def shard(model, dtype, device):
 def build_engine(cfg, policy, device, dtype, sharded):
     """(policy, reference, trained, anchors): the network that is trained, the frozen one, and by name the
     parameters of both. With adapters there is no second network: anchors are values, reference is None."""
-    policy.to(
-        torch.promote_types(dtype, torch.float32)
-    ).eval()  # eval: s is exactly 0 where policy = reference
+    policy.eval()  # so that s is exactly 0 where policy = reference
+    policy.to(torch.promote_types(dtype, torch.float32))
     if cfg.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     if cfg.lora_rank:  # small enough to be whole on each process
@@ -399,6 +411,12 @@ def copy_values(into, values):
     """{name: tensor} into the parameters of these names, each process its own shards."""
     for name, value in values.items():
         into[name].copy_(value)
+
+
+@torch.no_grad()
+def update_average(average, trained, decay):
+    for name, p in average.items():
+        p.lerp_(trained[name], 1 - decay)
 
 
 @contextmanager
@@ -430,34 +448,19 @@ def clip_grad_norm(parameters, largest):
 
 
 def cost_of_list(cfg, family, denoiser, item, K, dtype):
-    """FLOPs of a list of K images, recomputation not counted; prints them, and the memory that weights
-    need."""
-    flops, trained, frozen = pipelines.count_flops(family, denoiser, item, cfg.lora_rank)
+    """FLOPs of a list of K images, recomputation not counted; prints them, and the memory of weights."""
+    try:
+        flops, trained, frozen = pipelines.count_flops(family, denoiser, item, cfg.lora_rank)
+    except Exception as e:  # where nothing is computed: only sizes and kinds can be wrong
+        fail(f"{cfg.model}: the parts of the pipeline do not fit together ({' '.join(str(e).split())[:200]})")
     rank, world = process_rank()
     # fp32 weights, gradients, AdamW's two moments and the reference; frozen weights in the compute type
     memory = 20 * trained / (1 if cfg.lora_rank else world) + dtype.itemsize * frozen
     if rank == 0:
         cost = f"a list of {K} takes {K * flops / 1e12:.1f} TFLOP"
         print(f"{cfg.loss}: {trained / 1e6:.1f} M parameters are trained in {dtype}, {cost}")
-        print(
-            f"{memory / 1e9:.1f} GB of weights and optimiser on each of {world} device(s), then activations"
-        )
+        print(f"{memory / 1e9:.1f} GB a device ({world}) for weights and optimiser, then activations")
     return K * flops
-
-
-def matrix_rate(device, n=8192, times=50):
-    """bf16 FLOP/s of an (n, n) matrix product on a GPU: what "share of the peak" is a share of; 0
-    elsewhere."""
-    if device.type != "cuda":
-        return 0
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    for i in range(times + 5):  # five to warm up
-        if i == 5:
-            torch.cuda.synchronize()
-            start = time.time()
-        a @ a
-    torch.cuda.synchronize()
-    return 2 * n**3 * times / (time.time() - start)
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -473,57 +476,105 @@ def training_state(policy, optimizer, trained, anchors, average):
     return state
 
 
-def save_checkpoint(cfg, state, step):
+def save_checkpoint(cfg, state, now, step):
     """out/checkpoints/step-000100: written under another name, renamed when all processes are done."""
     (rank, world), folder = process_rank(), Path(cfg.out) / "checkpoints"
     tmp, final = folder / f".tmp-step-{step:06d}", folder / f"step-{step:06d}"
     if rank == 0:
         common.remove(tmp)
         tmp.mkdir(parents=True)
-    if world > 1:
-        dist.barrier()
+    common.wait_for_all()
     writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # safetensors: data, never code
     dcp.save(state, storage_writer=writer, no_dist=world == 1)
     if rank == 0:
-        common.write_text(tmp / "run.json", json.dumps({"step": step, "config": asdict(cfg)}))
+        files = {p.name: p.stat().st_size for p in tmp.glob("*.safetensors")}
+        common.write_text(tmp / "run.json", json.dumps({"step": step, "identity": now, "files": files}))
         common.remove(final)
         os.rename(tmp, final)
         for old in sorted(folder.glob("step-??????"))[: -cfg.keep]:
             common.remove(old)
-    if world > 1:
-        dist.barrier()
+    common.wait_for_all()
 
 
-def find_checkpoint(cfg):
-    """(folder, step) of the newest checkpoint of this run, or (None, 0), the same for every process. Another
-    run's is refused by name."""
+def identity(cfg, rows):
+    """What makes a run this run: the options of Method, and what its lists hold."""
+    digest = hashlib.sha256()
+    for row in rows:
+        sizes = [(Path(cfg.data) / f).stat().st_size for f in row.get("file_names", [])]
+        parts = [row["prompt"], row["phi"], row.get("scores"), row.get("file_names"), sizes]
+        digest.update(json.dumps(parts).encode())
+    options = {f.name: getattr(cfg, f.name) for f in fields(Method)}
+    return {**options, "lists": digest.hexdigest()[:16]}
+
+
+def read_run(folder):
+    """run.json of a checkpoint whose files are all there and whole, or None."""
+    try:
+        run = common.parse_json((folder / "run.json").read_text())
+        for name, size in run["files"].items():
+            if (folder / name).stat().st_size != size or not common.is_whole_safetensors(folder / name):
+                return None
+        return run if folder.name == f"step-{run['step']:06d}" and run["identity"].items() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def find_checkpoint(cfg, now):
+    """(folder, step) of the newest whole checkpoint of the run with identity `now`, or (None, 0), the same
+    for every process. A damaged one is set aside; another run's is refused by name."""
     (rank, world), found, folder = process_rank(), [None, 0], Path(cfg.out) / "checkpoints"
-    folders = sorted(folder.glob("step-??????")) if rank == 0 and cfg.resume else []
-    if folders:
-        run, now = json.loads((folders[-1] / "run.json").read_text()), asdict(cfg)
-        before, names = run["config"], [f.name for f in fields(Method)]
-        if changed := [f"{k} ({before.get(k)}, now {now[k]})" for k in names if before.get(k) != now[k]]:
-            where = f"{folders[-1]} belongs to a run with another {', '.join(changed)}"
-            fail(f"{where}; choose another --out, or start again with --resume false")
-        found = [str(folders[-1]), run["step"]]
-    elif rank == 0:  # half-written ones, or not wanted
+    if rank == 0 and not cfg.resume:
         common.remove(folder)
+    for path in sorted(folder.glob("step-??????"), reverse=True) if rank == 0 else []:
+        run = read_run(path)
+        if run is None:
+            print(f"{path}: damaged, set aside as damaged-{path.name}")
+            common.remove(folder / f"damaged-{path.name}")
+            os.rename(path, folder / f"damaged-{path.name}")
+            continue
+        before = run["identity"]
+        if changed := [f"{k} ({before.get(k)}, now {v})" for k, v in now.items() if before.get(k) != v]:
+            where = f"{path} belongs to a run with another {', '.join(changed)}"
+            fail(f"{where}; choose another --out, or start again with --resume false")
+        found = [str(path), run["step"]]
+        break
     if world > 1:
         dist.broadcast_object_list(found)
     return found
 
 
+def load_checkpoint(folder, state):
+    """Into the tensors of training_state, in place. Returns those that are not mere counts."""
+    try:
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=process_rank()[1] == 1)
+    except (Exception, CheckpointException) as e:  # tensors of another model
+        reason = " ".join(str(e).split())[:200]
+        fail(f"{folder}: does not fit this run ({reason}); delete it, or start again with --resume false")
+    return [t for t in state.values() if t.dim()]
+
+
 # ----------------------------------------------------------------------------- record: log, pictures, curves
 
 
+CURVES = {
+    "loss": {"loss": ""},
+    "implicit accuracy": {"accuracy": ""},
+    "error against the reference": {"best_s": "winner", "worst_s": "loser"},
+    "gradient norm": {"grad_norm": ""},
+}
+
+
 class Log:
-    """log.jsonl: a head with all that a run depends on, then a row a step. tensorboard gets the same numbers
-    where it is installed. `flops` are those of a list on one device, `peak` the device's FLOP/s."""
+    """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. tensorboard
+    gets the same numbers where it is installed. `flops`: of a list on one device; `peak`: FLOP/s of it."""
 
     def __init__(self, cfg, head, start_step, flops, peak):
         path = Path(cfg.out) / "log.jsonl"
         there = start_step and path.is_file()
         rows = [row for _, row in common.read_jsonl(path, torn_end=True)] if there else []
+        numbers = ["step", "skipped", *(key for lines in CURVES.values() for key in lines)]
+        if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
+            fail(f"{path}: not the log of this run; move it away")
         kept = [row for row in rows if row.get("step", -1) < start_step] or [head]
         common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file, self.winners, self.skipped = open(path, "a"), [], kept[-1].get("skipped", 0)
@@ -553,7 +604,7 @@ class Log:
         latest, earlier = np.mean(self.winners[-25:]), np.mean(self.winners[-50:-25] or [0])
         if row["step"] % 50 == 49 and latest > max(0, earlier):
             problem = (
-                f"step {row['step']}: the winner's error is above the reference and growing ({latest:+.1e})"
+                f"step {row['step']}: the winner's error is above the reference and grows ({latest:+.1e})"
             )
             tqdm.write(f"{problem}; pictures may get worse although loss falls: lower --lr or raise --beta")
         shown = {"loss": "loss", "acc": "accuracy", "winner": "best_s", "loser": "worst_s"}
@@ -564,14 +615,16 @@ class Log:
         self.file.close()
         if self.board:
             self.board.close()
+        path = Path(self.file.name)
+        rows = [row for _, row in common.read_jsonl(path) if "loss" in row]
+        common.plot_curves(rows, CURVES, path.with_name("curves.png"))
 
 
 def prepare_samples(cfg, pipe, rows, item, device, dtype, autocast):
     """sample(step), which draws the first prompts every --sample_every steps. They are encoded now."""
     if not cfg.sample_every:
         return lambda step: None
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    size = [side * factor for side in item["latents"].shape[-2:]]
+    size = [side * pipelines.vae_factor(pipe) for side in item["latents"].shape[-2:]]
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
     arguments = pipelines.encode_and_drop_encoders(pipe, prompts, size, device, dtype)
     arguments.update(num_inference_steps=cfg.sample_steps, guidance_scale=cfg.sample_guidance)
@@ -582,7 +635,7 @@ def prepare_samples(cfg, pipe, rows, item, device, dtype, autocast):
         if step % cfg.sample_every:
             return
         generator = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
-        pipe.vae.to(device)
+        pipe.vae.to(device, torch.promote_types(dtype, torch.float32))  # fp32, or fp64 as the denoiser
         with autocast:
             images = pipe(**arguments, generator=generator, output_type="np").images  # (N, H, W, 3) in [0, 1]
         pipe.vae.to("cpu")
@@ -609,36 +662,6 @@ def write_samples(out, prompts, images, step):
     common.picture_grid(rows, out / "samples.png")
 
 
-def plot_curves(out):
-    """log.jsonl -> curves.png: loss, implicit accuracy, winner's and loser's error, gradient norm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for _, row in common.read_jsonl(out / "log.jsonl", torn_end=True) if "loss" in row]
-    panels = {
-        "loss": {"loss": ""},
-        "implicit accuracy": {"accuracy": ""},
-        "error against the reference": {"best_s": "winner", "worst_s": "loser"},
-        "gradient norm": {"grad_norm": ""},
-    }
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), constrained_layout=True)
-    for axis, (title, lines) in zip(axes, panels.items()):
-        for key, label in lines.items():
-            y = np.array([np.nan if row[key] is None else row[key] for row in rows])
-            (line,) = axis.plot(y, alpha=0.3)
-            width = max(1, len(y) // 20)
-            smooth = np.convolve(y, np.ones(width) / width, "valid")
-            axis.plot(np.arange(len(smooth)) + width // 2, smooth, color=line.get_color(), label=label)
-        axis.set(title=title, xlabel="step")
-        if len(lines) > 1:
-            axis.axhline(0, color="k", lw=0.5)
-            axis.legend()
-    common.publish(out / "curves.png", partial(figure.savefig, dpi=100))
-    plt.close(figure)
-
-
 # ----------------------------------------------------------------------------- main
 
 
@@ -646,10 +669,10 @@ def plot_curves(out):
 def main(argv=None):
     cfg = common.parse(Config, __doc__, argv)
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
-    local_batch, rest = divmod(cfg.global_batch_size, world)
-    if rest:
+    if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
-    micro, sharded = min(cfg.device_batch_size, local_batch), world > 1 and not cfg.lora_rank
+    local_batch, sharded = cfg.global_batch_size // world, world > 1 and not cfg.lora_rank
+    micro = min(cfg.device_batch_size, local_batch)
     scale = (world if sharded else 1) / cfg.global_batch_size  # mean over lists; FSDP averages over processes
     dtype = common.pick_dtype(cfg.precision, device)
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
@@ -659,10 +682,11 @@ def main(argv=None):
     weights, mask = stack_weights(cfg, rows)
     seen, held = split_lists(cfg, len(rows))
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
-    checkpoint, start_step = find_checkpoint(cfg)
-    invented = cfg.model.startswith("random:")
-    pipe = pipelines.load_pipeline(cfg.model, device if invented else "cpu")
-    family, (part, policy) = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)
+    pipe = pipelines.load_pipeline(cfg.model, device if cfg.model.startswith("random:") else "cpu")
+    family, (denoiser, policy) = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)
+    cfg = complete(cfg, pipe)
+    now = identity(cfg, rows)
+    checkpoint, start_step = find_checkpoint(cfg, now)
     if cfg.data == "random":
         read = random_lists(family.shapes(policy.config))
     else:
@@ -682,17 +706,17 @@ def main(argv=None):
     parameters = list(trained.values())  # a list: a generator would be used up by the optimiser
     optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     state = partial(training_state, policy, optimizer, trained, anchors, average)
-    if checkpoint:
-        dcp.load(state(), storage_reader=dcp.HuggingFaceStorageReader(checkpoint), no_dist=world == 1)
+    begun_with = load_checkpoint(checkpoint, state()) if checkpoint else parameters
+    common.check_finite(begun_with, device, f"{checkpoint or cfg.model}: holds weights that are not finite")
     if rank == 0:
         head = dict(world=world, precision=str(dtype), lists=len(seen), held_out=len(held))
         head.update(config=asdict(cfg), **common.provenance(device))
-        log = Log(cfg, head, start_step, flops / world, matrix_rate(device))
+        log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
     if not start_step:
         sample(0)
 
     # ---- the training loop
-    in_row, stop = 0, []
+    bad_steps, stop = 0, []  # steps in a row without a finite gradient; a SIGTERM
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     todo = range(start_step, cfg.steps)
     for step in (bar := tqdm(todo, "train", cfg.steps, initial=start_step, disable=rank > 0)):
@@ -706,7 +730,7 @@ def main(argv=None):
             batch = load(mine[begin : begin + micro])
             parts = parts_of(batch, cfg.images_per_forward)
 
-            # ---- errors, (B, K): a single pass keeps its graph, several are taken again below
+            # ---- errors, (B, K): a single pass keeps its graph, several are computed once more below
             with torch.no_grad(), reference_network(policy, *engine) as network:
                 ref_err = batch_errors(errors, network, batch, parts)
             with torch.set_grad_enabled(len(parts) == 1):
@@ -717,8 +741,8 @@ def main(argv=None):
             loss, metrics_of_batch = list_loss(cfg, policy_err, ref_err, batch)  # (B,), (B, M)
             (slope,) = torch.autograd.grad(loss.sum() * scale, policy_err)  # (B, K)
             for images in parts:
-                again = err.flatten() if len(parts) == 1 else errors(policy, batch, images)
-                again.backward(slope.flatten()[images])
+                with_graph = err.flatten() if len(parts) == 1 else errors(policy, batch, images)
+                with_graph.backward(slope.flatten()[images])
             metrics.append(metrics_of_batch)
 
         # ---- update
@@ -727,13 +751,12 @@ def main(argv=None):
         grad_norm = clip_grad_norm(parameters, cfg.max_grad_norm)
         if step == 0 and grad_norm == 0:
             fail("step 0: the gradient is zero; do these lists prefer anything? Raise --global_batch_size")
-        in_row = 0 if torch.isfinite(grad_norm) else in_row + 1
-        if in_row == 0:  # a step that would ruin the weights is not taken
+        bad_steps = 0 if torch.isfinite(grad_norm) else bad_steps + 1
+        if bad_steps == 0:  # a step that would ruin the weights is not taken
             optimizer.step()
-            for name, p in average.items():
-                p.lerp_(trained[name].detach(), 1 - cfg.ema)
+            update_average(average, trained, min(cfg.ema, (1 + step) / (10 + step)))  # a young one forgets
         optimizer.zero_grad(set_to_none=True)
-        if in_row == 3:
+        if bad_steps == 3:
             problem = f"step {step}: the gradient was {grad_norm.item()} three times in a row"
             fail(f"{problem}; lower --lr or --beta, or try --precision fp32. The last checkpoint is kept")
 
@@ -743,25 +766,26 @@ def main(argv=None):
         if held and (step + 1) % cfg.eval_every == 0:
             row["held_out_accuracy"] = held_out_accuracy(cfg, held, micro, load, errors, policy, engine)
         if rank == 0:
-            bar.set_postfix(log.write(row, skipped=in_row > 0))
+            bar.set_postfix(log.write(row, skipped=bad_steps > 0))
         sample(step + 1)
 
         # ---- save
         stopping = common.any_process(bool(stop), device)
         if stopping or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            save_checkpoint(cfg, state(), step + 1)
+            common.check_finite(
+                parameters, device, f"step {step}: weights are not finite and not saved; lower --lr"
+            )
+            save_checkpoint(cfg, state(), now, step + 1)
         if stopping:
-            fail(f"told to stop after step {step}; the same command goes on from there", 143)
+            fail(f"a SIGTERM came: stopped after step {step}; the same command goes on from there", 143)
 
     copy_values(trained, average)
-    if not invented:
-        pipelines.save_tuned(out / "model", cfg.model, policy, part, adapters=cfg.lora_rank > 0)
+    common.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
+    pipelines.save_tuned(out / "model", cfg.model, policy, denoiser, adapters=cfg.lora_rank > 0)
     if rank == 0:
         log.close()
-        plot_curves(out)
-        print(f"{out}: log.jsonl, curves.png" + ("" if invented else ", and the tuned model in model/"))
-    if world > 1:
-        dist.barrier()  # or one would be gone while another still talks to it
+        print(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
+    common.wait_for_all()  # or one would be gone while another still talks to it
 
 
 if __name__ == "__main__":

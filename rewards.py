@@ -4,8 +4,8 @@
     python rewards.py --image a.png --prompt "a cat" --rewards imagereward hpsv2.1=HPS_v2.1_compressed.pt
     python rewards.py --score outputs/synpic --rewards mps vqascore   # a whole folder: its scores/NAME.jsonl
 
-A reward is a name, or name=source: a FILE of weights is the published model and nothing else; a FOLDER holds
-the weights and may bring a config and a tokenizer of its own. Larger is better, always.
+A reward is a name, or name=source: a FILE of weights is the published model and nothing else; a FOLDER (and
+only that for vqascore) holds the weights and may bring a config and a tokenizer of its own. Larger is better.
 
     name         model, default source on the hub                     size    licence     score
     clip         open_clip ViT-H-14                                   3.9 GB  MIT         cosine, -1 to 1
@@ -36,6 +36,7 @@ tell two sentences apart. Weights are read as safetensors or with weights_only=T
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import deque
@@ -59,9 +60,12 @@ from common import (
     open_image,
     option,
     parse,
+    parse_json,
     pick_device,
+    publish,
     read_metadata,
     read_text,
+    writable_folder,
 )
 
 TOY_REWARDS = tuple(
@@ -94,9 +98,8 @@ def check_area(width, height):
 
 
 def crop(image, size):
-    """OpenAI CLIP's preprocessing: shorter side to `size` by PIL bicubic, centre crop, RGB, normalise -> (3,
-    size, size). The resize comes first, so alpha weighs the colours it mixes; an odd margin is rounded half
-    to even."""
+    """OpenAI CLIP's preprocessing -> (3, size, size): shorter side to `size` by PIL bicubic, centre crop,
+    RGB, normalise. Alpha weighs the colours that the resize mixes; an odd margin is rounded half to even."""
     return crop_at(image, size, lambda margin: round(margin / 2))
 
 
@@ -128,8 +131,7 @@ def letterbox(image, size):
 
 
 def square(image, size):
-    """VQAScore's (LLaVA's) preprocessing: RGB, padded to a centred square with the mean colour, then as
-    CLIP's."""
+    """VQAScore's (LLaVA's) preprocessing: padded to a centred square with the mean colour, then crop_rgb."""
     side, (w, h) = max(image.size), image.size
     check_area(side, side)
     canvas = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN.flatten().tolist()))
@@ -151,11 +153,14 @@ def check_tokenizer(tokenizer, size, where):
     does not fail where a tokenizer's files are not there: it returns one of 2 to 5 words, and all prompts
     become the same."""
     special = set(tokenizer.all_special_ids)
-    seen = [set(tokenizer(text).input_ids) - special for text in ("a red circle", "two squares")]
+    ids = [tokenizer(text).input_ids for text in ("a red circle", "two squares")]
+    seen = [set(i) - special for i in ids]
     if len(tokenizer) != size:
         problem = f"it has {len(tokenizer)} words and the model {size}"
     elif not all(seen) or seen[0] == seen[1]:
         problem = "it knows no word of 'a red circle' or 'two squares'"
+    elif ids[0][-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        problem = "it sets no end token"
     elif size in KNOWN and tokenizer("a photo of a cat").input_ids != KNOWN[size]:
         problem = "it is not the published one: its numbers for 'a photo of a cat' are others"
     else:
@@ -181,8 +186,7 @@ def load_tokenizer(kind, source, size, hub="", extra=()):
 
 
 def clip_tokenizer(source, size):
-    """transformers' CLIPTokenizer, as PickScore and MPS use it. CLIP's own vocabulary is never read from a
-    folder."""
+    """transformers' CLIPTokenizer, as PickScore and MPS use it. No folder's files replace CLIP's words."""
     from transformers import CLIPTokenizer
 
     if size != CLIP_WORDS:
@@ -215,7 +219,7 @@ def tokenize(tokenizer, texts, length, name):
 def open_clip_ids(source, config, name):
     """prompts -> ids (N, length), as open_clip does it: its own tokenizer, which cleans the text (ftfy,
     HTML), for CLIP's vocabulary; for any other the folder's."""
-    size, length = config["vocab_size"], config.get("context_length", 77)
+    size, length = config.get("vocab_size", CLIP_WORDS), config.get("context_length", 77)
     if size != CLIP_WORDS:
         tokenizer = clip_tokenizer(source, size)
         return lambda texts: tokenize(tokenizer, texts, length, name)[0]
@@ -266,14 +270,13 @@ class Scorer:
             scores = self.forward(x, texts).float().tolist()
         found = []
         for score, (_, problem) in zip(scores, loaded):
-            if not problem and not np.isfinite(score):
+            if not problem and not math.isfinite(score):
                 problem = f"the score is {score}"
             found.append((None if problem else score, problem))
         return found
 
     def stream(self, images, prompts, batch_size=32):
-        """Yield (score, problem) of each pair in order: (float, None), or (None, what is wrong with this
-        one)."""
+        """Yield (score, None), or (None, what is wrong with it), of each pair in order."""
         pairs, ahead = list(zip(images, prompts)), deque()
         batches = [pairs[n : n + batch_size] for n in range(0, len(pairs), batch_size)]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
@@ -307,15 +310,18 @@ def from_hub(repo, file):
     """A file of a hub repository; without a name, its only weights."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
-    file = file or max(
-        (f for f in list_repo_files(repo) if f.endswith(WEIGHTS)), key=lambda f: f.endswith(".safetensors")
-    )
-    return Path(hf_hub_download(repo, file))
+    try:
+        files = [f for f in ([file] if file else list_repo_files(repo)) if f.endswith(WEIGHTS)]
+        return Path(hf_hub_download(repo, max(files, key=lambda f: f.endswith(".safetensors"))))
+    except Exception as e:
+        wanted = f"{repo} {file or ''}".strip()
+        raise ValueError(
+            f"{wanted} cannot be had from the hub ({type(e).__name__}); name a local copy"
+        ) from None
 
 
 def find_weights(source, repo, file):
-    """The checkpoint: `source` itself, the file of the usual name in that folder (or its only one), or the
-    hub's."""
+    """The checkpoint: `source` itself, that folder's file of the usual name or its only one, or the hub's."""
     path = Path(source or from_hub(repo, file))
     if not path.is_dir():
         return path
@@ -328,8 +334,7 @@ def find_weights(source, repo, file):
 
 
 def read_weights(path):
-    """State dict of fp32 tensors from .safetensors, or a torch file without code ({"state_dict": ...}
-    too)."""
+    """State dict of fp32 tensors from .safetensors, or from a torch file without code."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -338,13 +343,11 @@ def read_weights(path):
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # each format has its own
-        raise ValueError(f"{path}: no readable weights ({type(e).__name__}: {one_line(e)[:150]})") from None
+        raise ValueError(f"{path}: no readable weights ({type(e).__name__})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path}: holds no state dict of tensors")
-    return {
-        k: v.float() for k, v in state.items() if not k.endswith("position_ids")
-    }  # old copies of 0, 1, ...
+    return {k: v.float() for k, v in state.items() if not k.endswith("position_ids")}  # 0, 1, 2, ...
 
 
 def check_keys(path, missing, unexpected, shapes=()):
@@ -356,12 +359,13 @@ def check_keys(path, missing, unexpected, shapes=()):
 
 
 def load_strict(build, state, path, device):
-    """build() with exactly these weights: the architecture says which tensors there are and how large, not
-    the file."""
-    with torch.device("meta"):  # a wrong file fails before a billion weights are made
-        wanted = {
-            k: tuple(v.shape) for k, v in build().state_dict().items() if not k.endswith("position_ids")
-        }
+    """build() with exactly these weights: which tensors there are, the architecture says, not the file."""
+    try:
+        with torch.device("meta"):  # a wrong file fails before a billion weights are made
+            wanted = {k: tuple(v.shape) for k, v in build().state_dict().items()}
+    except Exception as e:
+        raise ValueError(f"{path}: the config beside it describes no such model ({one_line(e)})") from None
+    wanted = {k: shape for k, shape in wanted.items() if not k.endswith("position_ids")}
     shapes = [
         f"{k} {tuple(v.shape)} instead of {wanted[k]}"
         for k, v in state.items()
@@ -378,7 +382,11 @@ def pretrained(kind, source, unused=(), optional=(), **kwargs):
     """transformers' from_pretrained, which only warns of keys that do not fit -> (model, missing `optional`
     keys). `unused` parts may lie in the file."""
     kwargs = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-    model, info = kind.from_pretrained(source, **kwargs)
+    try:
+        model, info = kind.from_pretrained(source, **kwargs)
+    except Exception as e:
+        what = f"{source}: config.json or weights cannot be read ({type(e).__name__})"
+        raise ValueError(f"{what}; a folder with all files of the repository is wanted") from None
     left_out = {k for k in info["missing_keys"] if k.startswith(optional)}
     unexpected = {k for k in info["unexpected_keys"] if "position_ids" not in k and not k.startswith(unused)}
     shapes = [f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in info["mismatched_keys"]]
@@ -386,10 +394,20 @@ def pretrained(kind, source, unused=(), optional=(), **kwargs):
     return model.eval(), left_out
 
 
+def read_json(path):
+    """A dict from a JSON file; an empty one if there is no such file."""
+    try:
+        found = parse_json(read_text(path)) if path.is_file() else {}
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return found
+
+
 def folder_config(kind, source, published):
     """The config.json of a folder, if it is of this kind: sizes of its own. Otherwise the published sizes."""
-    path = Path(source or "") / "config.json"
-    if source and path.is_file() and json.loads(read_text(path)).get("model_type") == kind.model_type:
+    if source and read_json(Path(source) / "config.json").get("model_type") == kind.model_type:
         return kind.from_pretrained(source)
     return kind(**published)
 
@@ -417,13 +435,18 @@ def cosine(scale, image, text):
 
 
 def load_open_clip(name, source, device, repo, file, prepare):
-    """CLIP score and HPSv2 (Wu et al. 2023): cosine, unscaled. ViT-H-14, or what a folder's
-    open_clip_config.json says."""
+    """CLIP score and HPSv2 (Wu et al. 2023): cosine, unscaled, of ViT-H-14 or of a folder's own config."""
     import open_clip
 
-    config = open_clip.get_model_config("ViT-H-14")
-    if source and (Path(source) / "open_clip_config.json").is_file():
-        config = json.loads(read_text(Path(source) / "open_clip_config.json"))["model_cfg"]
+    own = read_json(Path(source) / "open_clip_config.json") if source else {}
+    config = own.get("model_cfg", open_clip.get_model_config("ViT-H-14"))
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        raise ValueError(
+            f"{source}/open_clip_config.json: model_cfg has no embed_dim, vision_cfg and text_cfg"
+        )
+    for key, value in (("mean", MEAN), ("std", STD)):
+        if not np.allclose(own.get("preprocess_cfg", {}).get(key, value.flatten()), value.flatten()):
+            raise ValueError(f"{source}/open_clip_config.json: another {key} than CLIP's in preprocess_cfg")
     ids = open_clip_ids(source, config["text_cfg"], name)
     path = find_weights(source, repo, file)
     model = load_strict(lambda: open_clip.CLIP(**config), read_weights(path), path, device)
@@ -431,25 +454,34 @@ def load_open_clip(name, source, device, repo, file, prepare):
     def forward(x, prompts):
         return cosine(1.0, model.encode_image(x), model.encode_text(ids(prompts).to(device)))
 
-    return Scorer(name, partial(prepare, size=config["vision_cfg"].get("image_size", 224)), forward, device)
+    size = np.ravel(config["vision_cfg"].get("image_size", 224))[0].item()  # some write [224, 224]
+    return Scorer(name, partial(prepare, size=size), forward, device)
 
 
-def load_pickscore(name, source, device, repo, file):
-    """PickScore (Kirstain et al. 2023): exp(logit_scale) * cosine of a CLIPModel."""
-    from transformers import CLIPConfig, CLIPModel
+def load_clip_model(kind, name, source, device, repo, file):
+    """(model, prompts -> ids (N, length), picture -> pixels) of a `kind` that is built from a CLIPConfig."""
+    from transformers import CLIPConfig
 
     config = folder_config(CLIPConfig, source, VIT_H)
     tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
     path = find_weights(source, repo, file)
-    model = load_strict(lambda: CLIPModel(config), read_weights(path), path, device)
+    model = load_strict(lambda: kind(config), read_weights(path), path, device)
     length = config.text_config.max_position_embeddings
+    ids = lambda texts: tokenize(tokenizer, texts, length, name)[0].to(device)
+    return model, ids, partial(crop_rgb, size=config.vision_config.image_size)
+
+
+def load_pickscore(name, source, device, repo, file):
+    """PickScore (Kirstain et al. 2023): exp(logit_scale) * cosine of a CLIPModel."""
+    from transformers import CLIPModel
+
+    model, ids, prepare = load_clip_model(CLIPModel, name, source, device, repo, file)
 
     def forward(x, prompts):
-        ids = tokenize(tokenizer, prompts, length, name)[0].to(device)
-        text = model.get_text_features(input_ids=ids).pooler_output
+        text = model.get_text_features(input_ids=ids(prompts)).pooler_output
         return cosine(model.logit_scale.exp(), model.get_image_features(pixel_values=x).pooler_output, text)
 
-    return Scorer(name, partial(crop_rgb, size=config.vision_config.image_size), forward, device)
+    return Scorer(name, prepare, forward, device)
 
 
 # ------------------------------------------------------------ imagereward, cyclereward: BLIP and a head
@@ -501,9 +533,8 @@ class BlipReward(nn.Module):
 
         super().__init__()
         text = BlipTextModel(config.text_config, add_pooling_layer=False)
-        self.blip = nn.ModuleDict(
-            dict(visual_encoder=BlipVisionModel(config.vision_config), text_encoder=text)
-        )
+        eye = BlipVisionModel(config.vision_config)
+        self.blip = nn.ModuleDict(dict(visual_encoder=eye, text_encoder=text))
         self.mlp = nn.ModuleDict(dict(layers=reward_head(config.text_config.hidden_size, gelu)))
 
     def forward(self, x, ids, attention):
@@ -515,8 +546,7 @@ class BlipReward(nn.Module):
 
 
 def lower(text, keep):
-    """Lower case as BERT's first tokenizer had it, word by word: a final sigma differs from one inside a
-    word."""
+    """Lower case as BERT's first tokenizer had it, by words: final sigmas differ from those inside words."""
     return " ".join(word if word in keep else word.lower() for word in text.split(" "))
 
 
@@ -531,16 +561,16 @@ def load_blip(name, source, device, repo, file):
     config = folder_config(BlipConfig, source, BLIP_L)
     size, length = config.text_config.vocab_size, 128 if cycle else 35
     mean, std = (0.0, 1.0) if cycle else (0.16717362830052426, 1.0333394966054072)
-    tokenizer = load_tokenizer(
-        BertTokenizer, source, size, "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")
-    )
     path = find_weights(source, repo, file)
     unused = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's pre-training
     state = {blip_key(k): v for k, v in read_weights(path).items() if not k.startswith(unused)}
+    tokenizer = load_tokenizer(
+        BertTokenizer, source, size, "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")
+    )
     model = load_strict(lambda: BlipReward(config, gelu=cycle), state, path, device)
 
     def forward(x, prompts):
-        texts = [lower(p, tokenizer.all_special_tokens) for p in prompts]
+        texts = [lower(p, tokenizer.get_added_vocab()) for p in prompts]
         ids, attention = tokenize(tokenizer, texts, length, name)
         return (model(x, ids.to(device), attention.to(device)) - mean) / std
 
@@ -612,8 +642,7 @@ class Rotary(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """PaLM's block: self-attention with rotary positions and a feed-forward side by side, from one
-    projection."""
+    """PaLM's block: rotary self-attention and a feed-forward side by side, from one projection."""
 
     def __init__(self, dim):
         super().__init__()
@@ -629,8 +658,7 @@ class ParallelBlock(nn.Module):
 
 
 class MpsModel(nn.Module):
-    """exp(logit_scale) * cos(text, image tokens after reading the text). The modules are named as in the
-    checkpoint.
+    """exp(logit_scale) * cos(text, image tokens after reading the text). Named as in the checkpoint.
 
     Text tokens that have nothing to do with the condition are masked out. The largest similarity is taken
     within each pair; the original takes it over the batch, so that its scores depend on the batch."""
@@ -642,9 +670,8 @@ class MpsModel(nn.Module):
         dim = config.projection_dim
         pair = lambda: nn.ModuleList([Residual(CrossAttention(dim)), Residual(ParallelBlock(dim))])
         layers = nn.ModuleList([pair() for _ in range(LAYERS)])
-        self.mps = nn.ModuleDict(
-            dict(model=CLIPModel(config), cross_model=nn.ModuleDict(dict(layers=layers)))
-        )
+        cross = nn.ModuleDict(dict(layers=layers))
+        self.mps = nn.ModuleDict(dict(model=CLIPModel(config), cross_model=cross))
 
     def tokens(self, ids):
         """Every text token, projected, (N, T, D)."""
@@ -656,9 +683,8 @@ class MpsModel(nn.Module):
         end = text[torch.arange(len(ids)), ids.argmax(-1)]  # (N, D): the end token has the largest id
         near = (text @ condition[0].T).amax(-1)  # (N, T)
         mask = near / near.amax(-1, keepdim=True) > TAU
-        seen = clip.visual_projection(
-            clip.vision_model(pixel_values=x).last_hidden_state
-        )  # (N, 1 + patches, D)
+        seen = clip.vision_model(pixel_values=x).last_hidden_state
+        seen = clip.visual_projection(seen)  # (N, 1 + patches, D)
         for read, think in self.mps["cross_model"]["layers"]:
             seen = think(read(seen, text, mask))
         return cosine(clip.logit_scale.exp(), seen[:, 0], end)
@@ -666,25 +692,14 @@ class MpsModel(nn.Module):
 
 def load_mps(name, source, device, repo, file):
     """MPS (Zhang et al. 2024), overall preference."""
-    from transformers import CLIPConfig
-
-    config = folder_config(CLIPConfig, source, VIT_H)
-    tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
-    path = find_weights(source, repo, file)
-    state = read_weights(path)
-    for n in range(LAYERS):  # no weight: a copy of the checkpoint may lack it
-        state.setdefault(f"mps.cross_model.layers.{n}.1.fn.rotary_emb.inv_freq", Rotary().inv_freq)
-    model = load_strict(lambda: MpsModel(config), state, path, device)
-    ids = lambda texts: tokenize(tokenizer, texts, config.text_config.max_position_embeddings, name)[0].to(
-        device
-    )
+    model, ids, prepare = load_clip_model(MpsModel, name, source, device, repo, file)
     with torch.inference_mode():
         condition = model.tokens(ids([CONDITION]))  # (1, T, D)
 
     def forward(x, prompts):
         return model(x, ids(prompts), condition)
 
-    return Scorer(name, partial(crop_rgb, size=config.vision_config.image_size), forward, device)
+    return Scorer(name, prepare, forward, device)
 
 
 # ------------------------------------------------------------ vqascore: a question to a T5 that sees
@@ -723,17 +738,14 @@ def clip_t5_class():
 
 
 def load_clip_t5(source, device, dtype):
-    """The model with every weight from its checkpoint; only the vision tower may come from the hub, as its
-    config says."""
+    """The model with every weight from its checkpoint, but for a vision tower that its config may name."""
     from transformers import CLIPVisionModel, T5Config
 
     config, kind = T5Config.from_pretrained(source), clip_t5_class()
-    if config.scale_decoder_outputs or not hasattr(
-        config, "mm_vision_tower"
-    ):  # T5 1.0 would scale the logits
-        raise ValueError(
-            f"{source}: no CLIP-FlanT5: mm_vision_tower and tie_word_embeddings=false are wanted"
-        )
+    if config.scale_decoder_outputs:  # as in T5 1.0; Flan-T5 has a head of its own
+        raise ValueError(f"{source}/config.json: tie_word_embeddings must be false, as in Flan-T5")
+    if not hasattr(config, "mm_vision_tower"):
+        raise ValueError(f"{source}/config.json: no CLIP-FlanT5, which has an mm_vision_tower")
     if torch.device(device).type == "cuda":
         with torch.device("meta"):
             need = kind(config).num_parameters() * dtype.itemsize / 1e9
@@ -755,9 +767,10 @@ def load_clip_t5(source, device, dtype):
 
 
 def load_vqascore(name, source, device, repo, flan, dtype):
-    """VQAScore (Lin et al. 2024): P("Yes" | image, 'Does this figure show "..."?') = exp(-mean cross-entropy
-    of the answer) by CLIP-FlanT5: the patches of CLIP-L/336's last but one layer stand, projected, among the
-    words."""
+    """VQAScore (Lin et al. 2024): P("Yes" | image, 'Does this figure show "..."?') by CLIP-FlanT5.
+
+    It is exp(-mean cross-entropy of the answer). The patches of CLIP-L/336's last but one layer stand,
+    projected, among the words."""
     from transformers import AutoTokenizer
 
     dtype = getattr(torch, dtype)
@@ -765,7 +778,8 @@ def load_vqascore(name, source, device, repo, flan, dtype):
     model = load_clip_t5(source or repo, device, dtype)
     tower, surplus = model.vision_tower["vision_tower"], model.config.vocab_size - len(tokenizer)
     answer = tokenizer("Yes", return_tensors="pt").input_ids.to(device)  # (1, 2): Yes and the end token
-    if not 0 <= surplus < 128 or answer.shape[1] != 2:  # vocabularies are rounded up to a multiple of 128
+    known = answer.shape[1] == 2 and tokenizer.unk_token_id not in answer[0]
+    if not 0 <= surplus < 128 or not known:  # vocabularies are rounded up to a multiple of 128
         raise ValueError(f"{source or flan}: a tokenizer of {len(tokenizer)} words does not fit this model")
     words = model.get_input_embeddings()
     # each side of the image is tokenised for itself, so an end token stands before the image, as in training
@@ -773,12 +787,13 @@ def load_vqascore(name, source, device, repo, flan, dtype):
 
     def forward(x, prompts):
         n = len(prompts)
-        asked = tokenizer([QUESTION.format(p) for p in prompts], padding=True, return_tensors="pt").to(device)
+        questions = tokenizer([QUESTION.format(p) for p in prompts], padding=True, return_tensors="pt")
+        ids, mask = questions.input_ids.to(device), questions.attention_mask.to(device)
         patches = tower(pixel_values=x.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
         patches = model.mm_projector(patches)  # (N, 576, D)
-        embeds = torch.cat([words(system).expand(n, -1, -1), patches, words(asked.input_ids)], 1)
-        before = asked.attention_mask.new_ones(n, embeds.shape[1] - asked.input_ids.shape[1])
-        attention, labels = torch.cat([before, asked.attention_mask], 1), answer.repeat(n, 1)
+        embeds = torch.cat([words(system).expand(n, -1, -1), patches, words(ids)], 1)
+        before = mask.new_ones(n, embeds.shape[1] - ids.shape[1])
+        attention, labels = torch.cat([before, mask], 1), answer.repeat(n, 1)
         logits = model(inputs_embeds=embeds, attention_mask=attention, labels=labels).logits.float()
         logits = logits[..., : len(tokenizer)]  # (N, 2, words): rows of no word take no part in the softmax
         return (-F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)).exp()
@@ -848,8 +863,7 @@ def reward_name(spec):
 
 
 def check_reward(spec):
-    """End with one line if "name" or "name=source" can be no reward: an unknown name, a source without
-    weights."""
+    """End with one line if "name" or "name=source" can be no reward."""
     name, given, source = spec.partition("=")
     if name not in LOADERS:
         fail(f"unknown reward {name!r}; there are {', '.join(LOADERS)}, each also as name=folder_or_file")
@@ -857,9 +871,10 @@ def check_reward(spec):
         fail(f"reward {spec}: {'it has no weights' if source else 'a folder or file is wanted after ='}")
     if source and not Path(source).exists():
         fail(f"{spec}: no such file or folder")
-    if source and name.startswith("vqascore") and not (Path(source) / "config.json").is_file():
-        fail(f"{spec}: a FOLDER with config.json, weights and tokenizer is wanted")
-    if Path(source).is_dir() and source and not name.startswith("vqascore"):
+    if name.startswith("vqascore"):
+        if source and not (Path(source) / "config.json").is_file():
+            fail(f"{spec}: a FOLDER with config.json, weights and tokenizer is wanted")
+    elif source:
         try:
             find_weights(source, *LOADERS[name][1:])
         except ValueError as e:
@@ -876,8 +891,7 @@ def check_rewards(specs):
 
 
 def load_reward(spec, device="cpu"):
-    """A Scorer by name or "name=source". Ends the program with one line if the name is unknown or nothing can
-    be loaded."""
+    """A Scorer by name or "name=source"; where there is none, the program ends with one line."""
     check_reward(spec)
     name, _, source = spec.partition("=")
     loader, *hub = LOADERS[name]
@@ -895,13 +909,12 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 
 
 def reward_version(spec):
-    """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever these
-    lie. Files are recognised by size, first and last megabyte: hashing 23 GB would take longer than many a
-    run."""
+    """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever they
+    lie. Of a file, size and first and last megabyte count: hashing 23 GB takes longer than many a run."""
     name, _, source = spec.partition("=")
     parts, path = [name, 2, *LOADERS[name][1:]], Path(source)  # 2: to be raised when a formula here changes
-    files = sorted(path.rglob("*")) if source and path.is_dir() else [path] if source else []
-    for file in files:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files if source else ():
         if file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
             parts.append([file.name, *ends_of(file, 1 << 20)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -921,9 +934,9 @@ def picture_version(path):
     checksum of all pixels. None if it is not there."""
     try:
         stat = os.stat(path)
-    except FileNotFoundError:
+        return picture_hash(path, stat.st_ctime_ns, stat.st_size)
+    except (OSError, ValueError):
         return None
-    return picture_hash(str(path), stat.st_ctime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=None)
@@ -931,15 +944,23 @@ def picture_hash(path, changed, size):
     return hashlib.sha256(repr(ends_of(path, 4096)).encode()).hexdigest()[:12]
 
 
+def score_lines(path):
+    """The lines of a scores file, without what a killed run left of a last one."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
 def stored_row(line):
-    """A line of scores/NAME.jsonl; ValueError, KeyError or TypeError if it is none."""
-    row = json.loads(line)
-    lengths = {len(row[k]) for k in ("file_names", "scores", "pictures") if row.get(k) is not None}
-    if not isinstance(row["prompt"], str) or not isinstance(row["version"], str) or len(lengths) != 1:
-        raise ValueError("not a row of scores")
-    if row["scores"] is not None and not all(type(s) is float and np.isfinite(s) for s in row["scores"]):
-        raise ValueError("scores must be finite numbers")
-    return row
+    """A line of scores/NAME.jsonl as a dict; None if it is no row of scores."""
+    try:
+        row = json.loads(line)
+        files, scores = row["file_names"], row["scores"]
+        lengths = {len(v) for v in (files, scores, row.get("pictures")) if v is not None}
+        names = [row["prompt"], *files]
+        fits = len(lengths) == 1 and all(isinstance(name, str) for name in names)
+        fits &= all(type(s) in (int, float) and math.isfinite(s) for s in scores or [])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return row if fits else None
 
 
 def read_scores(folder, spec, rows, any_version=False):
@@ -947,21 +968,20 @@ def read_scores(folder, spec, rows, any_version=False):
     folder/scores/NAME.jsonl, and in NAME@0of8.jsonl ... of parallel runs. What another version scored does
     not count, nor does a torn last line, nor a score of a picture that was replaced since."""
     scores, name = Path(folder) / "scores", reward_name(spec)
-    version, stored, foreign, found, replaced = reward_version(spec), {}, [], {}, []
+    version = None if any_version else reward_version(spec)  # a name of one's own has no version
+    stored, foreign, found, replaced = {}, [], {}, []
     for path in [scores / f"{name}.jsonl", *sorted(scores.glob(f"{name}@*.jsonl"))]:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        for n, line in enumerate(lines, 1):
-            try:
-                row = stored_row(line)
-                if row["scores"] and (any_version or row["version"] == version):
-                    stored[(row["prompt"], *row["file_names"])] = row
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for n, line in enumerate(score_lines(path), 1):
+            row = stored_row(line)
+            if row is None:
                 foreign.append(f"{path}, line {n}")
+            elif row["scores"] and version in (None, row.get("version")):
+                stored[(row["prompt"], *row["file_names"])] = row
     for i, (prompt, files) in enumerate(rows):
         row = stored.get((prompt, *files))
         if row is None:
             continue
-        now = [picture_version(Path(folder) / f) for f in files]
+        now = [picture_version(f"{folder}/{f}") for f in files]
         if any(b not in (a, None) for a, b in zip(row.get("pictures", now), now)):
             replaced.append(files[0])
         else:
@@ -1001,15 +1021,15 @@ def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop",
     if not todo:
         return 0, {}
     name, version, skipped = reward_name(spec), reward_version(spec), {}
-    path = Path(folder) / "scores" / f"{name}{part}.jsonl"
+    path, total = Path(folder) / "scores" / f"{name}{part}.jsonl", sum(len(rows[i][1]) for i in todo)
+    scorer = load_reward(spec, device)
     try:
         path.parent.mkdir(exist_ok=True)
         with lock(path.with_name(f".{path.stem}.lock"), f"{path}: another run is scoring there"):
-            whole = path.read_bytes() if path.is_file() else b""
-            with open(path, "ab") as f, tqdm(total=len(todo), desc=f"score {name}", unit="list") as bar:
-                if not whole.endswith(b"\n") and whole:
-                    f.truncate(whole.rfind(b"\n") + 1)  # what a killed run left of a line goes
-                scorer = load_reward(spec, device)
+            rows_only = b"".join(line + b"\n" for line in score_lines(path) if stored_row(line))
+            if path.is_file() and path.read_bytes() != rows_only:
+                publish(path, lambda tmp: tmp.write_bytes(rows_only))
+            with open(path, "ab") as f, tqdm(total=total, desc=f"score {name}", unit="image") as bar:
                 for i, results in stream_rows(scorer, folder, rows, todo, batch_size):
                     row = row_of_scores(folder, *rows[i], results, version)
                     if row["scores"] is None and on_error == "stop":
@@ -1019,7 +1039,7 @@ def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop",
                         skipped[i] = row["problem"]
                     f.write(json.dumps(row).encode() + b"\n")
                     f.flush()
-                    bar.update()
+                    bar.update(len(results))
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk has no name
         raise
@@ -1034,7 +1054,7 @@ def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop",
 def row_of_scores(folder, prompt, files, results, version):
     """A line of scores/NAME.jsonl, as a dict."""
     row = dict(version=version, prompt=prompt, file_names=files, scores=[score for score, _ in results])
-    row["pictures"] = [picture_version(Path(folder) / f) for f in files]
+    row["pictures"] = [picture_version(f"{folder}/{f}") for f in files]
     problems = [
         f"{Path(folder) / f}, prompt {prompt!r}: {problem}"
         for f, (_, problem) in zip(files, results)
@@ -1063,6 +1083,7 @@ def read_folder(folder):
 
 def score_folder(cfg):
     rows, device = read_folder(cfg.score), pick_device(cfg.device)
+    writable_folder("score", Path(cfg.score) / "scores")
     for spec in cfg.rewards:
         score_rows(cfg.score, spec, rows, device, cfg.batch_size, cfg.on_error)
         values = [score for scores in read_scores(cfg.score, spec, rows).values() for score in scores]

@@ -32,7 +32,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -56,16 +55,16 @@ from common import (
     publish,
     random_order,
     read_image,
-    read_jsonl,
     read_metadata,
     read_prompts,
     read_text,
+    start_processes,
     writable_folder,
     write_text,
 )
 from losses import majority_vote, preference_probability, preference_rank
-from pipelines import generate_each, load_pipeline, noise_seed
-from rewards import TOY_REWARDS, check_reward, read_scores, reward_name, score_rows
+from pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
+from rewards import TOY_REWARDS, check_rewards, ends_of, read_scores, reward_name, score_rows
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels, type on a GPU).
 MODELS = {
@@ -116,7 +115,7 @@ def parse_model(spec):
     """ "name[=path][,key=value...]" -> dict(name, path, steps, guidance, resolution, dtype, seed)."""
     head, *options = spec.split(",")
     name, _, path = head.partition("=")
-    if not path and name not in MODELS:
+    if not path and (name not in MODELS or "=" in head):
         fail(f"unknown model {name!r}: use one of {', '.join(MODELS)}, or {name}=folder_or_hub_id")
     if not name or not all(c.isalnum() or c in "-." for c in name):  # it becomes a part of file names
         fail(f"model {spec!r}: a name is made of letters, digits, - and .")
@@ -124,15 +123,20 @@ def parse_model(spec):
     model = dict(name=name, path=path or hub, steps=steps, guidance=guidance, dtype=dtype, seed=0)
     model["resolution"] = 0 if path else resolution
     kinds = {"steps": (int, 1), "guidance": (float, 0), "resolution": (int, 0), "seed": (int, 0)}
+    kinds["dtype"] = (str, None)
     for text in options:
         key, _, value = text.partition("=")
+        if key not in kinds:
+            fail(f"model {spec!r}: no option {key!r}; there are {', '.join(kinds)}")
+        if spec.count(f",{key}=") > 1:
+            fail(f"model {spec!r}: {key} appears twice")
         try:
-            kind, least = kinds.get(key, (str, None))
+            kind, least = kinds[key]
             model[key] = in_range(key, kind(value), (None, least, None))
         except ValueError as e:
             fail(f"model {spec!r}: {e}")
-    if wrong := model.keys() - {"name", "path", "dtype", *kinds}:
-        fail(f"model {spec!r}: no option {min(wrong)!r}; there are {', '.join(kinds)} and dtype")
+    if model["resolution"] % 8:
+        fail(f"model {spec!r}: resolution must be a multiple of 8")
     if model["dtype"] not in ("fp32", "bf16", "fp16"):
         fail(f"model {spec!r}: dtype is fp32, bf16 or fp16")
     return model
@@ -147,92 +151,8 @@ def parse_models(specs):
     return models
 
 
-# ----------------------------------------------------------------------------- one folder, many processes
-
-
 def file_name(i, model):
     return f"images/{i:05d}/{model['name']}_{model['seed']}.png"
-
-
-def is_whole(path):
-    """A PNG file that is there to its end: ours are, unless a copy or a crash of the disk tore one."""
-    try:
-        f = os.open(path, os.O_RDONLY)  # plain system calls: a finished folder may have 232 k files
-    except OSError:
-        return False
-    try:
-        return os.pread(f, 4, max(0, os.fstat(f).st_size - 8)) == b"IEND"
-    finally:
-        os.close(f)
-
-
-@contextmanager
-def folder_lock(out, index, count):
-    """Keep other processes out of the folder: a whole run excludes everybody, a part only the same part."""
-    message = f"{out}: another synpic.py is at work in this folder; wait for it, or choose another --out"
-    with lock(out / ".lock", message, shared=count > 1), lock(out / f".lock-{index}-{count}", message):
-        yield
-
-
-def settings_of(cfg, rows, models):
-    """What the pictures of a folder depend on; rewards and labels may change at any time."""
-
-    def identity(model):  # a local model by its weights, wherever it lies; others by hub id
-        files = Path(model["path"]).rglob("*.safetensors")
-        weights = sorted([str(p.relative_to(model["path"])), p.stat().st_size] for p in files)
-        return {**model, "path": weights or model["path"]}
-
-    prompts = [prompt for prompt, _ in rows]
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
-    return {
-        "prompts": [len(prompts), prompts[0], digest],
-        "models": {f"{m['name']}_{m['seed']}": identity(m) for m in models},
-        "batch_size": cfg.batch_size,
-        "precision": cfg.precision,
-    }
-
-
-def check_settings(cfg, now):
-    """A folder is not continued with other settings than it was begun with; each difference is named."""
-    path = Path(cfg.out) / "settings.json"
-    if not path.is_file():
-        return
-    try:
-        before = parse_json(read_text(path))
-        before["models"] = {name: dict(model) for name, model in before["models"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        mend = "delete that file if this very command made the folder, or choose another --out"
-        fail(f"{path}: damaged, so it is not known what the pictures were made with; {mend}")
-    differs = []
-    for key in ("prompts", "batch_size", "precision"):
-        if (key == "prompts" or "generate" in cfg.stages) and before.get(key) != now[key]:
-            differs.append(f"{key} (before: {before.get(key)}, now: {now[key]})")
-    for name in before["models"] | now["models"]:
-        old, new = before["models"].get(name), now["models"].get(name)
-        if not old or not new:
-            differs.append(f"model {name} ({'missing now' if old else 'not there before'})")
-        elif old != new:
-            keys = [key for key in old | new if old.get(key) != new.get(key)]
-            changes = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in keys if key != "path"]
-            changes += ["other weights"] if "path" in keys else []
-            differs.append(f"model {name} ({', '.join(changes)})")
-    if differs:
-        fail(f"{cfg.out} was made with other {'; '.join(differs)}. Choose another --out, or delete this one")
-
-
-def keep_settings(cfg, now):
-    """Write settings.json, unless another part of this run has meanwhile."""
-    path = Path(cfg.out) / "settings.json"
-    check_settings(cfg, now)
-    if not path.is_file():
-        publish(path, lambda tmp: tmp.write_text(json.dumps(now, indent=1)), unique=True)
-
-
-def note_time(cfg, stage, name, images, seconds):
-    """Append to timings.jsonl what a stage took; the summary adds it up."""
-    row = {"stage": stage, "name": name, "images": images, "seconds": round(seconds, 3)}
-    with open(Path(cfg.out) / "timings.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
 
 
 # ----------------------------------------------------------------------------- stage 1: generate
@@ -240,11 +160,13 @@ def note_time(cfg, stage, name, images, seconds):
 
 def generate_stage(cfg, batches, models, device, settings):
     """Draw what is missing of the batches of rows (prompt, file_names), one generator in memory at a time."""
-    pipe, loaded, problems = None, None, []
+    pipe, loaded, problems, todo = None, None, [], []
     for k, model in enumerate(models):
         missing = [b for b in batches if not all(is_whole(f"{cfg.out}/{files[k]}") for _, files in b)]
-        if not missing:
-            continue
+        if missing:
+            check_pipeline(model["path"])
+            todo.append((k, model, missing))
+    for k, model, missing in todo:
         precision = cfg.precision
         if precision == "auto":
             precision = "fp32" if device.type == "cpu" else model["dtype"]
@@ -313,22 +235,23 @@ def lists_drawn_here(cfg, rows, models):
         if cfg.on_error == "stop" or not complete:
             fail(f"{message}; run --stages score first, or leave such prompts out with --on_error skip")
         print(f"{message}; {len(rows) - len(complete)} prompts are left out")
-    made_by = {"models": [m["name"] for m in models], "seeds": [m["seed"] for m in models]}
+    who = {"models": [m["name"] for m in models], "seeds": [m["seed"] for m in models]}
     lists = []
     for i in complete:
         scores = {name: of_rows[i] for name, of_rows in stored.items()}
-        lists.append({"prompt": rows[i][0], "file_names": rows[i][1], **made_by, "scores": scores})
+        lists.append({"prompt": rows[i][0], "file_names": rows[i][1], **who, "scores": scores})
     return lists
 
 
 def lists_from_elsewhere(cfg):
     """The metadata.jsonl that is there, whoever wrote it, with scores that rewards.py --score added since."""
-    lists = read_metadata(cfg.out)
-    for n, row in enumerate(lists, 1):
-        if len(row["file_names"]) < 2:
-            fail(f"{cfg.out}/metadata.jsonl, row {n}: needs at least two file_names")
+    lists, out = read_metadata(cfg.out, lists=True), Path(cfg.out)
+    drawn = read_settings(out)[1] if (out / "settings.json").is_file() else 0
+    if len(lists) < drawn:
+        again = "the command that drew them, without --stages, brings the others back"
+        print(f"{out}/metadata.jsonl has {len(lists)} rows of {drawn} prompts; {again}")
     rows = [(row["prompt"], row["file_names"]) for row in lists]
-    names = {path.stem.partition("@")[0] for path in (Path(cfg.out) / "scores").glob("*.jsonl")}
+    names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
     for name in sorted(names):
         for i, scores in read_scores(cfg.out, name, rows, any_version=True).items():
             lists[i].setdefault("scores", {})[name] = scores
@@ -395,16 +318,29 @@ def label_stage(cfg, lists):
 # ----------------------------------------------------------------------------- what came out
 
 
+def made_by(row):
+    """(K,) names of who drew the images; None for a list from elsewhere that does not say."""
+    models, seeds = row.get("models"), row.get("seeds")
+    if not isinstance(models, list) or not isinstance(seeds, list):
+        return None
+    if not len(models) == len(seeds) == len(row["file_names"]):
+        return None
+    return [f"{model}_{seed}" for model, seed in zip(models, seeds)]
+
+
 def draw_preview(out, lists):
     """preview.png: six lists, best to worst."""
     grid = []
     for i in np.linspace(0, len(lists) - 1, min(6, len(lists))).astype(int):
         row = lists[i]
         K = len(row["file_names"])
-        made_by = [f"{m}_{s}" for m, s in zip(row.get("models", range(K)), row.get("seeds", [0] * K))]
-        cells = []
+        names, cells = made_by(row) or [f"image {j}" for j in range(K)], []
         for j in sorted(range(K), key=lambda j: -row["phi"][j]):
-            cells.append((read_image(out / row["file_names"][j]), f"{made_by[j]}  phi {row['phi'][j]:.2f}"))
+            path = out / row["file_names"][j]
+            try:
+                cells.append((read_image(path), f"{names[j]}  phi {row['phi'][j]:.2f}"))
+            except ValueError as e:
+                fail(f"{path}: {e}")
         grid.append((row["prompt"], cells))
     picture_grid(grid, out / "preview.png")
 
@@ -415,12 +351,12 @@ def summarise(lists, names):
     counts, edges = np.histogram(every_phi, bins=10, range=(0, 1))
     summary = {"lists": len(lists), "images": len(every_phi)}
     summary["phi_histogram"] = {"edges": edges.round(1).tolist(), "counts": counts.tolist()}
-    made_by = {str([row.get("models"), row.get("seeds")]) for row in lists}
-    if len(made_by) > 1 or not lists[0].get("models"):
+    generators = made_by(lists[0])
+    if not generators or any(made_by(row) != generators for row in lists):
         return summary
     phi = torch.tensor([row["phi"] for row in lists])  # (N, K)
     i, j = torch.triu_indices(phi.shape[1], phi.shape[1], 1)
-    summary["generators"] = [f"{m}_{s}" for m, s in zip(lists[0]["models"], lists[0]["seeds"])]
+    summary["generators"] = generators
     summary["mean_phi"] = phi.mean(0).tolist()
     summary["win_matrix"] = (phi[:, :, None] > phi[:, None]).float().mean(0).tolist()  # (K, K)
     summary["tied_pairs"] = (phi[:, i] == phi[:, j]).float().mean().item()
@@ -429,24 +365,30 @@ def summarise(lists, names):
         rewards = torch.tensor(scores, dtype=torch.float64)  # (N, R, K)
         order = (rewards[..., i] - rewards[..., j]).sign()  # (N, R, pairs)
         unit = order / order.norm(dim=-1, keepdim=True)  # Kendall's tau-b is the cosine of these signs
-        summary["kendall_tau"] = torch.einsum("nap,nbp->nab", unit, unit).nanmean(0).tolist()
+        tau = torch.einsum("nap,nbp->nab", unit, unit).nanmean(0)
+        summary["kendall_tau"] = tau.nan_to_num(0).tolist()  # a reward that ties everywhere agrees with none
         summary["reward_ties"] = dict(zip(names, (order == 0).double().mean((0, 2)).tolist()))
     return summary
 
 
 def speed_and_cost(cfg, lists):
     """Images a second of one process and, with --gpu_price, the cost, from timings.jsonl."""
-    path = Path(cfg.out) / "timings.jsonl"
-    timings = [row for _, row in read_jsonl(path, torn_end=True)] if path.is_file() else []
-    speed = {}
-    for t in timings:
-        entry = speed.setdefault(t["stage"], {}).setdefault(t["name"], {"images": 0, "seconds": 0.0})
-        entry["images"] += t["images"]
-        entry["seconds"] = round(entry["seconds"] + t["seconds"], 3)
+    path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, 0.0
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        try:
+            t = parse_json(line.decode())
+            stage, name, images = str(t["stage"]), str(t["name"]), int(t["images"])
+            seconds = in_range("seconds", float(t["seconds"]), (None, 0, None))
+        except (ValueError, TypeError, KeyError, OverflowError):
+            print(f"{path}: a damaged line is left out of speed and cost")
+            continue
+        entry = speed.setdefault(stage, {}).setdefault(name, {"images": 0, "seconds": 0.0})
+        entry["images"] += images
+        entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["images_per_s"] = round(entry["images"] / max(entry["seconds"], 1e-9), 3)
-    if not cfg.gpu_price or not timings:
+        hours += seconds / 3600
+    if not cfg.gpu_price or not hours:
         return {"speed": speed}
-    hours = sum(t["seconds"] for t in timings) / 3600
     cost = {"usd_per_gpu_hour": cfg.gpu_price, "gpu_hours": hours, "usd": hours * cfg.gpu_price}
     cost["usd_for_232k_images"] = cost["usd"] * 232_000 / sum(len(row["file_names"]) for row in lists)
     cost["paper_usd_for_232k_images"] = "< 206"
@@ -461,12 +403,12 @@ def draw_summary(out, summary):
     axes = figure.subplots(1, 3)
     for axis, key, names, least, colours in (
         (axes[0], "win_matrix", summary.get("generators"), 0, "YlGn"),
-        (axes[1], "kendall_tau", summary["rewards"], -1, "RdBu"),
+        (axes[1], "kendall_tau", summary["rewards"], -1, "coolwarm"),
     ):
         if key in summary:
             axis.imshow(summary[key], vmin=least, vmax=1, cmap=colours)
-            axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-            axis.set_yticks(range(len(names)), names)
+            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+            axis.set_yticks(range(len(names)), names, parse_math=False)
             for (row, column), value in np.ndenumerate(summary[key]):
                 axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
     histogram = summary["phi_histogram"]
@@ -491,20 +433,110 @@ def print_summary(out, summary):
     print(f"{summary['lists']} lists in {out}/metadata.jsonl; look at {out}/preview.png (best to worst)")
 
 
+# ----------------------------------------------------------------------------- one folder, many processes
+
+
+def is_whole(path):
+    """A PNG file that is there to its end: ours are, unless a copy or a crash of the disk tore one."""
+    try:
+        f = os.open(path, os.O_RDONLY)  # plain system calls: a finished folder may have 232 k files
+    except OSError:
+        return False
+    try:
+        return os.pread(f, 4, max(0, os.fstat(f).st_size - 8)) == b"IEND"
+    finally:
+        os.close(f)
+
+
+@contextmanager
+def folder_lock(out, index, count):
+    """Keep other processes out of the folder: a whole run excludes everybody, a part only the same part."""
+    message = f"{out}: another synpic.py is at work in this folder; wait for it, or choose another --out"
+    with lock(out / ".lock", message, shared=count > 1), lock(out / f".lock-{index}-{count}", message):
+        yield
+
+
+def settings_of(cfg, rows, models):
+    """What the pictures of a folder depend on; rewards and labels may change at any time."""
+
+    def identity(model):  # a local model by its weights, wherever it lies; others by hub id
+        folders = model["path"].split("+")  # base and adapters
+        files = [file for folder in folders for file in sorted(Path(folder).rglob("*.safetensors"))]
+        weights = [[file.name, *ends_of(file, 1 << 20)] for file in files]
+        return {**model, "path": weights or model["path"]}
+
+    prompts = [prompt for prompt, _ in rows]
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    return {
+        "prompts": [len(prompts), prompts[0], digest],
+        "models": {f"{m['name']}_{m['seed']}": identity(m) for m in models},
+        "batch_size": cfg.batch_size,
+        "precision": cfg.precision,
+    }
+
+
+def read_settings(out):
+    """What was kept, and how many prompts that were."""
+    path = Path(out) / "settings.json"
+    try:
+        settings = parse_json(read_text(path))
+        models = {name: dict(model) for name, model in settings["models"].items()}
+        return {**settings, "models": models}, int(settings["prompts"][0])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        mend = "delete that file if this very command made the folder, or choose another --out"
+        fail(f"{path}: damaged, so it is not known what the pictures were made with; {mend}")
+
+
+def check_settings(cfg, now):
+    """A folder is not continued with other settings than it was begun with; each difference is named."""
+    if not (Path(cfg.out) / "settings.json").is_file():
+        return
+    (before, _), differs = read_settings(cfg.out), []
+    for key in ("prompts", "batch_size", "precision"):
+        if (key == "prompts" or "generate" in cfg.stages) and before.get(key) != now[key]:
+            differs.append(f"{key} (before: {before.get(key)}, now: {now[key]})")
+    for name in before["models"] | now["models"]:
+        old, new = before["models"].get(name), now["models"].get(name)
+        if not old or not new:
+            differs.append(f"model {name} ({'missing now' if old else 'not there before'})")
+        elif old != new:
+            keys = [key for key in old | new if old.get(key) != new.get(key)]
+            changes = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in keys if key != "path"]
+            changes += ["other weights"] if "path" in keys else []
+            differs.append(f"model {name} ({', '.join(changes)})")
+    if differs:
+        fail(f"{cfg.out} was made with other {'; '.join(differs)}. Choose another --out, or delete this one")
+
+
+def keep_settings(cfg, now):
+    """Write settings.json, unless another part of this run has done it meanwhile."""
+    path = Path(cfg.out) / "settings.json"
+    with lock(path.with_name(".lock-settings"), wait=True):
+        check_settings(cfg, now)
+        if not path.is_file():
+            write_text(path, json.dumps(now, indent=1))
+
+
+def note_time(cfg, stage, name, images, seconds):
+    """Append to timings.jsonl what a stage took; the summary adds it up."""
+    row = {"stage": stage, "name": name, "images": images, "seconds": round(seconds, 3)}
+    with open(Path(cfg.out) / "timings.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
 # ----------------------------------------------------------------------------- main
 
 
 def check_choices(cfg):
     """Wrong names of rewards and labels fail now, not after hours of drawing."""
-    for spec in cfg.rewards:
-        check_reward(spec)
+    check_rewards(cfg.rewards)
     names = [reward_name(spec) for spec in cfg.rewards]
-    if len(set(names)) < len(names):
-        fail("--rewards: a reward appears twice")
     if "toyworld" in names:
         fail("--rewards toyworld: the exact checker is for evaluation only, labels come from reward models")
     if cfg.label not in LABELS and not cfg.label.startswith("single:"):
         fail(f"--label {cfg.label}: there are {', '.join(LABELS)} and single:REWARD")
+    if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
+        fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")
     part, _, parts = cfg.shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         fail(f"--shard {cfg.shard}: must be i/n with 0 <= i < n, as in 3/16")
@@ -514,7 +546,7 @@ def check_choices(cfg):
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     check_choices(cfg)
-    out, stages = Path(cfg.out), set(cfg.stages)
+    out, stages = writable_folder("out", cfg.out), set(cfg.stages)
     if stages == {"label"} and (out / "metadata.jsonl").is_file():  # needs neither prompts nor models
         with folder_lock(out, 0, 1):
             return label_stage(cfg, lists_from_elsewhere(cfg))
@@ -530,7 +562,7 @@ def main(argv=None):
     batches = [rows[start : start + cfg.batch_size] for start in range(0, len(rows), cfg.batch_size)]
     mine = batches[index::count]  # a batch belongs to one process, by its place
     device = pick_device(cfg.device)
-    with folder_lock(writable_folder("out", out), index, count):
+    with folder_lock(out, index, count):
         settings = settings_of(cfg, rows, models)
         check_settings(cfg, settings)
         if "generate" in stages:
@@ -538,9 +570,8 @@ def main(argv=None):
         if "score" in stages:
             score_stage(cfg, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "label" in stages and world > 1:  # every part must be there; nothing else waits for the others
-            dist.init_process_group("gloo", timeout=timedelta(hours=24))
+            start_processes("cpu")
             dist.barrier()
-            dist.destroy_process_group()
         if rank == 0 and "label" in stages:
             label_stage(cfg, lists_drawn_here(cfg, rows, models))
         elif rank == 0:

@@ -73,7 +73,8 @@ esac
 
 # ---- the paper's recipe: four generators, lists of four, 400 steps (arXiv 2410.18013, Sec. 4 and A.3).
 # It gives no beta, learning rate or optimiser: BETA and LR are the usual values of public DPO trainers.
-# VQAScore's 11 B model needs 24 GB; the weights of MPS are a port that states no licence.
+# VQAScore's 11 B model needs 46 GB in fp32, 23 GB as vqascore-bf16 (computed); the weights of MPS are a port
+# that states no licence.
 [ -n "${PROMPTS:-}" ] || fail "set PROMPTS to a file with a prompt a line (the paper: 58 k of Pick-a-Pic v2)"
 [ -f "$PROMPTS" ] || fail "PROMPTS=$PROMPTS: no such file"
 [ -n "${EVAL_PROMPTS:-}" ] || fail "set EVAL_PROMPTS to held-out prompts, one a line, or GenEval's .jsonl"

@@ -40,6 +40,8 @@ WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",
     # open_clip and timm decorate functions with torch.jit.script as they are imported
     "ignore:`torch.jit.script:FutureWarning:torch",
+    # torch says so each time that one process saves or loads a checkpoint alone, as is meant
+    "ignore:torch.distributed is disabled:UserWarning:torch",
     f"error:::{OURS}",
 )
 

@@ -241,7 +241,7 @@ def test_the_papers_four_generators_and_sd15_draw(tiny, others, tmp_path):
     )
     rows = rows_of(out)
     assert len(rows) == 3 and rows[0]["models"] == ["sdxl", "sd3", "pixart", "cascade", "sd15"]
-    sizes = [Image.open(out / f).size for f in rows[0]["file_names"]]
+    sizes = [common.read_image(out / f).size for f in rows[0]["file_names"]]
     assert sizes == [(32, 32), (32, 32), (256, 256), (128, 128), (32, 32)]
     for k in range(5):  # prompts differ, and so do their pictures
         assert not np.array_equal(*(np.asarray(Image.open(out / r["file_names"][k])) for r in rows[:2]))

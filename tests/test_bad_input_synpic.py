@@ -1,0 +1,417 @@
+"""Wrong input of synpic.py and evaluate.py: each ends in one line that names it, before anything is drawn.
+
+pytest -q tests/test_bad_input_synpic.py
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import fails, rewards, rows_of, synpic_args
+from diffusers import DiffusionPipeline
+
+import evaluate
+import synpic
+
+DEEP = "[" * 200_000 + "]" * 200_000
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_drawn(monkeypatch):
+    """A bad input is found before the first picture."""
+    drawn = lambda *args: pytest.fail("it was drawn")
+    monkeypatch.setattr(synpic, "generate_each", drawn)
+    monkeypatch.setattr(evaluate, "generate_each", drawn)
+
+
+# ----------------------------------------------------------------------------- options
+
+BAD_OPTIONS = [  # (options, what the line says)
+    ("--batch_size 0", "--batch_size", "at least 1"),
+    ("--batch_size -3", "--batch_size", "-3"),
+    ("--batch_size 1.5", "--batch_size", "whole number"),
+    ("--limit -1", "--limit", "negative"),
+    ("--limit ten", "--limit", "ten"),
+    ("--offset -1", "--offset", "negative"),
+    ("--offset 99", "after --offset 99"),
+    ("--seed -1", "--seed", "negative"),
+    ("--gpu_price -2", "--gpu_price", "negative"),
+    ("--gpu_price nan", "--gpu_price", "finite"),
+    ("--gpu_price inf", "--gpu_price", "finite"),
+    ("--shard 2/2", "--shard 2/2"),
+    ("--shard 1", "--shard 1"),
+    ("--shard a/b", "--shard a/b"),
+    ("--shard 1/2/3", "--shard 1/2/3"),
+    ("--shard 1/0", "--shard 1/0"),
+    ("--shard=-1/2", "--shard -1/2"),
+    ("--label beauty", "--label beauty", "majority"),
+    ("--label single:", "--label single:", "clip"),
+    ("--label single:foo", "--label single:foo", "clip"),
+    ("--label single:mps", "--label single:mps", "clip"),
+    ("--stages dance", "--stages", "dance"),
+    ("--stages", "--stages", "expected"),
+    ("--on_error ignore", "--on_error", "ignore"),
+    ("--precision int8", "--precision", "int8"),
+    ("--device abacus", "abacus"),
+    ("--frobnicate", "--frobnicate"),
+    ("--field words", "words", "--field"),
+    ("--prompts nowhere.txt", "nowhere.txt", "no such file"),
+    ("--prompts {tiny}", "no such file"),
+    ("--out {tiny}/prompts.txt", "--out", "cannot be written"),
+    ("--out /proc/lists", "--out", "cannot be written"),
+    ("--models sdxl", "at least two"),
+    ("--models midjourney sdxl", "midjourney", "sdxl, sd3"),
+    ("--models sdxl= {good}", "sdxl"),
+    ("--models =x {good}", "=x"),
+    ("--models a/b=x {good}", "letters, digits"),
+    ("--models {good} {good}", "another seed"),
+    ("--models {good},step=3 {other}", "step"),
+    ("--models {good},steps=0 {other}", "steps", "at least 1"),
+    ("--models {good},steps=many {other}", "many"),
+    ("--models {good},steps=1,steps=2 {other}", "steps appears twice"),
+    ("--models {good},guidance=nan {other}", "guidance", "finite"),
+    ("--models {good},guidance=-1 {other}", "guidance", "negative"),
+    ("--models {good},resolution=100 {other}", "multiple of 8"),
+    ("--models {good},resolution=-8 {other}", "resolution", "negative"),
+    ("--models {good},seed=-1 {other}", "seed", "negative"),
+    ("--models {good},seed=1.5 {other}", "1.5"),
+    ("--models {good},dtype=int8 {other}", "dtype"),
+    ("--models {good}, {other}", "no option ''"),
+    ("--models {good},path={tiny}/sd3 {other}", "no option 'path'"),
+    ("--models {good} b={tiny}/nothing", "nothing", "model_index.json"),
+    ("--models {good} b={tiny}/rewards/clip", "rewards/clip", "model_index.json"),
+    ("--models {good} b=no/such/thing", "no/such/thing", "model_index.json"),
+    ("--models {good} b=some/one", "some/one", "hub"),
+    ("--models {good} b={tiny}/sdxl+{tiny}/no_adapters", "no_adapters"),
+    ("--rewards toyworld", "evaluation only"),
+    ("--rewards beauty", "beauty"),
+    ("--rewards clip={tiny}/none", "none"),
+    ("--rewards clip={tiny}/rewards/clip clip={tiny}/rewards/pick", "clip", "twice"),
+]
+
+
+@pytest.mark.parametrize("options, says", [(row[0], row[1:]) for row in BAD_OPTIONS])
+def test_bad_options_of_synpic(tiny, tmp_path, monkeypatch, capsys, options, says):
+    def no_hub(path):
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", no_hub)
+    good, other = f"a={tiny}/sdxl", f"b={tiny}/sd15"
+    words = options.format(tiny=tiny, good=good, other=other).split(" ")
+    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *words], *says, capsys=capsys)
+    assert not (tmp_path / "out/settings.json").exists() and not list(tmp_path.glob("out/**/*.png"))
+
+
+def test_a_folder_must_be_named(tiny, capsys):
+    fails(synpic.main, [*synpic_args(tiny, "out"), "--out", ""], "--out", capsys=capsys)
+
+
+BAD_EVALUATIONS = [
+    ("--seeds 0", "--seeds", "at least 1"),
+    ("--steps 0", "--steps", "at least 1"),
+    ("--steps few", "--steps", "few"),
+    ("--guidance nan", "--guidance", "finite"),
+    ("--guidance -1", "--guidance", "negative"),
+    ("--resolution -8", "--resolution", "negative"),
+    ("--resolution 100", "--resolution", "multiple of 8"),
+    ("--limit -1", "--limit", "negative"),
+    ("--batch_size 0", "--batch_size", "at least 1"),
+    ("--seed -1", "--seed", "negative"),
+    ("--precision int8", "--precision", "int8"),
+    ("--device abacus", "abacus"),
+    ("--what", "--what"),
+    ("--models a={tiny}/sdxl", "two or more"),
+    ("--models {tiny}/sdxl {tiny}/sd15", "name=path"),
+    ("--models a={tiny}/sdxl a={tiny}/sd15", "different names"),
+    ("--models a={tiny}/sdxl b=", "name=path"),
+    ("--models a={tiny}/sdxl b={tiny}/nothing", "nothing", "no such folder"),
+    ("--models a={tiny}/sdxl b={tiny}/rewards/clip", "rewards/clip", "model_index.json"),
+    ("--models a={tiny}/sdxl b=outputs/no/run", "outputs/no/run", "rankdpo.py"),
+    ("--models a={tiny}/sdxl b=some/one", "some/one", "hub"),
+    ("--models a={tiny}/sdxl b={tiny}/sdxl+{tiny}/none", "none"),
+    ("--rewards beauty", "beauty"),
+    ("--rewards clip={tiny}/none", "none"),
+    ("--rewards clip={tiny}/rewards/clip clip={tiny}/rewards/pick", "clip", "twice"),
+    ("--prompts nowhere.jsonl", "nowhere.jsonl", "no such file"),
+    ("--prompts {tiny}", "no such file"),
+    ("--out {tiny}/prompts.txt", "--out", "cannot be written"),
+    ("--out /proc/evaluation", "--out", "cannot be written"),
+]
+
+
+@pytest.mark.parametrize("options, says", [(row[0], row[1:]) for row in BAD_EVALUATIONS])
+def test_bad_options_of_evaluate(tiny, tmp_path, monkeypatch, capsys, options, says):
+    def no_hub(path):
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", no_hub)
+    models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15"]
+    good = [*models, "--prompts", f"{tiny}/prompts.txt", "--rewards", *rewards(tiny), "--out", tmp_path]
+    fails(evaluate.main, [*good, *options.format(tiny=tiny).split(" ")], *says, capsys=capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------- prompt files
+
+BAD_PROMPTS = [  # (name, content, what the line says)
+    ("a.docx", "a red circle", ".txt, .json"),
+    ("a.txt", "", "holds no prompt"),
+    ("b.txt", "\n \n\u2028\n", "holds no prompt"),
+    ("c.txt", b"caf\xe9\n", "not UTF-8"),
+    ("a.jsonl", '{"prompt": "a"}\n{torn\n', "a.jsonl, line 2"),
+    ("b.jsonl", '{"prompt": 3}\n', "row 1: no text"),
+    ("c.jsonl", '"a red circle"\n', "c.jsonl, line 1"),
+    ("d.jsonl", '{"prompt": ' + DEEP + "}\n", "d.jsonl, line 1"),
+    ("e.jsonl", '{"prompt": "\\ud83d"}\n', "e.jsonl, line 1"),
+    ("f.jsonl", b'{"prompt": "\xff"}\n', "f.jsonl", "not UTF-8"),
+    ("a.json", "{torn", "a.json", "not JSON"),
+    ("b.json", '{"prompt": "a"}', "b.json", "list"),
+    ("c.json", "[1, 2]", "row 1: no text"),
+    ("d.json", DEEP, "d.json", "deep"),
+    ("e.json", '["\\udead"]', "e.json"),
+    ("a.csv", "id,words\n1,a\n", "--field"),
+    ("b.csv", b"prompt\ncaf\xe9\n", "b.csv"),
+    ("c.csv", "", "c.csv"),
+    ("d.csv", 'prompt\n"torn\n', "d.csv"),
+    ("a.tsv", "id\tPhrase\n1\tx\n", "--field"),
+    ("a.parquet", "no", "a.parquet"),
+]
+
+
+@pytest.mark.parametrize("name, content, says", [(row[0], row[1], row[2:]) for row in BAD_PROMPTS])
+def test_bad_prompt_files(tiny, tmp_path, capsys, name, content, says):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    prompts = ["--prompts", tmp_path / name]
+    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *prompts], *says, capsys=capsys)
+    models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--out", tmp_path / "out"]
+    fails(evaluate.main, [*models, *prompts], *says, capsys=capsys)
+
+
+def test_separators_of_unicode_do_not_cut_a_prompt(tmp_path):
+    text = "one\u2028prompt\u0085only\n"
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False).replace("\\n", ""))
+    for name in ("a.txt", "a.jsonl"):
+        assert [row["prompt"] for row in synpic.read_prompts(tmp_path / name)] == ["one prompt only"]
+
+
+# ----------------------------------------------------------------------------- models
+
+
+def damaged_models(tiny, folder):
+    """{what the line says: a copy of a tiny pipeline with that fault}."""
+    faults = {
+        name: folder / str(i) for i, name in enumerate(("damaged", "damaged; it", "tokenizer is", "vae"))
+    }
+    for path in faults.values():
+        shutil.copytree(tiny / "sd15", path)
+    (faults["damaged"] / "model_index.json").write_text('{"torn')
+    (faults["damaged; it"] / "model_index.json").write_text("[1, 2]")
+    shutil.rmtree(faults["tokenizer is"] / "tokenizer")
+    shutil.rmtree(faults["vae"] / "vae")
+    return faults
+
+
+def test_every_model_is_looked_at_before_the_first_draws(tiny, tmp_path, capsys):
+    for says, path in damaged_models(tiny, tmp_path).items():
+        models = ["--models", f"a={tiny}/sdxl", f"b={path}"]
+        fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], says, capsys=capsys)
+        assert not (tmp_path / "out/settings.json").exists()
+        prompts = ["--prompts", f"{tiny}/prompts.txt", "--rewards", *rewards(tiny), "--out", tmp_path / "e"]
+        fails(evaluate.main, [*models, *prompts], says, capsys=capsys)
+
+
+def test_settings_are_kept_once_a_model_has_loaded(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "sd15", tmp_path / "torn")
+    (tmp_path / "torn/unet/diffusion_pytorch_model.safetensors").write_bytes(b"123")
+    models = ["--models", f"b={tmp_path}/torn", f"a={tiny}/sdxl"]
+    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], "could not load", capsys=capsys)
+    assert not (tmp_path / "out/settings.json").exists()
+
+
+# ----------------------------------------------------------------------------- state of our own
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{torn", b"[]", b"{}", b"\xff\xfe", b'{"models": 3}', b'{"models": {"a_0": 1}}', DEEP.encode()],
+)
+def test_damaged_settings_are_refused_by_name(lists, tiny, tmp_path, capsys, content):
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    (out / "settings.json").write_bytes(content)
+    fails(synpic.main, synpic_args(tiny, out), "settings.json", capsys=capsys)
+    assert (out / "settings.json").read_bytes() == content
+
+
+def test_what_can_be_made_again_is(lists, tiny, tmp_path, capsys):
+    """Damaged summary, preview, metadata are written anew; what timings lost is said."""
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    for name in ("summary.json", "summary.png", "preview.png", "metadata.jsonl"):
+        (out / name).write_bytes(b"\xff\x00 junk")
+    with open(out / "timings.jsonl", "ab") as f:
+        f.write(b'{"torn\n\xff\n[]\n{"stage": 1}\n')
+        f.write(b'{"stage": "score", "name": "x", "images": 1e999, "seconds": NaN}\n{"unended')
+    capsys.readouterr()
+    synpic.main(synpic_args(tiny, out))
+    assert capsys.readouterr().out.count("damaged line") == 5
+    for name in ("metadata.jsonl", "preview.png", "summary.png"):
+        assert (out / name).read_bytes() == (lists / name).read_bytes(), name
+    assert json.loads((out / "summary.json").read_text()) == json.loads((lists / "summary.json").read_text())
+
+
+def test_rows_that_went_missing_are_counted(lists, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    lines = (out / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (out / "metadata.jsonl").write_text("".join(lines[:5]))
+    synpic.main(["--out", str(out), "--stages", "label"])
+    assert "5 rows of 10 prompts" in capsys.readouterr().out
+    synpic.main(synpic_args(tiny, out))
+    assert (out / "metadata.jsonl").read_bytes() == (lists / "metadata.jsonl").read_bytes()
+
+
+def test_a_retrained_model_is_another_model(tiny, tmp_path, capsys):
+    """The same files of the same size, but other weights."""
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(tiny / "sd15", tmp_path / "model")
+    cfg, rows = synpic.Config(out=str(tmp_path)), [("a", ["x.png"])]
+    settings = lambda: synpic.settings_of(cfg, rows, [synpic.parse_model(f"sd15={tmp_path}/model")])
+    before = settings()
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "model/unet")
+    unet.conv_out.bias.data += 1
+    unet.save_pretrained(tmp_path / "model/unet")
+    synpic.write_text(tmp_path / "settings.json", json.dumps(before))
+    with pytest.raises(SystemExit, match=r"model sd15_0 \(other weights\)"):
+        synpic.check_settings(cfg, settings())
+
+
+# ----------------------------------------------------------------------------- lists from elsewhere
+
+BAD_ROWS = [  # (what is changed in the third row, or the line that takes its place; what the line says)
+    ("", "{torn", "line 3"),
+    ("", "[1]", "line 3", "not a JSON object"),
+    ("", DEEP, "line 3", "deep"),
+    ("", '{"prompt": "\\ud83d", "file_names": ["a"]}', "line 3"),
+    ("", b"\xff", "not UTF-8"),
+    ("prompt", None, "line 3", "needs prompt"),
+    ("prompt", 3, "line 3", "needs prompt"),
+    ("file_names", None, "line 3", "needs prompt"),
+    ("file_names", [], "line 3", "needs prompt"),
+    ("file_names", "a.png", "line 3", "needs prompt"),
+    ("file_names", ["images/00002/sdxl_0.png"], "line 3", "at least two"),
+    ("file_names", ["images/00002/sdxl_0.png"] * 5, "line 3", "5 times"),
+    ("file_names", ["images/00002/sdxl_0.png", "none.png"], "line 3", "none.png"),
+    ("file_names", ["images/00002/sdxl_0.png", 7], "line 3", "7"),
+    ("file_names", ["images/00002/sdxl_0.png", "a\0b"], "line 3", "inside the folder"),
+    ("file_names", ["images/00002/sdxl_0.png", "../x.png"], "line 3", "../x.png"),
+    ("file_names", ["images/00002/sdxl_0.png", "/etc/hosts"], "line 3", "/etc/hosts"),
+    ("file_names", ["images/00002/sdxl_0.png", "link.png"], "line 3", "link.png", "link out"),
+    ("file_names", ["images/00002/sdxl_0.png", "link/a.png"], "line 3", "link", "link out"),
+    ("scores", [1, 2], "line 3", "scores"),
+    ("scores", {"clip": [1.0]}, "line 3", "scores of clip"),
+    ("scores", {"clip": 3}, "line 3", "scores of clip"),
+    ("scores", {"clip": [1.0, 2.0, float("nan"), 1.0]}, "line 3", "finite"),
+    ("scores", {"clip": [1.0, 2.0, float("inf"), 1.0]}, "line 3", "finite"),
+    ("scores", {"clip": [10**400, 1, 2, 3]}, "line 3", "finite"),
+    ("scores", {"clip": ["1", "2", "3", "4"]}, "line 3", "finite"),
+    ("scores", {"clip": [[1, 2]] * 4}, "line 3", "finite"),
+    ("scores", {"clip": [True, False, True, False]}, "line 3", "finite"),
+    ("scores", {"clip": [None] * 4}, "line 3", "finite"),
+    ("scores", {}, "row 3", "no scores of clip"),
+]
+
+
+@pytest.mark.parametrize("key, value, says", [(row[0], row[1], row[2:]) for row in BAD_ROWS])
+def test_bad_rows_are_named(lists, tmp_path, capsys, key, value, says):
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "scores", "settings.json"))
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/a.png").write_bytes((out / "images/00000/sd3_0.png").read_bytes())
+    os.symlink(tmp_path / "outside/a.png", out / "link.png")
+    os.symlink(tmp_path / "outside", out / "link")
+    lines = (out / "metadata.jsonl").read_bytes().split(b"\n")
+    if key:
+        row = {k: v for k, v in rows_of(out)[2].items() if k not in (key, "scores")}
+        value = json.dumps({**row, key: value} if value is not None else row)
+    lines[2] = value if isinstance(value, bytes) else value.encode()
+    (out / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    before = (out / "metadata.jsonl").read_bytes()
+    fails(synpic.main, ["--out", out, "--stages", "label"], "metadata.jsonl", *says, capsys=capsys)
+    assert (out / "metadata.jsonl").read_bytes() == before
+
+
+def test_doubled_and_absent_rows_and_torn_pictures_are_named(lists, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    label = ["--out", out, "--stages", "label"]
+    text = (out / "metadata.jsonl").read_text()
+    (out / "metadata.jsonl").write_text(text + text.split("\n")[3] + "\n")
+    fails(synpic.main, label, "line 11", "same prompt and images as line 4", capsys=capsys)
+    (out / "metadata.jsonl").write_text("\n")
+    fails(synpic.main, label, "no rows", capsys=capsys)
+    (out / "metadata.jsonl").write_text(text)
+    (out / rows_of(out)[0]["file_names"][1]).write_bytes(b"not a png")
+    fails(synpic.main, label, rows_of(out)[0]["file_names"][1], "not a readable image", capsys=capsys)
+
+
+def test_odd_rows_that_are_right_are_taken(lists, tmp_path):
+    """U+2028 in a prompt, blank lines, makers that are not told in full, a reward with a name of its own."""
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "scores", "settings.json"))
+    rows = rows_of(out)
+    rows[0]["prompt"] = "one\u2028prompt\u0085only, 猫 \U0001f408 \x00"
+    rows[1]["models"] = ["sdxl"]
+    del rows[2]["seeds"]
+    for row in rows:
+        row["scores"].update({"mine": [3, 1, 2, 0], "$a$_{": [1, 1, 1, 1]})
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (out / "metadata.jsonl").write_text(text)
+    (out / "scores").mkdir()
+    other = {"version": "", "prompt": rows[3]["prompt"], "file_names": rows[3]["file_names"]}
+    (out / "scores/other.jsonl").write_text(json.dumps({**other, "scores": [1.0, 2.0, 3.0, 4.0]}) + "\n")
+    synpic.main(["--out", str(out), "--stages", "label", "--label", "single:mine"])
+    assert "NaN" not in (out / "summary.json").read_text()
+    assert [row["phi"] for row in rows_of(out)] == [
+        [1.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 0.0]
+    ] * 10
+    assert rows_of(out)[0]["prompt"] == rows[0]["prompt"] and rows_of(out)[3]["scores"]["other"] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_a_full_disk_ends_labelling_in_one_line(lists, tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    content = lambda: {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file() and ".lock" not in p.name}
+    before = content()
+
+    def full(*paths):
+        raise OSError(28, "No space left on device", str(paths[-1]))
+
+    monkeypatch.setattr(os, "replace", full)
+    label = ["--label", "random"]
+    fails(synpic.main, [*synpic_args(tiny, out), *label], "metadata.jsonl: No space left", capsys=capsys)
+    assert content() == before
+
+
+def test_ctrl_c_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for script in (synpic, evaluate):
+        monkeypatch.setattr(script, "generate_each", interrupted)
+    fails(synpic.main, synpic_args(tiny, tmp_path / "a"), "interrupted", capsys=capsys)
+    two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--prompts", f"{tiny}/prompts.txt"]
+    fails(
+        evaluate.main,
+        [*two, "--rewards", *rewards(tiny), "--out", tmp_path / "b"],
+        "interrupted",
+        capsys=capsys,
+    )
