@@ -395,7 +395,9 @@ def add_adapters(model, rank, dtype):
     """LoRA on the attention projections, in fp32 or wider, over frozen weights of the compute type."""
     from peft import LoraConfig
 
-    model.requires_grad_(False).to(dtype)
+    model.requires_grad_(False)
+    if dtype != torch.float32:
+        model.to(dtype)
     torch.manual_seed(0)  # of A; B starts at 0, so the policy starts as the base
     projections = ["to_q", "to_k", "to_v", "to_out.0"]
     more = dict(init_lora_weights="gaussian", target_modules=projections)

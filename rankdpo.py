@@ -77,7 +77,9 @@ class Method:
     seed: int = option(0, "order of the lists, timesteps, noise", at_least=0)
     # objective
     loss: str = option("rankdpo", "sft and weighted fine-tune, gain is DPO + gain, balanced votes", LOSSES)
-    beta: float = option(None, "for mean squared errors without a half (default: see SUITS)", above=0)
+    beta: float = option(
+        None, "for mean squared errors without a half (default: what suits the model)", above=0
+    )
     ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal", "random"))
     ref_refresh: int = option(
         0, "steps between copies of the policy into the reference; 0 = never", at_least=0
@@ -85,7 +87,9 @@ class Method:
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
     timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
     # optimiser
-    lr: float = option(None, "peak learning rate of AdamW, decays to 0 (default: see SUITS)", above=0)
+    lr: float = option(
+        None, "peak learning rate of AdamW, decays to 0 (default: what suits the model)", above=0
+    )
     steps: int = option(600, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
     global_batch_size: int = option(32, "lists a step, over all processes", above=0)
@@ -198,10 +202,11 @@ def split_lists(cfg, n):
 
 def cache_folder(cfg, rows, dtype):
     """data/.cache/HASH, of all that goes into it: other images, prompts or models make another one."""
-    data, local = Path(cfg.data), Path(cfg.model.partition("+")[0])
+    data, local = Path(cfg.data), [Path(part) for part in cfg.model.split("+")]  # base, adapters
     stat = lambda p: [str(p), p.stat().st_size, p.stat().st_mtime_ns]
     images = [[row["prompt"], [stat(data / f) for f in row["file_names"]]] for row in rows]
-    encoders = [stat(p) for n in ("vae", "text_encoder*", "tokenizer*") for p in sorted(local.glob(f"{n}/*"))]
+    patterns = ("vae/*", "text_encoder*/*", "tokenizer*/*", "*.safetensors")
+    encoders = [stat(p) for part in local for n in patterns for p in sorted(part.glob(n))]
     key = json.dumps([images, cfg.model, encoders, cfg.resolution, str(dtype)])
     return data / ".cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -389,15 +394,16 @@ def build_engine(cfg, policy, device, dtype, sharded):
     """(policy, reference, trained, anchors): the network that is trained, the frozen one, and by name the
     parameters of both. With adapters there is no second network: anchors are values, reference is None."""
     policy.eval()  # so that s is exactly 0 where policy = reference
-    policy.to(torch.promote_types(dtype, torch.float32))
+    if dtype == torch.float64:  # else fp32, as loaded
+        policy.to(dtype)
     if cfg.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    if device.type == "cuda" and not sharded:  # faster convolutions; FSDP2 wants contiguous weights
+        policy.to(memory_format=torch.channels_last)
     if cfg.lora_rank:  # small enough to be whole on each process
         policy = pipelines.add_adapters(policy.to(device), cfg.lora_rank, dtype)
         trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         return policy, None, trained, {n: p.detach().clone() for n, p in trained.items()}
-    if device.type == "cuda" and not sharded:  # faster convolutions; FSDP2 wants contiguous weights
-        policy.to(memory_format=torch.channels_last)
     reference = copy.deepcopy(policy).requires_grad_(False)
     policy.requires_grad_(True)
     if sharded:
@@ -497,14 +503,16 @@ def save_checkpoint(cfg, state, now, step):
 
 
 def identity(cfg, rows):
-    """What makes a run this run: the options of Method, and what its lists hold."""
+    """What makes a run this run: the options of Method, the weights it begins with, what its lists hold."""
     digest = hashlib.sha256()
     for row in rows:
         sizes = [(Path(cfg.data) / f).stat().st_size for f in row.get("file_names", [])]
         parts = [row["prompt"], row["phi"], row.get("scores"), row.get("file_names"), sizes]
         digest.update(json.dumps(parts).encode())
     options = {f.name: getattr(cfg, f.name) for f in fields(Method)}
-    return {**options, "lists": digest.hexdigest()[:16]}
+    files = [p for part in cfg.model.split("+") for p in sorted(Path(part).rglob("*.safetensors"))]
+    weights = hashlib.sha256(json.dumps([common.ends_of(p, 1 << 20) for p in files]).encode())
+    return {**options, "weights": weights.hexdigest()[:16], "lists": digest.hexdigest()[:16]}
 
 
 def read_run(folder):

@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 from common import (
     HERE,
+    ends_of,
     fail,
     lock,
     one_line_errors,
@@ -918,15 +919,6 @@ def reward_version(spec):
         if file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
             parts.append([file.name, *ends_of(file, 1 << 20)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-def ends_of(path, count):
-    """(size, hash of the first and last `count` bytes)."""
-    size = os.stat(path).st_size
-    with open(path, "rb") as f:
-        head = f.read(count)
-        f.seek(max(0, size - count))
-        return size, hashlib.sha256(head + f.read()).hexdigest()
 
 
 def picture_version(path):

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from common import (
     HERE,
+    ends_of,
     fail,
     in_range,
     lock,
@@ -64,7 +65,7 @@ from common import (
 )
 from losses import majority_vote, preference_probability, preference_rank
 from pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
-from rewards import TOY_REWARDS, check_rewards, ends_of, read_scores, reward_name, score_rows
+from rewards import TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels, type on a GPU).
 MODELS = {

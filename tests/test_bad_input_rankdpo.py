@@ -341,6 +341,16 @@ def test_a_run_does_not_go_on_with_other_lists(change, run, lists, tiny, tmp_pat
     fails(rankdpo.main, [*command, "--steps", "1"], "another lists", "--resume false", capsys=capsys)
 
 
+def test_a_run_does_not_go_on_over_another_base(lists, tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "sdxl", tmp_path / "base")
+    short = "--steps 1 --lora_rank 2 --global_batch_size 4 --save_every 1 --device cpu".split()
+    args = ["--data", lists, "--model", tmp_path / "base", "--out", tmp_path / "out", *short]
+    rankdpo.main([str(a) for a in args])
+    path = tmp_path / "base/unet/diffusion_pytorch_model.safetensors"
+    save_file({k: v + 0.01 for k, v in load_file(path).items()}, path, {"format": "pt"})
+    fails(rankdpo.main, args, "another weights", "--resume false", capsys=capsys)
+
+
 LOGS = {
     "torn": lambda p: p.write_text(p.read_text()[:-30]),
     "gone": lambda p: p.unlink(),
