@@ -197,7 +197,7 @@ def test_killed_between_two_writes_of_a_checkpoint_it_goes_on_bit_for_bit(lists,
     context.set_forkserver_preload(["test_rankdpo"])
     while True:
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        process = context.Process(target=dying, args=(8 * kills + 3, command(tmp_path / "killed")))
+        process = context.Process(target=dying, args=(5 * kills + 3, command(tmp_path / "killed")))
         process.start()
         process.join()
         if process.exitcode == 0:  # it came to its end before that moment
