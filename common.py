@@ -24,7 +24,7 @@ import tempfile
 import textwrap
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -141,6 +141,14 @@ def parse(config, doc, argv=None):
         parser.add_argument(f"--{f.name}", **more)
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def fill_in(cfg, values, why):
+    """The configuration with these values where an option was not given (is None); says so once."""
+    taken = {name: value for name, value in values.items() if getattr(cfg, name) is None}
+    if process_rank()[0] == 0 and taken:
+        print(f"{why}:", *(f"--{name} {value:g}" for name, value in taken.items()))
+    return replace(cfg, **taken)
 
 
 # ----------------------------------------------------------------------------- processes and devices

@@ -17,7 +17,7 @@ report.md, grid.png.
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.stats import binomtest
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from common import (
     HERE,
     fail,
+    fill_in,
     one_line_errors,
     option,
     parse,
@@ -199,10 +200,7 @@ def check_choices(cfg, models, prompts):
 
 def suited(cfg, pipe):
     """The options with what suits the model where they were not given. All models are drawn alike."""
-    taken = {name: value for name, value in SUITS[scale_of(pipe)].items() if getattr(cfg, name) is None}
-    if taken:
-        print("sampling:", *(f"--{name} {value:g}" for name, value in taken.items()))
-    return replace(cfg, **taken)
+    return fill_in(cfg, SUITS[scale_of(pipe)], "sampling")
 
 
 def draw(cfg, name, pipe, prompts):

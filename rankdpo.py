@@ -33,7 +33,7 @@ import time
 import warnings
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -184,10 +184,7 @@ def complete(cfg, pipe):
     beta, lr, lr_adapters = SUITS[scale]
     suits = dict(beta=beta, lr=lr_adapters if cfg.lora_rank else lr)
     suits.update({f"sample_{name}": value for name, value in pipelines.SUITS[scale].items()})
-    taken = {name: value for name, value in suits.items() if getattr(cfg, name) is None}
-    if process_rank()[0] == 0 and taken:
-        print(f"{scale} model:", *(f"--{name} {value:g}" for name, value in taken.items()))
-    return replace(cfg, **taken)
+    return common.fill_in(cfg, suits, f"{scale} model")
 
 
 def split_lists(cfg, n):
