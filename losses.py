@@ -10,8 +10,14 @@ The whole family is ONE pairwise loss (`preference_loss`) with different weight 
     DPO + gain (Table 5)       gain_weights(phi)               |2^phi_i - 2^phi_j|
     RankDPO (Eq. 6)            dcg_weights(phi)                |2^phi_i - 2^phi_j| |1/D_i - 1/D_j|
     BalancedDPO (Sec. III-C)   vote_weights(majority_vote(r))  1 where most rewards prefer i to j
+    direct (its Eq. 10)        direct_weights(r)               share of the rewards that prefer i to j
 
-and one sum for the fine-tuning baselines (`finetuning_loss`), with weights (B, K).
+one sum for the fine-tuning baselines (`finetuning_loss`) with weights (B, K),
+
+    SFT (Table 5)              sft_weights(phi)                share of the list's comparisons that i wins
+    weighted (Table 5)         score_weights(scores)           the score itself, of one reward
+
+and Diffusion-DRO's hinge between an expert's image and the policy's own (`dro_loss`).
 Shapes: B lists (prompts), K images a list, R rewards. Errors are *lower is better*; phi and rewards higher.
 
 The scale of beta. Here an error is the MEAN of the squared error over C, H, W, without a factor 1/2. Then
@@ -20,7 +26,8 @@ The scale of beta. Here an error is the MEAN of the squared error over C, H, W, 
                            262,144 for SD3 at 1024 px
 Betas do not carry over between noise, v and velocity errors: those differ by factors of alpha and sigma.
 
-Papers: RankDPO and Syn-Pic, arXiv 2410.18013; BalancedDPO, arXiv 2503.12575; Diffusion-DPO, arXiv 2311.12908.
+Papers: RankDPO and Syn-Pic, arXiv 2410.18013; BalancedDPO, arXiv 2503.12575; Diffusion-DPO, arXiv 2311.12908;
+Diffusion-DRO, arXiv 2510.18353.
 """
 
 import torch
@@ -51,29 +58,43 @@ def preference_rank(phi):
     return better + (equal.to(phi) + 1) / 2
 
 
+def model_rank(s, phi):
+    """tau (B, K) of the model's own order, the lowest s first: what LambdaLoss takes where RankDPO takes the
+    labels'. Where s ties phi decides: at theta = reference every s is 0, and no pair would have a weight."""
+    by_s = preference_rank(-_floats("s", s, 2))  # images that tie share a rank; others differ by 1 or more
+    return preference_rank(-(s.shape[-1] * by_s + preference_rank(phi)))
+
+
 def majority_vote(rewards, ties="drop", generator=None):
     """BalancedDPO, Sec. III-C: s_ij = sign(sum_r s_r), every reward one vote.
 
     rewards (..., K, R) -> (..., K, K) in {-1, 0, +1}, antisymmetric; +1 at [i, j] = more rewards prefer i.
-    ties: "drop" leaves an even vote 0 (no gradient); "literal" makes it -1 for i < j, as the paper's prose
-    reads; "random" tosses a coin and needs a `generator`. Equal scores of one reward vote for neither."""
+    ties: "drop": equal scores of a reward vote for neither, an even vote stays 0 (no gradient); "random"
+    tosses a coin for an even vote and needs a `generator`; "literal" takes the paper at its word for i < j:
+    a reward's tie votes for i (its Eq. 6 has >=), an even vote is -1 (its "otherwise")."""
     rewards = _floats("rewards", rewards, 2)
     if ties not in ("drop", "literal", "random"):
         raise ValueError(f"majority_vote: ties must be 'drop', 'literal' or 'random', got {ties!r}")
-    diff = rewards.unsqueeze(-2) - rewards.unsqueeze(-3)  # (..., K, K, R)
-    diff = diff.masked_fill(rewards.unsqueeze(-2) == rewards.unsqueeze(-3), 0)  # inf - inf is no number
-    votes = diff.sign().sum(-1).sign()  # (..., K, K)
-    if ties == "drop":
-        return votes
     if ties == "random" and generator is None:
         raise ValueError("majority_vote: ties='random' needs a torch.Generator: one seed, one result")
+    one, other = rewards.unsqueeze(-2), rewards.unsqueeze(-3)
+    ballots = (one > other).to(rewards) - (one < other).to(rewards)  # (..., K, K, R)
+    if ties == "literal":
+        first = _antisymmetric(torch.ones_like(ballots[..., 0])).unsqueeze(-1)
+        ballots = torch.where(ballots == 0, first, ballots)
+    votes = ballots.sum(-1).sign()  # (..., K, K)
+    if ties == "drop":
+        return votes
+    coin = -torch.ones_like(votes)
     if ties == "random":
         heads = torch.randint(0, 2, votes.shape, generator=generator, device=generator.device)
         coin = 2 * heads.to(votes) - 1
-    else:
-        coin = -torch.ones_like(votes)
-    upper = coin.triu(1)
-    return torch.where(votes == 0, upper - upper.transpose(-1, -2), votes)
+    return torch.where(votes == 0, _antisymmetric(coin), votes)
+
+
+def _antisymmetric(x):
+    """The upper triangle of (..., K, K), and its negative below; 0 on the diagonal."""
+    return x.triu(1) - x.triu(1).transpose(-1, -2)
 
 
 # ----------------------------------------------------------------------------- weights (B, K, K)
@@ -91,13 +112,15 @@ def gain_weights(phi):
     return (gain.unsqueeze(2) - gain.unsqueeze(1)).abs() * dpo_weights(phi)
 
 
-def dcg_weights(phi):
+def dcg_weights(phi, tau=None):
     """(B, K) -> (B, K, K): Delta_ij where i is preferred to j, else 0. RankDPO Eq. 6:
 
         Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)|,   D(tau) = ln(1 + tau)
 
+    tau (B, K), 1 = best: the rank by phi, unless another is given (LambdaLoss: model_rank(s, phi)).
     phi = (1, 2/3, 1/3, 0) gives Delta_14 = .8214, the largest."""
-    discount = 1 / torch.log1p(preference_rank(_floats("phi", phi, 2)))  # (B, K)
+    tau = preference_rank(_floats("phi", phi, 2)) if tau is None else tau
+    discount = 1 / torch.log1p(tau)  # (B, K)
     return gain_weights(phi) * (discount.unsqueeze(2) - discount.unsqueeze(1)).abs()
 
 
@@ -105,6 +128,39 @@ def vote_weights(votes):
     """(B, K, K) votes in {-1, 0, +1} -> (B, K, K): 1 where the vote prefers i to j, else 0."""
     votes = _floats("votes", votes, 3)
     return (votes > 0).to(votes)
+
+
+def direct_weights(rewards):
+    """(B, K, R) -> (B, K, K): share of the rewards that strictly prefer i to j. BalancedDPO Eq. 10 with equal
+    w_k: rewards that disagree pull a pair both ways, where the vote takes a side."""
+    rewards = _floats("rewards", rewards, 3)
+    return (rewards.unsqueeze(2) > rewards.unsqueeze(1)).to(rewards).mean(-1)
+
+
+def smooth_weights(weights, eps):
+    """(B, K, K) -> (B, K, K): each label is wrong with probability eps (conservative DPO, in none of the
+    papers). The sum over a pair stays what it was."""
+    return (1 - eps) * weights + eps * weights.transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------- weights (B, K)
+
+
+def sft_weights(phi):
+    """(B, K) -> (B, K), sum 1: the winner of every pairwise comparison (RankDPO Table 5): four ranked images
+    weigh 3 : 2 : 1 : 0, two 1 : 0. A tie gives neither image a win; a list that ties throughout weighs 0."""
+    wins = dpo_weights(phi).sum(2)  # (B, K)
+    return wins / wins.sum(1, keepdim=True).clamp(min=1)
+
+
+def score_weights(scores):
+    """(B, K) scores of one reward -> (B, K): r_i / K, so that the loss is the mean over the list of score
+    times error. RankDPO Table 5 weighs by HPSv2.1 "similar to" Lee et al. (2302.12192), whose weight is the
+    reward itself. ValueError for a negative score, which would make an image worse."""
+    scores = _floats("scores", scores, 2)
+    if (scores < 0).any():
+        raise ValueError("score_weights: a negative score cannot weigh an error; take a reward that is >= 0")
+    return scores / scores.shape[1]
 
 
 # ----------------------------------------------------------------------------- errors and the loss
@@ -132,9 +188,10 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     of a list, no mean over lists: -> loss (B,), metrics. The gradient goes through policy_err only.
 
     Metrics are detached, one number a list, (B,), so that a list counts once however many pairs it has:
-    accuracy (share of its weighted pairs that s orders rightly, ties 1/2), best_s and worst_s (s of the image
-    with most weight won and of the one with most weight lost), weight (mean over pairs that have one),
-    unweighted (share of its pairs that have none). NaN where a list has no pair; the caller reduces."""
+    accuracy (share of its preferred pairs, those with more weight one way, that s orders rightly, ties 1/2),
+    best_s and worst_s (s of the image with most weight won and of the one with most weight lost), weight (of
+    all pairs over the number of preferred ones), unweighted (share of its pairs without a preference). NaN
+    where a list has no preferred pair; the caller reduces."""
     policy_err, ref_err = _errors("preference_loss", policy_err, ref_err)
     weights, real = _weights("preference_loss", weights, 3, policy_err, mask)
     if not beta > 0:
@@ -145,7 +202,7 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K), s_i - s_j
     loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))  # (B,)                              Eq. 7
     with torch.no_grad():
-        used = weights > 0  # (B, K, K)
+        used = weights > weights.transpose(1, 2)  # (B, K, K)
         right = (margin < 0).to(s) + 0.5 * (margin == 0).to(s)
         count = used.sum((1, 2))  # (B,), 0 / 0 is NaN below
         net = weights.sum(2) - weights.sum(1)  # (B, K), weight won minus weight lost; 0 for padding
@@ -175,6 +232,27 @@ def finetuning_loss(policy_err, ref_err, weights, mask=None):
         ends = _ends(s, value, weights.sum(1) > 0)
         metrics = {"accuracy": nan, **ends, "weight": weights.sum(1) / real.sum(1), "unweighted": nan}
     return loss, metrics
+
+
+def dro_loss(expert_err, expert_ref_err, negative_err, negative_ref_err, margin=0.001):
+    """Diffusion-DRO: an expert's image against a state on the sampling path of (a copy of) the policy:
+
+        L_b = max(0, margin + s_expert - s_negative),   s = policy error - reference error, lower is better.
+
+    All (B,): the expert's are denoising errors of its noised latent; the negative's are those of x_t on the
+    path, with the noise that the copy predicts there as a detached target. -> loss (B,), metrics as those of
+    preference_loss; weight is 1 where the hinge passes a gradient, unweighted where it does not. While the
+    copy IS the policy, negative_err and its gradient are exactly 0: the negative only gates the hinge."""
+    errs = [_floats("err", e, 1) for e in (expert_err, expert_ref_err, negative_err, negative_ref_err)]
+    if errs[0].dim() != 1 or any(e.shape != errs[0].shape for e in errs):
+        raise ValueError(f"dro_loss: errors {[tuple(e.shape) for e in errs]} must be equal shapes (B,)")
+    expert_s, negative_s = errs[0] - errs[1].detach(), errs[2] - errs[3].detach()  # (B,)
+    loss = F.relu(margin + expert_s - negative_s)  # (B,)
+    with torch.no_grad():
+        accuracy = (expert_s < negative_s).to(loss) + 0.5 * (expert_s == negative_s).to(loss)
+        active = (loss > 0).to(loss)
+        metrics = dict(accuracy=accuracy, best_s=expert_s.detach(), worst_s=negative_s.detach())
+    return loss, {**metrics, "weight": active, "unweighted": 1 - active}
 
 
 def _ends(s, value, listed):
@@ -215,7 +293,7 @@ def _floats(name, x, dim):
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {got}")
     x = x.to(_wide(x))
-    if name in ("rewards", "phi", "votes", "weights") and torch.isnan(x).any():
+    if name in ("rewards", "scores", "phi", "votes", "weights") and torch.isnan(x).any():
         raise ValueError(f"{name}: contains NaN; drop or rescore those images first")
     return x
 

@@ -11,14 +11,21 @@ import torch
 from losses import (
     dcg_weights,
     denoising_error,
+    direct_weights,
     dpo_loss,
     dpo_weights,
+    dro_loss,
+    finetuning_loss,
     gain_weights,
     majority_vote,
+    model_rank,
     preference_loss,
     preference_probability,
     preference_rank,
     rankdpo_loss,
+    score_weights,
+    sft_weights,
+    smooth_weights,
     vote_weights,
 )
 
@@ -84,6 +91,22 @@ def test_majority_vote_ties():
     assert all(t[0, 2] == 1 for t in tosses)  # a clear vote is never tossed
 
 
+def test_literal_ties_are_the_printed_formulas():
+    """s_k = 1 if r_k(x1) >= r_k(x2) else -1; s = 1 if sum_k s_k > 0 else -1, for every pair i < j."""
+    rewards = torch.randint(0, 3, (40, 4, 4), generator=torch.Generator().manual_seed(7)).float()
+    rewards[0, 0, 0] = rewards[0, 1, 0] = float("-inf")
+    votes, evens = majority_vote(rewards, "literal"), 0
+    for b in range(40):
+        for i in range(4):
+            for j in range(i + 1, 4):
+                ballots = sum(1 if rewards[b, i, k] >= rewards[b, j, k] else -1 for k in range(4))
+                evens += ballots == 0
+                assert votes[b, i, j] == (1 if ballots > 0 else -1) == -votes[b, j, i]
+    assert evens > 20
+    pair = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # 1 : 1, and one reward that ties
+    assert majority_vote(pair)[0, 1] == 0 and majority_vote(pair, "literal").tolist() == [[0, 1], [-1, 0]]
+
+
 # ---- weights
 
 
@@ -109,6 +132,45 @@ def test_weights_against_a_double_loop():
                 assert g[b, i, j].item() == pytest.approx(gain, abs=1e-6)
 
 
+def test_golden_direct_weights_and_loss():
+    """BalancedDPO Eq. 10, two of three rewards for image 1, s_1 - s_2 = -.1 and beta 10:
+    - 2/3 log sigmoid(1) - 1/3 log sigmoid(-1) = .6466, at the reference ln 2."""
+    w = direct_weights(torch.tensor([[[1.0, 3.0, 0.0], [0.0, 2.0, 1.0]]]))
+    assert torch.allclose(w, torch.tensor([[[0, 2 / 3], [1 / 3, 0]]]))
+    policy, ref = torch.tensor([[0.4, 0.5]]), torch.tensor([[0.5, 0.5]])
+    loss, m = preference_loss(policy, ref, w, 10.0)
+    assert loss.item() == pytest.approx(0.6466, abs=5e-5) and m["accuracy"] == 1 and m["unweighted"] == 0
+    assert preference_loss(ref, ref, w, 10.0)[0].item() == pytest.approx(math.log(2))
+    even = direct_weights(torch.tensor([[[1.0, 0.0, 5.0], [0.0, 1.0, 5.0]]]))  # a tie prefers neither
+    _, m = preference_loss(policy, ref, even, 10.0)
+    assert even[0, 0, 1] == even[0, 1, 0] == torch.tensor(1 / 3) and m["unweighted"] == 1
+
+
+def test_sft_weights_are_the_winners_of_all_comparisons():
+    phi = torch.tensor([[1.0, 2 / 3, 1 / 3, 0.0], [0.9, 0.5, 0.5, 0.0], [0.5, 0.5, 0.5, 0.5]])
+    wanted = torch.tensor([[3, 2, 1, 0], [3 * 6 / 5, 6 / 5, 6 / 5, 0], [0, 0, 0, 0]]) / 6
+    assert torch.allclose(sft_weights(phi), wanted)
+    assert sft_weights(torch.tensor([[0.2, 0.8]])).tolist() == [[0, 1]]
+
+
+def test_the_models_order_is_that_of_s_and_ties_are_the_labels():
+    phi = torch.tensor([[0.2, 1.0, 0.6, 0.6], [0.2, 1.0, 0.6, 0.6]])
+    s = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-0.1, 0.3, 0.0, 0.3]])
+    assert model_rank(s, phi).tolist() == [[4, 1, 2.5, 2.5], [1, 3, 2, 4]]
+    assert torch.equal(dcg_weights(phi, model_rank(s, phi))[0], dcg_weights(phi)[0])  # at the reference
+    near, far = (abs(1 / math.log(1 + a) - 1 / math.log(1 + b)) for a, b in ((3, 2), (3, 1)))
+    w = dcg_weights(phi, model_rank(s, phi))[1]
+    assert w[1, 2].item() == pytest.approx((2 - 2**0.6) * near, rel=1e-5)
+    assert w[1, 0].item() == pytest.approx((2 - 2**0.2) * far, rel=1e-5)
+
+
+def test_smoothed_labels_keep_the_sum_of_a_pair():
+    w = dcg_weights(PHI)
+    smooth = smooth_weights(w, 0.1)
+    assert torch.allclose(smooth, 0.9 * w + 0.1 * w.transpose(1, 2)) and torch.equal(smooth_weights(w, 0), w)
+    assert smooth.sum().item() == pytest.approx(w.sum().item(), rel=1e-6)
+
+
 def test_vote_weights_keep_the_winner_side():
     assert vote_weights(torch.tensor([[[0, 1], [-1, 0]]])).tolist() == [[[0, 1], [0, 0]]]
 
@@ -122,6 +184,91 @@ def test_golden_loss_at_the_reference():
         loss, m = rankdpo_loss(err, err, PHI, beta)
         assert loss.item() == pytest.approx(1.2702, abs=5e-5)  # sum of weights x ln 2, whatever beta is
         assert m["accuracy"] == 0.5 and m["best_s"] == 0 and m["worst_s"] == 0
+
+
+def test_golden_hinge():
+    """.001 + (.30 - .32) - (.50 - .51) < 0: no loss; .001 + (.33 - .32) - (.50 - .51) = .021."""
+    policy = torch.tensor([0.30, 0.33, 0.32], dtype=torch.float64, requires_grad=True)
+    negative = torch.tensor([0.50, 0.50, 0.51], dtype=torch.float64, requires_grad=True)
+    refs = torch.tensor([0.32] * 3, dtype=torch.float64), torch.tensor([0.51] * 3, dtype=torch.float64)
+    loss, m = dro_loss(policy, refs[0], negative, refs[1])
+    assert loss.tolist() == pytest.approx([0, 0.021, 0.001], abs=1e-12)  # at the reference: the margin
+    loss.sum().backward()
+    assert policy.grad.tolist() == [0, 1, 1] and negative.grad.tolist() == [0, -1, -1]
+    assert m["accuracy"].tolist() == [1, 0, 0.5] and m["weight"].tolist() == [0, 1, 1]
+    assert m["best_s"].tolist() == pytest.approx([-0.02, 0.01, 0])
+
+
+def slow_pairs(weights):
+    """Gradient of the pairwise loss for plain floats: each pair pulls at both of its images."""
+
+    def slope(s, beta, b):
+        grad = [0.0] * len(s)
+        for i in range(len(s)):
+            for j in range(len(s)):
+                pull = weights(b, i, j) * beta / (1 + math.exp(-beta * (s[i] - s[j])))
+                grad[i] += pull
+                grad[j] -= pull
+        return grad
+
+    return slope
+
+
+def objectives(phi, rewards, s):
+    """{name: (weights (B, K, K), the same for one pair of plain floats)}."""
+    p, r = phi.tolist(), rewards.tolist()
+    delta = [slow_delta(x) for x in p]
+    gain = lambda b, i, j: max(0, 2 ** p[b][i] - 2 ** p[b][j])
+    ballots = lambda b, i, j: sum((r[b][i][k] > r[b][j][k]) - (r[b][i][k] < r[b][j][k]) for k in range(3))
+    share = lambda b, i, j: sum(r[b][i][k] > r[b][j][k] for k in range(3)) / 3
+    place = lambda b, i: 1 + sum(x < s[b, i].item() for x in s[b].tolist())
+    apart = lambda b, i, j: abs(1 / math.log(1 + place(b, i)) - 1 / math.log(1 + place(b, j)))
+    return {
+        "rankdpo": (dcg_weights(phi), lambda b, i, j: delta[b].get((i, j), 0)),
+        "model": (dcg_weights(phi, model_rank(s, phi)), lambda b, i, j: gain(b, i, j) * apart(b, i, j)),
+        "gain": (gain_weights(phi), gain),
+        "dpo": (dpo_weights(phi), lambda b, i, j: p[b][i] > p[b][j]),
+        "balanced": (vote_weights(majority_vote(rewards)), lambda b, i, j: ballots(b, i, j) > 0),
+        "direct": (direct_weights(rewards), share),
+        "smooth": (
+            smooth_weights(gain_weights(phi), 0.2),
+            lambda b, i, j: 0.8 * gain(b, i, j) + 0.2 * gain(b, j, i),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["rankdpo", "model", "gain", "dpo", "balanced", "direct", "smooth"])
+def test_the_gradient_of_every_preference_loss_against_a_double_loop(name):
+    B, K, beta = 6, 5, 3.0
+    policy, ref = (rand(B, K, seed=n, dtype=torch.float64).square() for n in (8, 9))
+    rewards = torch.randint(0, 4, (B, K, 3), generator=torch.Generator().manual_seed(6)).double()
+    phi = preference_probability(rewards)
+    weights, slow = objectives(phi, rewards, policy - ref)[name]
+    policy.requires_grad_()
+    loss, _ = preference_loss(policy, ref, weights, beta)
+    (grad,) = torch.autograd.grad(loss.sum(), policy)
+    for b in range(B):
+        wanted = slow_pairs(slow)((policy - ref)[b].tolist(), beta, b)
+        assert grad[b].tolist() == pytest.approx(wanted, rel=1e-10, abs=1e-10)
+
+
+def test_the_gradients_without_pairs_against_a_loop():
+    policy, ref = (rand(6, 5, seed=n, dtype=torch.float64).square() for n in (8, 9))
+    scores = torch.rand(6, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    for weights in (sft_weights(scores), score_weights(scores)):
+        policy = policy.detach().requires_grad_()
+        finetuning_loss(policy, ref, weights)[0].sum().backward()
+        for b, row in enumerate(scores.tolist()):
+            wins = [sum(x > y for y in row) / 10 for x in row]  # ten comparisons of five images
+            wanted = wins if weights[b].sum() > 0.999 else [x / 5 for x in row]
+            assert policy.grad[b].tolist() == pytest.approx(wanted, rel=1e-10)
+    expert, negative = (e.detach().flatten().requires_grad_() for e in (policy, ref))
+    refs = [rand(30, seed=n, dtype=torch.float64).square() for n in (1, 2)]
+    dro_loss(expert, refs[0], negative, refs[1], margin=0.5)[0].sum().backward()
+    for b in range(30):
+        on = 0.5 + (expert[b] - refs[0][b]) - (negative[b] - refs[1][b]) > 0
+        assert (expert.grad[b], negative.grad[b]) == (float(on), -float(on))
+    assert 0 < expert.grad.sum() < 30
 
 
 @pytest.mark.parametrize("weights", [dcg_weights, dpo_weights, gain_weights])
@@ -266,6 +413,10 @@ def test_gradcheck():
         lambda: dcg_weights(torch.ones(3)),
         lambda: dpo_weights(torch.tensor([[float("nan"), 1.0]])),
         lambda: vote_weights(torch.ones(2, 2)),
+        lambda: direct_weights(torch.ones(2, 2)),
+        lambda: score_weights(torch.tensor([[0.2, -0.1]])),
+        lambda: dro_loss(torch.ones(2), torch.ones(2), torch.ones(3), torch.ones(3)),
+        lambda: dro_loss(*[torch.ones(2, 2)] * 4),
         lambda: denoising_error(torch.ones(1, 2, 3), torch.ones(1, 2, 4)),
         lambda: denoising_error(torch.ones(2, 3), torch.ones(2, 3)),
         lambda: preference_loss(torch.ones(1, 3), torch.ones(1, 2), torch.ones(1, 3, 3), 1.0),
