@@ -5,7 +5,8 @@
     python rewards.py --score outputs/synpic --rewards mps vqascore   # a whole folder: its scores/NAME.jsonl
 
 A reward is a name, or name=source: a FILE of weights is the published model and nothing else; a FOLDER (and
-only that for vqascore) holds the weights and may bring a config and a tokenizer of its own. Larger is better.
+only that for vqascore) holds the weights and may bring a config and a tokenizer of its own; FILE.py:function,
+under any other name, is a function of yours, (PIL images, prompts) -> scores. Larger is better.
 
     name         model, default source on the hub                     size    licence     score
     clip         open_clip ViT-H-14                                   3.9 GB  MIT         cosine, -1 to 1
@@ -39,6 +40,8 @@ import json
 import math
 import os
 import sys
+import traceback
+import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -838,6 +841,79 @@ def load_toyworld(name, source, device):
     return Scorer(name, lambda image: image.convert("RGB"), forward)
 
 
+# ------------------------------------------------------------ name=FILE.py:function: one of your own
+
+
+def function_of(spec):
+    """(FILE.py, function) of "name=FILE.py:function"; ("", "") of any other spec."""
+    source = spec.partition("=")[2]
+    file, _, function = source.rpartition(":")
+    fits = file.endswith(".py") and function.isidentifier() and not Path(source).exists()
+    return (file, function) if fits else ("", "")
+
+
+@lru_cache(maxsize=None)
+def run_file(file, code):
+    """The module that the bytes `code` of a file make, once a process. Not imported: Python's cache of
+    compiled files takes an edit within the same second for the old file."""
+    module = types.ModuleType(f"reward {file}")
+    module.__file__ = file
+    sys.modules[module.__name__] = module  # where dataclasses look
+    exec(compile(code, file, "exec"), module.__dict__)
+    return module
+
+
+def where(error, file):
+    """An error as one line, with the last line of the file it passed: "own.py, line 3: KeyError: 'a'"."""
+    lines = [n for frame, n in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    place = f"{file}, line {lines[-1]}" if lines else file
+    return f"{place}: {type(error).__name__}: {one_line(error)}"
+
+
+def user_function(file, function):
+    """The function; ValueError where there is no such file or function, or the file does not run."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        found = getattr(run_file(file, Path(file).read_bytes()), function, None)
+    except (Exception, SystemExit) as e:
+        raise ValueError(where(e, file)) from None
+    if not callable(found):
+        raise ValueError(f"{file} defines no function {function}")
+    return found
+
+
+def as_numbers(found, count):
+    """Floats (count,) of a sequence, array or tensor of numbers; ValueError if it is something else."""
+    values = found.tolist() if hasattr(found, "tolist") else list(found)
+    values = [v.item() if hasattr(v, "item") else v for v in values] if isinstance(values, list) else [values]
+    if len(values) != count:
+        raise ValueError(f"{len(values)} scores for {count} pairs of image and prompt")
+    if odd := [v for v in values if not isinstance(v, int | float)]:
+        raise ValueError(f"a score is {one_line(repr(odd[0]))[:60]}, which is no number")
+    return torch.tensor([float(v) for v in values])
+
+
+def load_function(name, source, device, file, function):
+    """A function of the user's as a scorer: it gets lists of RGB images and prompts, a batch at a time. An
+    error in it ends the run; a score that is not finite is the problem of its own pair, as everywhere."""
+    call = user_function(file, function)
+
+    def forward(images, prompts):
+        try:
+            found = call(images, prompts)
+        except (Exception, SystemExit) as e:
+            fail(f"reward {name}: {where(e, file)}")
+        try:
+            return as_numbers(found, len(prompts))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+            fail(f"reward {name}: {file}, {function} must return a number a pair: {one_line(e)}")
+
+    return Scorer(name, lambda image: image.convert("RGB"), forward)
+
+
 # ----------------------------------------------------------------------------- by name
 
 FLAN = ("zhiqiulin/clip-flant5-xxl", "google/flan-t5-xxl")
@@ -864,10 +940,15 @@ def reward_name(spec):
 
 
 def check_reward(spec):
-    """End with one line if "name" or "name=source" can be no reward."""
+    """End with one line if "name", "name=source" or "name=FILE.py:function" can be no reward."""
     name, given, source = spec.partition("=")
+    file, function = function_of(spec)
+    if function:
+        check_function(spec, name, file, function)
+        return
     if name not in LOADERS:
-        fail(f"unknown reward {name!r}; there are {', '.join(LOADERS)}, each also as name=folder_or_file")
+        others = "each also as name=folder_or_file; one of your own is name=FILE.py:function"
+        fail(f"unknown reward {spec!r}; there are {', '.join(LOADERS)}, {others}")
     if given and (not source or name == "toyworld"):
         fail(f"reward {spec}: {'it has no weights' if source else 'a folder or file is wanted after ='}")
     if source and not Path(source).exists():
@@ -882,6 +963,17 @@ def check_reward(spec):
             fail(f"reward {name}: {e}")
 
 
+def check_function(spec, name, file, function):
+    if name in LOADERS:
+        fail(f"reward {spec}: {name} is a reward that is there already; call yours by another name")
+    if not name.replace("-", "_").replace(".", "_").isidentifier() or name.startswith("."):
+        fail(f"reward {spec}: the name, which names a file of scores, must be a word, not {name!r}")
+    try:
+        user_function(file, function)
+    except ValueError as e:
+        fail(f"reward {name}: {e}")
+
+
 def check_rewards(specs):
     """check_reward of each, and none twice: a name has one place in a row of scores."""
     for spec in specs:
@@ -892,10 +984,12 @@ def check_rewards(specs):
 
 
 def load_reward(spec, device="cpu"):
-    """A Scorer by name or "name=source"; where there is none, the program ends with one line."""
+    """A Scorer by name, "name=source" or "name=FILE.py:function"; where there is none, the program ends with
+    one line."""
     check_reward(spec)
     name, _, source = spec.partition("=")
-    loader, *hub = LOADERS[name]
+    own = function_of(spec)
+    loader, *hub = (load_function, *own) if all(own) else LOADERS[name]
     try:
         return loader(name, source, device, *hub)
     except Exception as e:  # a missing file, a wrong format, no hub: one line says which
@@ -911,8 +1005,13 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 
 def reward_version(spec):
     """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever they
-    lie. Of a file, size and first and last megabyte count: hashing 23 GB takes longer than many a run."""
+    lie. Of a file, size and first and last megabyte count: hashing 23 GB takes longer than many a run. Of a
+    function of the user's, the whole of its file counts."""
     name, _, source = spec.partition("=")
+    file, function = function_of(spec)
+    if function:
+        whole = hashlib.sha256(Path(file).read_bytes() + f"\n{function}".encode())
+        return whole.hexdigest()[:12]
     parts, path = [name, 2, *LOADERS[name][1:]], Path(source)  # 2: to be raised when a formula here changes
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files if source else ():

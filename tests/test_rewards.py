@@ -21,12 +21,14 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import t5_tokenizer
+from conftest import rows_of, synpic_args, t5_tokenizer
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import rewards
+import synpic
 import toyworld
 from common import open_image, read_image
 from rewards import Scorer, crop, crop_rgb, letterbox, load_reward, read_scores, score_rows, square, warn_cut
@@ -1017,6 +1019,158 @@ def test_the_checker_is_a_scorer():
     assert load_reward("toyworld")(images[::-1], prompts).tolist() == [0, 0]
     with pytest.raises(SystemExit, match="reward toyworld:.*'a horse' is not a sentence of the toy world"):
         load_reward("toyworld")(images, ["a horse", "two circles"])
+
+
+# ----------------------------------------------------------------------------- name=FILE.py:function
+
+
+def test_the_function_of_the_documentation_scores_a_folder(album, monkeypatch, capsys):
+    """docs/rewards.md's example as it stands there, by its own command; an edit of the file scores anew."""
+    folder, rows = album
+    page = (rewards.HERE / "docs/rewards.md").read_text()
+    code = page.partition("```python\n# jpeg.py\n")[2].partition("```")[0]
+    command = next(line for line in page.splitlines() if "=jpeg.py:" in line).split()
+    monkeypatch.chdir(folder.parent)
+    Path("jpeg.py").write_text(code)
+    args = [str(folder) if word == "FOLDER" else word for word in command[2:]]
+    rewards.main(args)
+    spec, sizes = args[-1], {}
+    for i, (_, files) in enumerate(rows):
+        for file in files:
+            Image.open(folder / file).save("one.jpg", quality=95)
+            sizes.setdefault(i, []).append(-os.path.getsize("one.jpg") / 1000)
+    scores = read_scores(folder, spec, rows)
+    assert all(np.allclose(scores[i], sizes[i], atol=1e-6) for i in range(3)) and scores[0] != scores[1]
+    monkeypatch.setattr(Scorer, "stream", None)
+    rewards.main(args)  # all is there already
+    Path("jpeg.py").write_text(code + "# edited\n")
+    assert read_scores(folder, spec, rows) == {}
+    assert read_scores(folder, spec.replace(":compressibility", ":kilobytes"), rows) == {}
+    monkeypatch.undo()
+    rewards.main(
+        [
+            "--image",
+            str(folder / "a0.png"),
+            "--prompt",
+            "a",
+            "--rewards",
+            f"k={folder.parent}/jpeg.py:kilobytes",
+        ]
+    )
+    assert f"{-sizes[0][0]:.4f}" in capsys.readouterr().out
+
+
+OWN = """import numpy as np
+import torch
+
+seen = []
+
+
+def wide(images, prompts):
+    seen.append([image.mode for image in images])
+    return torch.tensor([image.width + len(p) for image, p in zip(images, prompts)])
+
+
+def broken(images, prompts):
+    halves = [image.width / 2 for image in images]
+    return [1 / (h - h) for h in halves]
+
+
+def leaves(images, prompts):
+    raise SystemExit(0)
+
+
+def one(images):
+    return 1.0
+
+
+def some(images, prompts):
+    nan = [1, float("nan")]
+    kinds = {"w": 1.0, "c": [0.0], "t": "12", "n": [None] * 2, "s": np.ones((2, 1)), "i": nan}
+    return kinds[prompts[0]]
+"""
+
+
+def test_a_function_of_ones_own_gets_rgb_images_and_its_errors_are_told_with_its_line(tmp_path):
+    file = tmp_path / "a:b = c.py"
+    file.write_text(OWN)
+    pictures = [see_through("RGBA"), picture(61, 40, "L")]
+    score = load_reward(f"own={file}:wide")
+    assert score(pictures, ["a", "bcd"]).tolist() == [51, 64] and score.name == "own"
+    assert rewards.user_function(str(file), "wide").__globals__["seen"] == [["RGB", "RGB"]]
+    for function, says in (
+        ("broken", f"reward own: {file}, line 14: ZeroDivisionError: "),
+        ("leaves", f"reward own: {file}, line 18: SystemExit: 0"),
+        ("one", f"reward own: {file}: TypeError: one\\(\\) takes 1 positional argument but 2 were given"),
+    ):
+        with pytest.raises(SystemExit, match=says) as e:
+            load_reward(f"own={file}:{function}")(pictures, TEXTS[:2])
+        assert "\n" not in str(e.value)
+    for prompt, says in (
+        ("w", "'float' object is not iterable"),
+        ("c", "1 scores for 2 pairs"),
+        ("t", "a score is '1', which is no number"),
+        ("n", "a score is None, which is no number"),
+        ("s", "a score is \\[1.0\\], which is no number"),
+    ):
+        with pytest.raises(SystemExit, match=f"own: {file}, some must return a number a pair: {says}"):
+            load_reward(f"own={file}:some")(pictures, [prompt, "x"])
+    with pytest.raises(ValueError, match="own: pair 1: the score is nan"):
+        load_reward(f"own={file}:some")(pictures, ["i", "x"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("own={}/gone.py:f", "reward own: .*gone.py: no such file"),
+        ("own={}/good.py:f", "reward own: .*good.py defines no function f"),
+        ("own={}/good.py:seen", "reward own: .*good.py defines no function seen"),
+        ("own={}/syntax.py:f", "reward own: .*syntax.py, line 2: SyntaxError: "),
+        ("own={}/import.py:f", "reward own: .*import.py, line 3: ModuleNotFoundError: .*no_such_module"),
+        ("own={}/exit.py:f", "reward own: .*exit.py, line 1: SystemExit: 3"),
+        ("clip={}/good.py:wide", "clip is a reward that is there already"),
+        ("toyworld={}/good.py:wide", "toyworld is a reward that is there already"),
+        ("a/b={}/good.py:wide", "must be a word, not 'a/b'"),
+        ("={}/good.py:wide", "must be a word, not ''"),
+        ("own={}/good.py", "unknown reward .*name=FILE.py:function"),
+        ("own={}/good.py:", "unknown reward .*name=FILE.py:function"),
+    ],
+)
+def test_a_function_that_cannot_be_had_ends_at_the_start(tmp_path, tiny, spec, says):
+    for name, code in (
+        ("good", OWN),
+        ("syntax", "def f(images, prompts):\n    return ["),
+        ("import", "\n\nimport no_such_module"),
+        ("exit", "raise SystemExit(3)"),
+    ):
+        (tmp_path / f"{name}.py").write_text(code)
+    args = ["--prompts", f"{tiny}/prompts.txt", "--out", f"{tmp_path}/out", "--models", f"a={tiny}/sd15"]
+    for main in (synpic.main, lambda argv: rewards.main(["--score", str(tmp_path), *argv[-2:]])):
+        with pytest.raises(SystemExit, match=says) as e:
+            main([*args, "--rewards", spec.format(tmp_path)])
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_colon_in_the_name_of_a_folder_is_no_function(folders, tmp_path):
+    for name in ("C:folder", "a.py:b"):
+        folder = shutil.copytree(folders["clip"], tmp_path / name)
+        assert load_reward(f"clip={folder}")(IMAGES, TEXTS).shape == (3,)
+
+
+def test_a_function_ranks_lists_and_judges_models(tiny, tmp_path):
+    """Syn-Pic and evaluation take it as they take any other."""
+    (tmp_path / "own.py").write_text(OWN)
+    spec = f"own={tmp_path}/own.py:wide"
+    out = tmp_path / "lists"
+    synpic.main([*synpic_args(tiny, out, "--limit", "2", "--rewards", spec, f"clip={tiny}/rewards/clip")])
+    assert all(set(row["scores"]) == {"own", "clip"} for row in rows_of(out))
+    models = [f"a={tiny}/sd15", f"b={tiny}/sd15"]
+    few = ["--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
+    where = ["--prompts", f"{tiny}/prompts.txt", "--out", f"{tmp_path}/eval"]
+    evaluate.main(["--models", *models, "--rewards", spec, *where, *few])
+    scores = json.loads((tmp_path / "eval/results.json").read_text())["scores"]
+    assert scores["a"]["own"] == scores["b"]["own"] != []
 
 
 @pytest.fixture
