@@ -136,7 +136,7 @@ def parse(config, doc, argv=None):
         if f.type is tuple:
             more.update(nargs="+")
             default = " ".join(default)
-        text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
+        text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
         parser.add_argument(f"--{f.name}", **more)
     values = vars(parser.parse_args(argv))
@@ -525,14 +525,36 @@ def checked_row(folder, row, lists, labelled):
     return {**row, "prompt": prompt, "file_names": files, "scores": scores}
 
 
+def check_label(label, known):
+    if label not in known and not label.startswith("single:"):
+        fail(f"--label {label}: there are {', '.join(known)} and single:REWARD")
+
+
+def stored_rewards(folder, rows, label, wanted=()):
+    """(names, rewards) that a label counts: names of R stored scores and for each row of metadata.jsonl a
+    tensor (K, R), fp64. They are the `wanted` scores or all that are there, or that of single:REWARD alone."""
+    there = list(rows[0]["scores"])
+    if label.startswith("single:"):
+        wanted = [label[7:]]
+    names = [name for name in there if name in (wanted or there)]
+    lacking = [name for name in wanted if name not in there]
+    if lacking or (not names and label != "random"):
+        found = f"no such scores: {', '.join(lacking)} (there are {', '.join(there) or 'none'})"
+        first = (
+            f"score first: python rewards.py --score {folder} --rewards NAME, then synpic.py --stages label"
+        )
+        fail(f"--label {label}: {folder}/metadata.jsonl: {found}; {first}")
+    for n, row in enumerate(rows, 1):
+        if missing := [name for name in names if name not in row["scores"]]:
+            problem = f"{folder}/metadata.jsonl, row {n}: no scores of {missing[0]}"
+            fail(f"{problem}; score it (python rewards.py --score {folder}) or delete that row")
+    rewards = [torch.tensor([row["scores"][name] for name in names], dtype=torch.float64) for row in rows]
+    return names, [r.view(len(names), len(row["file_names"])).T for r, row in zip(rewards, rows)]
+
+
 def is_number(value):
     """A finite number of fp32's range, not text that looks like one."""
     return type(value) in (int, float) and abs(value) < 3e38
-
-
-def random_order(k, seed, n):
-    """A random permutation of the k images of list n: labels that say nothing, as a control. ndarray (k,)."""
-    return np.random.default_rng([seed, n]).permutation(k)
 
 
 # ----------------------------------------------------------------------------- pictures

@@ -97,6 +97,40 @@ def _antisymmetric(x):
     return x.triu(1) - x.triu(1).transpose(-1, -2)
 
 
+LABELS = ("phi", "sum", "normalized_sum", "majority", "random")  # and single:REWARD
+
+
+def preference_labels(label, rewards, seed=0):
+    """phi of every list of a data set: the choices of RankDPO's Table 4 and BalancedDPO's Table III. All but
+    majority are shares of pairwise wins, of every reward or of the one number that stands for them.
+
+    rewards: N tensors (K_n, R), lists of any lengths -> N tensors phi (K_n,) in [0, 1], fp32. single:REWARD is
+    phi, the caller leaves that one column; random follows from (seed, place of the list) and needs no
+    rewards: R may be 0. ValueError for an unknown label and as in preference_probability."""
+    if label not in LABELS and not label.startswith("single:"):
+        raise ValueError(f"preference_labels: {label!r} is none of {', '.join(LABELS)} and single:REWARD")
+    if label == "normalized_sum":  # rewards standardised over all images of the data set
+        scale = torch.cat(rewards).std(0).clamp(min=1e-12)  # (R,)
+        rewards = [r / scale for r in rewards]
+    if label in ("sum", "normalized_sum"):
+        rewards = [r.sum(-1, keepdim=True) for r in rewards]  # (K_n, 1)
+    if label == "random":
+        coins = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(rewards))]
+        rewards = [torch.randperm(len(r), generator=g)[:, None] for r, g in zip(rewards, coins)]
+    phi, by_length = [None] * len(rewards), {}
+    for n, r in enumerate(rewards):
+        by_length.setdefault(len(r), []).append(n)
+    for K, places in by_length.items():  # lists of one length together
+        same = torch.stack([rewards[n] for n in places])  # (N of that length, K, R)
+        if label == "majority":  # share of the others that most rewards place below
+            shares = (majority_vote(same) > 0).float().sum(-1) / (K - 1)
+        else:
+            shares = preference_probability(same).float()
+        for n, share in zip(places, shares):
+            phi[n] = share
+    return phi
+
+
 # ----------------------------------------------------------------------------- weights (B, K, K)
 
 

@@ -72,7 +72,10 @@ class Method:
         f"{HERE}/toy/models/sdxl", "what to tune: folder, hub id, base+adapters or random:sdxl"
     )
     resolution: int = option(0, "resize and crop images to this side in pixels; 0 = as they are", at_least=0)
-    labels: str = option("given", "controls: other labels must not help", ("given", "reversed", "random"))
+    label: str = option(
+        "given", f"phi as stored, reversed, or from stored scores: {', '.join(losses.LABELS)}"
+    )
+    label_rewards: tuple = option((), "which stored scores --label and --loss balanced count (default: all)")
     holdout: float = option(0.0, "share of the lists kept for accuracy on unseen ones", at_least=0, below=1)
     seed: int = option(0, "order of the lists, timesteps, noise", at_least=0)
     # objective
@@ -127,23 +130,32 @@ class Config(Method):
 
 
 def read_lists(cfg):
-    """Rows of metadata.jsonl, with the labels that --labels asks for."""
+    """Rows of metadata.jsonl with the phi that --label asks for, and the scores that count."""
+    common.check_label(cfg.label, ("given", "reversed", *losses.LABELS))
     if cfg.data == "random":
         phi = [1.0, 2 / 3, 1 / 3, 0.0]
         return [{"prompt": "", "phi": phi, "scores": {"random": phi}}] * cfg.global_batch_size
-    rows = common.read_metadata(cfg.data, labelled=True)
-    return [relabel(row, cfg.labels, cfg.seed, n) for n, row in enumerate(rows)]
+    if cfg.loss == "balanced" and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
+        fail(
+            f"--loss balanced votes on the scores and looks at no phi: take --label {cfg.label} with another"
+        )
+    stored = cfg.label in ("given", "reversed")
+    rows = common.read_metadata(cfg.data, lists=True, labelled=stored)
+    if cfg.label_rewards or not stored:
+        names, rewards = common.stored_rewards(cfg.data, rows, cfg.label, cfg.label_rewards)
+        rows = [dict(row, scores={name: row["scores"][name] for name in names}) for row in rows]
+    if not stored:
+        every_phi = losses.preference_labels(cfg.label, rewards, cfg.seed)
+        rows = [dict(row, phi=phi.tolist()) for row, phi in zip(rows, every_phi)]
+    return [control(row, cfg.label) for row in rows]
 
 
-def relabel(row, labels, seed, n):
-    """The row of list n with its labels turned around, or shuffled among its images, which stay."""
-    k = len(row["phi"])
-    order = common.random_order(k, seed, n) if labels == "random" else np.arange(k)
-    phi = [row["phi"][i] for i in order]
-    scores = {name: [s[i] for i in order] for name, s in row["scores"].items()}
-    if labels == "reversed":
-        phi, scores = [1 - p for p in phi], {name: [-x for x in s] for name, s in scores.items()}
-    return dict(row, phi=phi, scores=scores)
+def control(row, label):
+    """The row, with all that a loss may look at turned around or random if the label is: it must not help."""
+    if label == "reversed":
+        scores = {name: [-x for x in values] for name, values in row["scores"].items()}
+        return dict(row, phi=[1 - p for p in row["phi"]], scores=scores)
+    return dict(row, scores={"random": row["phi"]}) if label == "random" else row
 
 
 def list_weights(cfg, row, n):
@@ -509,7 +521,8 @@ def identity(cfg, rows):
     options = {f.name: getattr(cfg, f.name) for f in fields(Method)}
     files = [p for part in cfg.model.split("+") for p in sorted(Path(part).rglob("*.safetensors"))]
     weights = hashlib.sha256(json.dumps([common.ends_of(p, 1 << 20) for p in files]).encode())
-    return {**options, "weights": weights.hexdigest()[:16], "lists": digest.hexdigest()[:16]}
+    now = {**options, "weights": weights.hexdigest()[:16], "lists": digest.hexdigest()[:16]}
+    return json.loads(json.dumps(now))  # as it is read back: tuples are lists
 
 
 def read_run(folder):

@@ -28,7 +28,6 @@ import hashlib
 import json
 import os
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from tqdm import tqdm
 
 from common import (
     HERE,
+    check_label,
     ends_of,
     fail,
     in_range,
@@ -54,16 +54,16 @@ from common import (
     picture_grid,
     process_rank,
     publish,
-    random_order,
     read_image,
     read_metadata,
     read_prompts,
     read_text,
     start_processes,
+    stored_rewards,
     writable_folder,
     write_text,
 )
-from losses import majority_vote, preference_probability, preference_rank
+from losses import LABELS, preference_labels, preference_rank
 from pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows
 
@@ -83,7 +83,6 @@ TOY_MODELS = (
     f"sd15={HERE}/toy/models/sd15,steps=16,guidance=5,seed=1",
 )
 STAGES = ("generate", "score", "label")
-LABELS = ("phi", "sum", "normalized_sum", "majority", "random")  # and single:REWARD
 
 
 @dataclass
@@ -259,55 +258,12 @@ def lists_from_elsewhere(cfg):
     return lists
 
 
-def rewards_that_rank(cfg, lists):
-    """Names of --rewards if they are given, else of all that have scores."""
-    there = list(lists[0].get("scores", {}))
-    single = [cfg.label[7:]] if cfg.label.startswith("single:") else []
-    chosen = there if cfg.rewards == TOY_REWARDS else [reward_name(spec) for spec in cfg.rewards] + single
-    names = [name for name in there if name in chosen]
-    if not set(single) <= set(names) or (not names and cfg.label != "random"):
-        wanted = f"no such scores in {cfg.out} (there are {', '.join(there) or 'none'})"
-        fail(
-            f"--label {cfg.label}: {wanted}; score first: python rewards.py --score {cfg.out} --rewards NAME"
-        )
-    for n, row in enumerate(lists, 1):
-        if missing := [name for name in names if name not in row.get("scores", {})]:
-            mend = f"score it (python rewards.py --score {cfg.out}) or delete that row"
-            fail(f"{cfg.out}/metadata.jsonl, row {n}: no scores of {missing[0]}; {mend}")
-    return names
-
-
-def phi_of(label, rewards, names, indices, seed):
-    """phi (N, K) of N lists from their rewards (N, K, R), by a choice of RankDPO's Table 4 or BalancedDPO's
-    Table III. All but majority are shares of pairwise wins: of every reward, or of the one number that stands
-    for them. `indices` (N,) are the lists' places in the data set."""
-    if label == "phi":  # Algorithm 1
-        return preference_probability(rewards)
-    if label.startswith("single:"):
-        return preference_probability(rewards[..., [names.index(label[7:])]])
-    if label == "sum":
-        return preference_probability(rewards.sum(-1, keepdim=True))
-    if label == "normalized_sum":  # of rewards standardised over the whole data set
-        scale = rewards.flatten(0, 1).std(0).clamp(min=1e-12)
-        return preference_probability((rewards / scale).sum(-1, keepdim=True))
-    K = rewards.shape[1]
-    if label == "majority":  # share of the others that most rewards place below
-        return (majority_vote(rewards) > 0).float().sum(-1) / (K - 1)
-    orders = np.stack([random_order(K, seed, n) for n in indices])  # random
-    return preference_probability(torch.from_numpy(orders)[..., None])
-
-
 def label_stage(cfg, lists):
     """Write phi and rank of every list, and nothing else, into metadata.jsonl; then pictures and summary."""
-    out, names, by_length = Path(cfg.out), rewards_that_rank(cfg, lists), defaultdict(list)
-    for i, row in enumerate(lists):
-        by_length[len(row["file_names"])].append(i)
-    for K, members in by_length.items():  # lists of one length together
-        scores = [[lists[i]["scores"][name] for name in names] for i in members]
-        rewards = torch.tensor(scores, dtype=torch.float64).view(len(members), -1, K).mT  # (N, K, R)
-        phi = phi_of(cfg.label, rewards, names, members, cfg.seed).float()  # (N, K)
-        for i, p, rank in zip(members, phi.tolist(), preference_rank(phi).tolist()):
-            lists[i].update(phi=p, rank=rank)
+    out, wanted = Path(cfg.out), [reward_name(spec) for spec in cfg.rewards]
+    names, rewards = stored_rewards(out, lists, cfg.label, () if cfg.rewards == TOY_REWARDS else wanted)
+    for row, phi in zip(lists, preference_labels(cfg.label, rewards, cfg.seed)):
+        row.update(phi=phi.tolist(), rank=preference_rank(phi).tolist())
     write_text(out / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in lists))
     draw_preview(out, lists)
     summary = {"label": cfg.label, "rewards": names, **summarise(lists, names), **speed_and_cost(cfg, lists)}
@@ -534,8 +490,7 @@ def check_choices(cfg):
     names = [reward_name(spec) for spec in cfg.rewards]
     if "toyworld" in names:
         fail("--rewards toyworld: the exact checker is for evaluation only, labels come from reward models")
-    if cfg.label not in LABELS and not cfg.label.startswith("single:"):
-        fail(f"--label {cfg.label}: there are {', '.join(LABELS)} and single:REWARD")
+    check_label(cfg.label, LABELS)
     if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
         fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")
     part, _, parts = cfg.shard.partition("/")

@@ -608,18 +608,18 @@ def test_reversed_labels_turn_the_gradient_around(lists, tiny, tmp_path):
         1e-3,
         "--global_batch_size",
         10,
-        "--labels",
+        "--label",
         "reversed",
     )[-1]
     assert (
         right["best_s"] < right["worst_s"] and wrong["best_s"] < wrong["worst_s"]
     )  # each orders its own labels
-    row, flipped = rows_of(lists)[0], rankdpo.relabel(rows_of(lists)[0], "reversed", 0, 0)
-    assert flipped["phi"] == [1 - p for p in row["phi"]] and flipped["scores"]["clip"] == [
-        -s for s in row["scores"]["clip"]
-    ]
-    shuffled = rankdpo.relabel(row, "random", 0, 0)
-    assert sorted(shuffled["phi"]) == sorted(row["phi"]) and shuffled["file_names"] == row["file_names"]
+    rows = lambda label: rankdpo.read_lists(rankdpo.Config(data=str(lists), label=label))
+    for row, flipped, random in zip(rows_of(lists), rows("reversed"), rows("random")):
+        assert flipped["phi"] == [1 - p for p in row["phi"]]
+        assert flipped["scores"]["clip"] == [-s for s in row["scores"]["clip"]]
+        assert sorted(random["phi"]) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+        assert random["scores"] == {"random": random["phi"]} and random["file_names"] == row["file_names"]
 
 
 def test_the_curve_does_not_depend_on_the_micro_batch(lists, tiny, tmp_path):

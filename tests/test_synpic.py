@@ -3,6 +3,7 @@
 pytest -q tests/test_synpic.py
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,8 +23,10 @@ from PIL import Image
 from scipy.stats import kendalltau
 
 import common
+import rankdpo
 import rewards as reward_models
 import synpic
+from losses import LABELS, preference_labels
 from toy import build
 
 
@@ -437,34 +440,74 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
 
 
 def test_every_label_against_hand_made_ones():
-    R = torch.tensor(
-        [[[3.0, 10.0, 0.0], [2.0, 30.0, 1.0], [1.0, 20.0, 2.0]]], dtype=torch.float64
-    )  # (1, 3 images, 3 rewards)
-    phi = lambda label, rewards=R: synpic.phi_of(label, rewards, ["a", "b", "c"], [0], 0)[0].tolist()
-    assert phi("phi") == pytest.approx(
-        [2 / 6, 4 / 6, 3 / 6]
-    )  # wins: 2+0+0, 1+2+1, 0+1+2 of 3 rewards x 2 others
-    assert phi("single:a") == [1, 0.5, 0] and phi("single:b") == [0, 1, 0.5]
+    # (1, 3 images, 3 rewards)
+    R = torch.tensor([[[3.0, 10, 0], [2, 30, 1], [1, 20, 2]]], dtype=torch.float64)
+    phi = lambda label, rewards=R: preference_labels(label, list(rewards))[0].tolist()
+    third = pytest.approx([2 / 6, 4 / 6, 3 / 6])  # wins: 2+0+0, 1+2+1, 0+1+2 of 3 rewards x 2 others
+    assert phi("phi") == third
+    assert phi("single:a", R[..., :1]) == [1, 0.5, 0] and phi("single:b", R[..., 1:2]) == [0, 1, 0.5]
     assert phi("sum") == [0, 1, 0.5]  # 13, 33, 23: the reward of the largest scale decides
     # standard deviations 1, 10, 1: 3 + 1 + 0, 2 + 3 + 1, 1 + 2 + 2
     assert phi("normalized_sum") == [0, 1, 0.5]
-    big = R * torch.tensor([1.0, 1e-6, 1e-3])
-    assert phi("sum", big) == [1, 0.5, 0] and phi("normalized_sum", big) == [
-        0,
-        1,
-        0.5,
-    ]  # scale of the rewards does not matter
+    big = R * torch.tensor([1.0, 1e-6, 1e-3])  # the scale of the rewards does not matter
+    assert phi("sum", big) == [1, 0.5, 0] and phi("normalized_sum", big) == [0, 1, 0.5]
     assert phi("majority") == pytest.approx([0, 1, 0.5])  # 0 loses to 1 and 2 by 2:1, 1 beats 2 by 2:1
-    draws = [synpic.phi_of("random", R, ["a"], [n], 0)[0].tolist() for n in range(60)]
-    assert {tuple(d) for d in draws} == {
-        (0, 0.5, 1),
-        (0, 1, 0.5),
-        (0.5, 0, 1),
-        (0.5, 1, 0),
-        (1, 0, 0.5),
-        (1, 0.5, 0),
-    }
-    assert draws == [synpic.phi_of("random", R, ["a"], [n], 0)[0].tolist() for n in range(60)]
+    draws = [tuple(p.tolist()) for p in preference_labels("random", list(R[..., :0].expand(60, 3, 0)), 0)]
+    assert set(draws) == set(itertools.permutations((0, 0.5, 1)))
+    assert draws[:9] == [tuple(p.tolist()) for p in preference_labels("random", list(R.expand(9, 3, 3)), 0)]
+    with pytest.raises(ValueError, match="voting"):
+        preference_labels("voting", list(R))
+
+
+def test_lists_of_several_lengths_share_one_scale_and_keep_their_places():
+    g = torch.Generator().manual_seed(0)
+    rewards = [torch.randn(k, 2, generator=g, dtype=torch.float64) for k in (4, 2, 3, 2, 4, 9)]
+    for r in rewards:
+        r[:, 1] *= 50 if len(r) == 2 else 0.1
+    scale = torch.cat(rewards).std(0)
+    for label in ("phi", "normalized_sum", "majority", "single:x"):
+        for r, phi in zip(rewards, preference_labels(label, rewards)):
+            beats = r[:, None] > r  # (K, K, R)
+            if label == "normalized_sum":
+                both = (r / scale).sum(1)
+                beats = (both[:, None] > both)[..., None]
+            if label == "majority":
+                votes = beats.sum(-1)  # (K, K)
+                beats = (votes > votes.T)[..., None]
+            assert torch.allclose(phi, beats.float().mean(-1).sum(1) / (len(r) - 1))
+    pairs = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 4.0]])]
+    longer = torch.tensor([[-100.0, 0.0], [100.0, 0.0], [0.0, 1.0]])
+    assert preference_labels("normalized_sum", pairs)[0].tolist() == [1, 0]  # 1 / .5 against 1 / 1.9
+    assert preference_labels("normalized_sum", [*pairs, longer])[0].tolist() == [0, 1]
+
+
+def test_the_trainer_makes_the_labels_that_synpic_writes(uneven, tmp_path, monkeypatch):
+    """One folder, several labels: the trainer's rows are those of a folder that was labelled anew."""
+    out, rows = (
+        tmp_path / "copy",
+        lambda *more: rankdpo.read_lists(rankdpo.Config(data=str(out), **dict(more))),
+    )
+    shutil.copytree(uneven, out, ignore=shutil.ignore_patterns(".cache"))
+    for name in ("draw_preview", "draw_summary"):  # half a second each
+        monkeypatch.setattr(synpic, name, lambda *_: None)
+    for label in (*LABELS, "single:clip"):
+        for chosen in ((), ("clip", "pickscore")):
+            mine = rows(("label", label), ("label_rewards", chosen))
+            wanted = ["--rewards", *chosen] if chosen else []
+            synpic.main(["--out", str(out), "--stages", "label", "--label", label, *wanted])
+            assert [row["phi"] for row in mine] == [row["phi"] for row in rows_of(out)], (label, chosen)
+            names = {"random"} if label == "random" else set(chosen or mine[0]["scores"])
+            assert set(mine[0]["scores"]) == ({"clip"} if label == "single:clip" else names)
+
+
+def test_labels_that_cannot_be_are_refused_by_both(lists, capsys):
+    train, label = ["--data", lists], ["--out", lists, "--stages", "label"]
+    for main, args in ((rankdpo.main, train), (synpic.main, label)):
+        fails(main, [*args, "--label", "voting"], "--label voting", "majority", capsys=capsys)
+        fails(main, [*args, "--label", "single:mps"], "no such scores: mps", "clip", capsys=capsys)
+    fails(rankdpo.main, [*train, "--label_rewards", "clip", "mps"], "no such scores: mps", capsys=capsys)
+    fails(synpic.main, [*label, "--rewards", "clip", "mps"], "no such scores: mps", capsys=capsys)
+    fails(rankdpo.main, [*train, "--loss", "balanced", "--label", "sum"], "looks at no phi", capsys=capsys)
 
 
 def test_relabelling_rewrites_phi_and_rank_only(lists, tiny, tmp_path):
