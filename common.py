@@ -532,7 +532,7 @@ def check_label(label, known):
 
 def stored_rewards(folder, rows, label, wanted=()):
     """(names, rewards) that a label counts: names of R stored scores and for each row of metadata.jsonl a
-    tensor (K, R), fp64. They are the `wanted` scores or all that are there, or that of single:REWARD alone."""
+    tensor (K, R), fp64. They are the `wanted` scores, or all there are, or that of single:REWARD alone."""
     there = list(rows[0]["scores"])
     if label.startswith("single:"):
         wanted = [label[7:]]

@@ -104,8 +104,8 @@ def preference_labels(label, rewards, seed=0):
     """phi of every list of a data set: the choices of RankDPO's Table 4 and BalancedDPO's Table III. All but
     majority are shares of pairwise wins, of every reward or of the one number that stands for them.
 
-    rewards: N tensors (K_n, R), lists of any lengths -> N tensors phi (K_n,) in [0, 1], fp32. single:REWARD is
-    phi, the caller leaves that one column; random follows from (seed, place of the list) and needs no
+    rewards: N tensors (K_n, R), lists of any lengths -> N tensors phi (K_n,) in [0, 1], fp32. single:REWARD
+    is phi, the caller leaves that one column; random follows from (seed, place of the list) and needs no
     rewards: R may be 0. ValueError for an unknown label and as in preference_probability."""
     if label not in LABELS and not label.startswith("single:"):
         raise ValueError(f"preference_labels: {label!r} is none of {', '.join(LABELS)} and single:REWARD")

@@ -28,7 +28,8 @@ OPTIONS = """
 --warmup_steps -1 | --global_batch_size 0 | --device_batch_size 0 | --images_per_forward -1 | --lora_rank -1
 --sample_every -1 | --sample_prompts 0 | --sample_steps 0 | --sample_guidance nan | --sample_guidance -1
 --ref_refresh -1 | --loss ppo | --ties lucky | --noise loud | --timesteps late
---label wrong | --label single:none | --precision fp8 | --gradient_checkpointing maybe | --resume perhaps | --device abacus
+--label wrong | --label single:none | --precision fp8 | --gradient_checkpointing maybe | --resume perhaps
+--device abacus
 --learning_rate 1 | --lr | --steps 99999999999999999999 | --resolution 9223372036854775808 | --lora_rank 1e400
 """
 

@@ -615,11 +615,11 @@ def test_reversed_labels_turn_the_gradient_around(lists, tiny, tmp_path):
         right["best_s"] < right["worst_s"] and wrong["best_s"] < wrong["worst_s"]
     )  # each orders its own labels
     rows = lambda label: rankdpo.read_lists(rankdpo.Config(data=str(lists), label=label))
-    for row, flipped, random in zip(rows_of(lists), rows("reversed"), rows("random")):
+    for row, flipped, chance in zip(rows_of(lists), rows("reversed"), rows("random")):
         assert flipped["phi"] == [1 - p for p in row["phi"]]
         assert flipped["scores"]["clip"] == [-s for s in row["scores"]["clip"]]
-        assert sorted(random["phi"]) == pytest.approx([0, 1 / 3, 2 / 3, 1])
-        assert random["scores"] == {"random": random["phi"]} and random["file_names"] == row["file_names"]
+        assert sorted(chance["phi"]) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+        assert chance["scores"] == {"random": chance["phi"]} and chance["file_names"] == row["file_names"]
 
 
 def test_the_curve_does_not_depend_on_the_micro_batch(lists, tiny, tmp_path):
