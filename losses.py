@@ -190,11 +190,8 @@ def sft_weights(phi):
 def score_weights(scores):
     """(B, K) scores of one reward -> (B, K): r_i / K, so that the loss is the mean over the list of score
     times error. RankDPO Table 5 weighs by HPSv2.1 "similar to" Lee et al. (2302.12192), whose weight is the
-    reward itself. ValueError for a negative score, which would make an image worse."""
-    scores = _floats("scores", scores, 2)
-    if (scores < 0).any():
-        raise ValueError("score_weights: a negative score cannot weigh an error; take a reward that is >= 0")
-    return scores / scores.shape[1]
+    reward itself. A score below 0, which would make an image worse, weighs 0."""
+    return _floats("scores", scores, 2).clamp(min=0) / scores.shape[1]
 
 
 # ----------------------------------------------------------------------------- errors and the loss

@@ -494,6 +494,16 @@ def generate_each(pipe, prompts, seeds, settings):
 
 
 @torch.no_grad()
+def encode_nothing(pipe, size, device, dtype):
+    """encode_prompts' of no caption, {name: tensor} of an image, as guidance has it: SDXL's text is zeros."""
+    for encoder in text_encoders_of(pipe).values():
+        encoder.to(device, dtype)
+    cond = family_of(pipe).encode_prompts(pipe, [""], size)
+    zero = pipe.config.get("force_zeros_for_empty_prompt", False)
+    return {name: (c[0] * (not zero or name == "time_ids")).cpu() for name, c in cond.items()}
+
+
+@torch.no_grad()
 def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
     """Prompts -> the arguments with which `pipe` draws them without its text encoders, which are dropped."""
     encoders, family = text_encoders_of(pipe), family_of(pipe)

@@ -54,7 +54,9 @@ from common import HERE, fail, option, process_rank
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves for itself: on purpose
 
-LOSSES = ("rankdpo", "dpo", "gain", "balanced", "sft", "weighted")
+LOSSES = ("rankdpo", "dpo", "gain", "balanced", "direct", "random_scorer", "sft", "weighted", "dro")
+PAIRWISE = LOSSES[:6]
+UNSEEN = 2**40  # the position of held-out lists: no step has it
 SUITS = {  # (--beta, --lr, --lr of adapters) where they are not given, by the scale of the model
     "toy": (100.0, 2e-4, 2e-4),
     "noise": (2500.0, 2e-5, 1e-4),  # of public DPO trainers of SDXL at 1024 px, with batches of 1024 and 2048
@@ -79,16 +81,23 @@ class Method:
     holdout: float = option(0.0, "share of the lists kept for accuracy on unseen ones", at_least=0, below=1)
     seed: int = option(0, "order of the lists, timesteps, noise", at_least=0)
     # objective
-    loss: str = option("rankdpo", "sft and weighted fine-tune, gain is DPO + gain, balanced votes", LOSSES)
+    loss: str = option("rankdpo", "the objective; losses.py has the table", LOSSES)
     beta: float = option(
         None, "for mean squared errors without a half (default: what suits the model)", above=0
     )
+    rank_by: str = option("labels", "the tau of Eq. 6; model: LambdaLoss's", ("labels", "model"))
     ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal", "random"))
+    weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
+    label_smoothing: float = option(0.0, "share of wrong labels (conservative DPO)", at_least=0, below=0.5)
+    sft_weight: float = option(0.0, "add this times the error of each list's best image", at_least=0)
     ref_refresh: int = option(
         0, "steps between copies of the policy into the reference; 0 = never", at_least=0
     )
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
     timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
+    caption_dropout: float = option(
+        None, "share of lists without caption (default: 0, .2 for dro)", at_least=0, below=1
+    )
     # optimiser
     lr: float = option(
         None, "peak learning rate of AdamW, decays to 0 (default: what suits the model)", above=0
@@ -159,35 +168,70 @@ def control(row, label):
 
 
 def list_weights(cfg, row, n):
-    """What the labels of list n mean to --loss: weights of its pairs (K, K), or of its images (K,)."""
+    """What the labels of list n mean to --loss: weights of its pairs (K, K), for random_scorer those of each
+    reward (R, K, K), or weights of its images (K,)."""
     phi = torch.tensor([row["phi"]])  # (1, K)
     if cfg.loss == "rankdpo":
         return losses.dcg_weights(phi)[0]
-    if cfg.loss == "dpo":
+    if cfg.loss in ("dpo", "dro"):
         return losses.dpo_weights(phi)[0]
     if cfg.loss == "gain":
         return losses.gain_weights(phi)[0]
-    if cfg.loss == "sft":  # the best image, ties shared
-        best = (phi[0] == phi.max()).float()
-        return best / best.sum()
+    if cfg.loss == "sft":
+        return losses.sft_weights(phi)[0]
     if cfg.loss == "weighted":
-        return phi[0] / phi.sum().clamp(min=1e-6)
-    rewards = torch.tensor([list(v) for v in row["scores"].values()]).T[None]  # (1, K, R)
+        return losses.score_weights(torch.tensor([row["scores"][cfg.weight_by]]))[0]
+    rewards = torch.tensor(list(row["scores"].values()))  # (R, K)
+    if cfg.loss == "direct":
+        return losses.direct_weights(rewards.T[None])[0]
+    if cfg.loss == "random_scorer":
+        return losses.dpo_weights(rewards)
     coin = torch.Generator().manual_seed(cfg.seed * 1_000_003 + n)
-    return losses.vote_weights(losses.majority_vote(rewards, cfg.ties, coin))[0]
+    return losses.vote_weights(losses.majority_vote(rewards.T[None], cfg.ties, coin))[0]
 
 
-def stack_weights(cfg, rows):
-    """Weights (L, K, K) or (L, K) and mask (L, K) of L lists, True for real images; K is the longest's."""
-    if cfg.loss == "balanced" and (not rows[0]["scores"] or len({frozenset(r["scores"]) for r in rows}) > 1):
-        fail("--loss balanced needs the scores of every reward for every list: run synpic.py's score stage")
+Labels = namedtuple("Labels", "weights phi mask")  # of L lists, K the longest's; what fills up: 0, -1, False
+
+
+def stack_labels(cfg, rows):
+    """Labels of L lists: weights (L, [R,] K, K) or (L, K), phi (L, K), mask (L, K) True for real images."""
+    check_objective(cfg, rows)
     weights = [list_weights(cfg, row, n) for n, row in enumerate(rows)]
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
-    K = max(len(w) for w in weights)
-    mask = torch.tensor([[i < len(w) for i in range(K)] for w in weights])
-    pad = lambda w: torch.nn.functional.pad(w, (0, K - len(w)) * w.dim())
-    return torch.stack([pad(w) for w in weights]), mask
+    K = max(w.shape[-1] for w in weights)
+    pad = lambda w, value=0: torch.nn.functional.pad(w, (0, K - w.shape[-1]) * min(w.dim(), 2), value=value)
+    phi = torch.stack([pad(torch.tensor(row["phi"]), -1) for row in rows])
+    return Labels(torch.stack([pad(w) for w in weights]), phi, phi >= 0)
+
+
+def check_objective(cfg, rows):
+    """The options fit --loss, and the scores that it looks at are there."""
+    if cfg.rank_by == "model" and cfg.loss != "rankdpo":
+        fail(f"--rank_by model is of --loss rankdpo; {cfg.loss} has no rank in its weights")
+    if cfg.label_smoothing and cfg.loss not in PAIRWISE:
+        fail(f"--label_smoothing needs pairs: --loss {', '.join(PAIRWISE)}")
+    names = {frozenset(row["scores"]) for row in rows}
+    if cfg.loss in ("balanced", "direct", "random_scorer") and (len(names) > 1 or not rows[0]["scores"]):
+        fail(
+            f"--loss {cfg.loss} needs the scores of every reward for every list: run synpic.py's score stage"
+        )
+    if cfg.loss == "weighted":
+        there = ", ".join(sorted(frozenset.intersection(*names))) or "none"
+        if lacking := [n for n, row in enumerate(rows, 1) if cfg.weight_by not in row["scores"]]:
+            missing = f"{cfg.data}/metadata.jsonl, list {lacking[0]}: no scores of {cfg.weight_by}"
+            fail(f"{missing}; name another reward with --weight_by (every list has {there})")
+        unusable = np.mean([x <= 0 for row in rows for x in row["scores"][cfg.weight_by]])
+        if unusable >= 0.5:
+            share = f"{unusable:.0%} of the scores are not positive and cannot weigh an error"
+            fail(f"--weight_by {cfg.weight_by}: {share}; name another reward (there are {there})")
+
+
+def even_votes(rows):
+    """Share of the pairs of all lists for whose images equally many rewards vote."""
+    votes = [losses.majority_vote(torch.tensor(list(row["scores"].values())).T) for row in rows]  # (K, K)
+    even = sum((vote == 0).sum().item() - len(vote) for vote in votes)  # each pair twice; not the diagonal
+    return even / sum(len(vote) * (len(vote) - 1) for vote in votes)
 
 
 def complete(cfg, pipe):
@@ -262,6 +306,16 @@ def encode_lists(cfg, rows, pipe, device, dtype):
     return lambda n: load_file(file_of(n))
 
 
+def dropped_caption(cfg, pipe, item, device, dtype):
+    """What a list whose caption is dropped is conditioned on, {name: tensor}."""
+    if not cfg.caption_dropout:
+        return {}
+    if cfg.data == "random":
+        return {name: torch.zeros_like(t) for name, t in item.items() if name != "latents"}
+    size = [side * pipelines.vae_factor(pipe) for side in item["latents"].shape[-2:]]
+    return pipelines.encode_nothing(pipe, size, device, dtype)
+
+
 def random_lists(shapes, k=4):
     """read(n) of --data random: lists of four, to measure with."""
 
@@ -276,27 +330,37 @@ def random_lists(shapes, k=4):
 # ----------------------------------------------------------------------------- data: batches
 
 
+def generator_of(cfg, position, n, *use):
+    """The random numbers of list n at a position of the run, which counts lists over all steps: from (seed,
+    position, list) alone, the same for any number of processes. Each use has its own."""
+    state = int(np.random.SeedSequence([cfg.seed, position, n, *use]).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state % 2**63)
+
+
 def draw(cfg, position, n, shape):
-    """(u, noise) of list n at a position of the run: u () uniform in [0, 1), noise (k, C, h, w). `position`
-    counts lists over all steps. From (seed, position, list) alone: the same for any number of processes."""
-    state = int(np.random.SeedSequence([cfg.seed, position, n]).generate_state(1, np.uint64)[0])
-    g = torch.Generator().manual_seed(state % 2**63)
+    """(u, noise) of a list: u () uniform in [0, 1), noise (k, C, h, w)."""
+    g = generator_of(cfg, position, n)
     u = torch.rand((), generator=g)
     noise = torch.randn(shape if cfg.noise == "independent" else (1,) + shape[1:], generator=g)
     return u, noise.expand(shape)
 
 
-Batch = namedtuple("Batch", "x_t t target cond mask weights u")  # N = B K images, from mask on B lists
+Batch = namedtuple("Batch", "x_t t target cond mask weights phi time")  # N = B K images; B lists from mask on
 
 
-def load_batch(cfg, read, scheduler, weights, mask, device, dtype, lists):
+def load_batch(cfg, read, scheduler, labels, nothing, device, dtype, lists):
     """[(position, list)] -> a Batch. A list that is shorter than K is filled up with its first image, which
-    the mask keeps out of the loss: all batches have one shape, every process takes equally many passes."""
-    index, K = [n for _, n in lists], mask.shape[1]
+    the mask keeps out of the loss: all batches have one shape, every process takes equally many passes. Once
+    a list, a caption is dropped (for `nothing`; both networks see the same) and a scorer drawn."""
+    index, K = [n for _, n in lists], labels.mask.shape[1]
     wide = torch.promote_types(dtype, torch.float32)  # of noise, errors and losses
     items = [read(n) for n in index]
     shapes = [tuple(item["latents"].shape) for item in items]
     draws = [draw(cfg, position, n, shape) for (position, n), shape in zip(lists, shapes)]
+    coins = [torch.rand(2, generator=generator_of(cfg, position, n, 1)).tolist() for position, n in lists]
+    for item, (position, _), (coin, _) in zip(items, lists, coins):
+        if position < UNSEEN and coin < (cfg.caption_dropout or 0):
+            item.update(nothing)
     fill = lambda t: torch.cat([t, t[:1].expand(K - len(t), *t.shape[1:])])
     x = torch.cat([fill(item["latents"]) for item in items]).to(device, wide)  # (N, C, h, w)
     noise = torch.cat([fill(noise) for _, noise in draws]).to(device, wide)  # (N, C, h, w)
@@ -305,7 +369,11 @@ def load_batch(cfg, read, scheduler, weights, mask, device, dtype, lists):
     cond = {name: torch.stack([item[name] for item in items]).to(device) for name in names}
     cond = {name: c.repeat_interleave(K, 0) for name, c in cond.items()}  # (N, ...)
     x_t, t, target = pipelines.add_noise(scheduler, x, noise, u.repeat_interleave(K), cfg.timesteps)
-    return Batch(x_t, t, target, cond, mask[index].to(device), weights[index].to(device), u)
+    weights, phi, mask = (values[index] for values in labels)
+    if cfg.loss == "random_scorer":  # (B, R, K, K)
+        weights = torch.stack([w[int(coin * len(w))] for w, (_, coin) in zip(weights, coins)])
+    time = t[::K] / scheduler.config.num_train_timesteps  # (B,); of rectified flow: sigma
+    return Batch(x_t, t, target, cond, mask.to(device), weights.to(device), phi.to(device), time)
 
 
 def lists_of_step(cfg, step, seen):
@@ -343,24 +411,55 @@ def parts_of(batch, images_per_forward):
 
 def list_loss(cfg, policy_err, ref_err, batch):
     """Errors (B, K) -> loss (B,), and rows (B, M) of what METRICS names."""
-    if batch.weights.dim() == 2:
-        loss, metrics = losses.finetuning_loss(policy_err, ref_err, batch.weights, batch.mask)
+    weights, phi, mask = batch.weights, batch.phi, batch.mask
+    if cfg.loss in ("sft", "weighted"):
+        loss, metrics = losses.finetuning_loss(policy_err, ref_err, weights, mask)
     else:
-        loss, metrics = losses.preference_loss(policy_err, ref_err, batch.weights, cfg.beta, batch.mask)
-    metrics.update(loss=loss.detach(), u=batch.u.to(loss.dtype))
+        if cfg.rank_by == "model":  # padding comes last
+            s = (policy_err.detach() - ref_err).nan_to_num().masked_fill(~mask, float("inf"))
+            weights = losses.dcg_weights(phi, losses.model_rank(s, phi))
+        weights = losses.smooth_weights(weights, cfg.label_smoothing)
+        loss, metrics = losses.preference_loss(policy_err, ref_err, weights, cfg.beta, mask)
+    if cfg.sft_weight:  # the mean over the images that are best by phi
+        best = ((phi == phi.amax(1, keepdim=True)) & mask).to(loss)  # (B, K)
+        loss = loss + cfg.sft_weight * (best * policy_err).sum(1) / best.sum(1)
+    metrics.update(loss=loss.detach(), time=batch.time.to(loss.dtype))
     return loss, torch.stack([metrics[name] for name in METRICS], 1)
 
 
-METRICS = ("loss", "accuracy", "best_s", "worst_s", "weight", "unweighted", "u")
+METRICS = ("loss", "accuracy", "best_s", "worst_s", "weight", "unweighted", "time")
 
 
 def summarise(rows):
     """Rows (lists, M) -> numbers for the log: means over the lists that have a value, every list counting
-    once, and the accuracy in ten bins of u, the timesteps, from little noise to much."""
+    once, and the accuracy in ten bins of t / 1000, or sigma of rectified flow: from little noise to much."""
     mean = dict(zip(METRICS, rows.nanmean(0).tolist()))
-    accuracy, bins = rows[:, METRICS.index("accuracy")], (rows[:, METRICS.index("u")] * 10).long().clamp(0, 9)
-    del mean["u"]
+    accuracy, time = rows[:, METRICS.index("accuracy")], rows[:, METRICS.index("time")]
+    bins = (time * 10).long().clamp(0, 9)
+    del mean["time"]
     return {**mean, "accuracy_by_time": [accuracy[bins == i].nanmean().item() for i in range(10)]}
+
+
+def accumulate_gradient(cfg, errors, policy, engine, batch, scale, images_kept=slice(None)):
+    """Adds to .grad that of `scale` times the sum of a batch's losses; returns rows (B, M) of metrics.
+    `images_kept`: which of the K images' part of it."""
+    parts = parts_of(batch, cfg.images_per_forward)
+
+    # ---- errors, (B, K): a single pass keeps its graph, several are computed once more below
+    with torch.no_grad(), reference_network(policy, *engine) as network:
+        ref_err = batch_errors(errors, network, batch, parts)
+    with torch.set_grad_enabled(len(parts) == 1):
+        err = batch_errors(errors, policy, batch, parts)
+
+    # ---- loss and gradient: what goes back through each image's error is the loss's slope there
+    policy_err = err.detach().requires_grad_()
+    loss, metrics = list_loss(cfg, policy_err, ref_err, batch)  # (B,), (B, M)
+    slope = torch.zeros_like(policy_err)
+    slope[:, images_kept] = torch.autograd.grad(loss.sum() * scale, policy_err)[0][:, images_kept]  # (B, K)
+    for images in parts:
+        with_graph = err.flatten() if len(parts) == 1 else errors(policy, batch, images)
+        with_graph.backward(slope.flatten()[images])
+    return metrics
 
 
 @torch.no_grad()
@@ -371,7 +470,7 @@ def held_out_accuracy(cfg, held, micro, load, errors, policy, engine):
     share = range(rank, -(-len(held) // world) * world, world)
     for begin in range(0, len(share), micro):
         some = share[begin : begin + micro]
-        batch = load([(2**40, held[i % len(held)]) for i in some])
+        batch = load([(UNSEEN, held[i % len(held)]) for i in some])
         parts = parts_of(batch, cfg.images_per_forward)
         with reference_network(policy, *engine) as network:
             ref_err = batch_errors(errors, network, batch, parts)
@@ -428,6 +527,25 @@ def copy_values(into, values):
         into[name].copy_(value)
 
 
+@contextmanager
+def exchanged(trained, values):
+    """The trained parameters take other values for a while, and these are kept for them: {} changes nothing.
+    In place, since FSDP2 knows its shards by their memory."""
+
+    @torch.no_grad()
+    def exchange():
+        for name, value in values.items():
+            own = trained[name].clone()
+            trained[name].copy_(value)
+            value.copy_(own)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
 @torch.no_grad()
 def update_average(average, trained, decay):
     for name, p in average.items():
@@ -438,17 +556,8 @@ def update_average(average, trained, decay):
 def reference_network(policy, reference, trained, anchors):
     """The network that gives reference errors: a copy, or the policy itself with its adapters' values
     exchanged. They are back before any backward pass: gradient checkpointing recomputes the forward there."""
-
-    def exchange():
-        if reference is None:
-            for p, anchor in zip(trained.values(), anchors.values()):
-                p.data, anchor.data = anchor.data, p.data
-
-    exchange()
-    try:
+    with exchanged(trained, {} if reference else anchors):
         yield reference or policy
-    finally:
-        exchange()
 
 
 def learning_rate(cfg, step):
@@ -457,7 +566,11 @@ def learning_rate(cfg, step):
 
 
 def clip_grad_norm(parameters, largest):
-    """The gradient's norm, () on every process, after clipping it to `largest`; 0 = no clipping."""
+    """The gradient's norm, () on every process, after clipping it to `largest`; 0 = no clipping. Adapters are
+    whole on each process: their gradients are summed here."""
+    for p in parameters if process_rank()[1] > 1 else ():
+        if not hasattr(p, "full_tensor"):
+            dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -697,7 +810,7 @@ def main(argv=None):
 
     # ---- data and model
     rows = read_lists(cfg)
-    weights, mask = stack_weights(cfg, rows)
+    labels = stack_labels(cfg, rows)
     seen, held = split_lists(cfg, len(rows))
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
     pipe = pipelines.load_pipeline(cfg.model, device if cfg.model.startswith("random:") else "cpu")
@@ -709,11 +822,12 @@ def main(argv=None):
         read = random_lists(family.shapes(policy.config))
     else:
         read = encode_lists(cfg, rows, pipe, device, dtype)
-    flops = cost_of_list(cfg, family, policy, read(seen[0]), mask.shape[1], dtype)
+    flops = cost_of_list(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype)
     if device.type == "meta":
         return
+    nothing = dropped_caption(cfg, pipe, read(seen[0]), device, dtype)
     sample = prepare_samples(cfg, pipe, rows, read(seen[0]), device, dtype, autocast)
-    load = partial(load_batch, cfg, read, pipe.scheduler, weights, mask, device, dtype)
+    load = partial(load_batch, cfg, read, pipe.scheduler, labels, nothing, device, dtype)
     errors = partial(image_errors, family, autocast)
     pipe = None  # VAE and text encoders have done their work, but for the samples
 
@@ -729,6 +843,8 @@ def main(argv=None):
     if rank == 0:
         head = dict(world=world, precision=str(dtype), lists=len(seen), held_out=len(held))
         head.update(config=asdict(cfg), **common.provenance(device))
+        if cfg.loss == "balanced":
+            head.update(even_votes=even_votes(rows))
         log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
     if not start_step:
         sample(0)
@@ -746,26 +862,9 @@ def main(argv=None):
         mine, metrics = lists_of_step(cfg, step, seen), []
         for begin in range(0, local_batch, micro):
             batch = load(mine[begin : begin + micro])
-            parts = parts_of(batch, cfg.images_per_forward)
-
-            # ---- errors, (B, K): a single pass keeps its graph, several are computed once more below
-            with torch.no_grad(), reference_network(policy, *engine) as network:
-                ref_err = batch_errors(errors, network, batch, parts)
-            with torch.set_grad_enabled(len(parts) == 1):
-                err = batch_errors(errors, policy, batch, parts)
-
-            # ---- loss and gradient: what goes back through each image's error is the loss's slope there
-            policy_err = err.detach().requires_grad_()
-            loss, metrics_of_batch = list_loss(cfg, policy_err, ref_err, batch)  # (B,), (B, M)
-            (slope,) = torch.autograd.grad(loss.sum() * scale, policy_err)  # (B, K)
-            for images in parts:
-                with_graph = err.flatten() if len(parts) == 1 else errors(policy, batch, images)
-                with_graph.backward(slope.flatten()[images])
-            metrics.append(metrics_of_batch)
+            metrics.append(accumulate_gradient(cfg, errors, policy, engine, batch, scale))
 
         # ---- update
-        for p in parameters if world > 1 and not sharded else ():
-            dist.all_reduce(p.grad)
         grad_norm = clip_grad_norm(parameters, cfg.max_grad_norm)
         if step == 0 and grad_norm == 0:
             fail("step 0: the gradient is zero; do these lists prefer anything? Raise --global_batch_size")
@@ -782,10 +881,12 @@ def main(argv=None):
         row = {"step": step, **summarise(common.gather(torch.cat(metrics)))}
         row.update(grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"])
         if held and (step + 1) % cfg.eval_every == 0:
-            row["held_out_accuracy"] = held_out_accuracy(cfg, held, micro, load, errors, policy, engine)
+            with exchanged(trained, average):  # of what will be saved
+                row["held_out_accuracy"] = held_out_accuracy(cfg, held, micro, load, errors, policy, engine)
         if rank == 0:
             bar.set_postfix(log.write(row, skipped=bad_steps > 0))
-        sample(step + 1)
+        with exchanged(trained, average):
+            sample(step + 1)
 
         # ---- save
         stopping = common.any_process(bool(stop), device)

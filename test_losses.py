@@ -151,6 +151,7 @@ def test_sft_weights_are_the_winners_of_all_comparisons():
     wanted = torch.tensor([[3, 2, 1, 0], [3 * 6 / 5, 6 / 5, 6 / 5, 0], [0, 0, 0, 0]]) / 6
     assert torch.allclose(sft_weights(phi), wanted)
     assert sft_weights(torch.tensor([[0.2, 0.8]])).tolist() == [[0, 1]]
+    assert score_weights(torch.tensor([[0.25, -1.0]])).tolist() == [[0.125, 0]]
 
 
 def test_the_models_order_is_that_of_s_and_ties_are_the_labels():
@@ -414,7 +415,7 @@ def test_gradcheck():
         lambda: dpo_weights(torch.tensor([[float("nan"), 1.0]])),
         lambda: vote_weights(torch.ones(2, 2)),
         lambda: direct_weights(torch.ones(2, 2)),
-        lambda: score_weights(torch.tensor([[0.2, -0.1]])),
+        lambda: score_weights(torch.tensor([[0.2, float("nan")]])),
         lambda: dro_loss(torch.ones(2), torch.ones(2), torch.ones(3), torch.ones(3)),
         lambda: dro_loss(*[torch.ones(2, 2)] * 4),
         lambda: denoising_error(torch.ones(1, 2, 3), torch.ones(1, 2, 4)),
