@@ -770,7 +770,7 @@ def load_clip_t5(source, device, dtype):
     return model.to(device)
 
 
-def load_vqascore(name, source, device, repo, flan, dtype):
+def load_vqascore(name, source, device, repo, flan, dtype, question=QUESTION):
     """VQAScore (Lin et al. 2024): P("Yes" | image, 'Does this figure show "..."?') by CLIP-FlanT5.
 
     It is exp(-mean cross-entropy of the answer). The patches of CLIP-L/336's last but one layer stand,
@@ -791,7 +791,7 @@ def load_vqascore(name, source, device, repo, flan, dtype):
 
     def forward(x, prompts):
         n = len(prompts)
-        questions = tokenizer([QUESTION.format(p) for p in prompts], padding=True, return_tensors="pt")
+        questions = tokenizer([question.format(p) for p in prompts], padding=True, return_tensors="pt")
         ids, mask = questions.input_ids.to(device), questions.attention_mask.to(device)
         patches = tower(pixel_values=x.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
         patches = model.mm_projector(patches)  # (N, 576, D)
@@ -1012,7 +1012,12 @@ def reward_version(spec):
     if function:
         whole = hashlib.sha256(Path(file).read_bytes() + f"\n{function}".encode())
         return whole.hexdigest()[:12]
-    parts, path = [name, 2, *LOADERS[name][1:]], Path(source)  # 2: to be raised when a formula here changes
+    return files_version([name, 2, *LOADERS[name][1:]], source)  # 2: to be raised when a formula here changes
+
+
+def files_version(parts, source):
+    """The hash of `parts` and of the weights, config and tokenizer of a local file or folder."""
+    parts, path = list(parts), Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files if source else ():
         if file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:

@@ -1,0 +1,903 @@
+"""The papers' benchmarks: prompt files, the layouts of their scorers, their metrics as pure functions.
+
+    python evaluate.py --bench geneval --prompts evaluation_metadata.jsonl --models sdxl=DIR mine=DIR
+    python evaluate.py --bench t2i-compbench --prompts examples/dataset --bench_models phrases=phrases.json
+    python evaluate.py --bench dpg --prompts dpg_bench --bench_models vqa=vqascore-xl
+
+    name           what --prompts names                              metric
+    geneval        evaluation_metadata.jsonl, or its folder          Mask2Former, CLIP, GenEval's rules
+    t2i-compbench  folder of *_val.txt, or one of them               BLIP-VQA, CLIP ViT-B/32; not UniDet's
+    dpg            folder of dpg_bench.csv and prompts/, or the csv  yes/no questions and their dependencies
+    parti          PartiPrompts.tsv                                  the rewards
+    hpdv2          folder of the styles' .json, or zhwang/HPDv2      100 x HPSv2 by style
+    pickapic       parquet file, or a folder of them                 the rewards
+
+Pictures lie where the official scorer looks for them; write_layout adds what else it reads. What a model saw
+in a picture is appended to FOLDER/measured/NAME.jsonl as it comes, and verdicts are computed from that anew
+each time. docs/benchmarks.md says what differs from each original. Q-Align is not run: it needs remote code.
+"""
+
+import json
+import re
+from collections import Counter
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from common import (
+    fail,
+    lock,
+    parse_json,
+    process_rank,
+    prompt_rows,
+    publish,
+    read_image,
+    read_jsonl,
+    read_text,
+    wait_for_all,
+    write_text,
+)
+from rewards import (
+    LOADERS,
+    MEAN,
+    STD,
+    Scorer,
+    clip_tokenizer,
+    cosine,
+    crop,
+    files_version,
+    load_tokenizer,
+    load_vqascore,
+    one_line,
+    picture_version,
+    pretrained,
+    score_lines,
+    tokenize,
+)
+
+BENCHES = ("geneval", "t2i-compbench", "dpg", "parti", "hpdv2", "pickapic")
+MODELS = {  # role: its default; --bench_models role=folder_or_hub_id names another
+    "detector": "facebook/mask2former-swin-small-coco-instance",
+    "colours": "openai/clip-vit-large-patch14",
+    "clip": "openai/clip-vit-base-patch32",
+    "vqa": "Salesforce/blip-vqa-capfilt-large",  # or vqascore, vqascore-xl, ..., each also as vqascore=folder
+    "phrases": "",  # a .json file, {prompt: [noun phrases]}; without it spaCy finds them
+}
+
+# ----------------------------------------------------------------------------- prompt files
+
+CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
+STYLES = ("anime", "concept-art", "paintings", "photo")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+def read_bench(name, path, limit=0):
+    """Rows of a benchmark's own file or folder, in its order, repeated prompts included: dicts of `prompt`,
+    `tag` (its category or None) and what else the file holds. A bad file, row or prompt ends the program with
+    one line that names it."""
+    readers = dict(
+        zip(BENCHES, (read_geneval, read_compbench, read_dpg, read_parti, read_hpdv2, read_pickapic))
+    )
+    if name not in readers:
+        fail(f"--bench {name}: there are {', '.join(BENCHES)}")
+    rows = []
+    for where, row in readers[name](Path(path)):
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            fail(f"{where}: no prompt there; is it {name}'s own file?")
+        rows.append(row)
+    if not rows:
+        fail(f"{path}: holds no prompts of {name}")
+    return rows[: limit or None]
+
+
+def inside(path, *names):
+    """`path` if it is a file, else the first of these files that its folder holds."""
+    found = [p for p in (path, *(path / name for name in names)) if p.is_file()]
+    if not found:
+        fail(f"{path}: neither a file nor a folder that holds {' or '.join(names)}")
+    return found[0]
+
+
+def read_geneval(path):
+    path = inside(path, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
+    for n, row in read_jsonl(path):  # the row stays as it is: it is what metadata.jsonl says again
+        try:
+            check_metadata(row)
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            fail(f"{path}, line {n}: no metadata of GenEval ({one_line(e) or type(e).__name__})")
+        yield f"{path}, line {n}", row
+
+
+def check_metadata(row):
+    """An exception unless the rules of geneval_verdict can judge by this row."""
+    wanted = row["include"]
+    if not isinstance(row["tag"], str) or not isinstance(row["prompt"], str) or not isinstance(wanted, list):
+        raise ValueError("tag and prompt must be text, include a list")
+    for item in [*wanted, *row.get("exclude", [])]:
+        if not isinstance(item["class"], str) or type(item["count"]) is not int or item["count"] < 1:
+            raise ValueError("each item needs a class and a count")
+        if item.get("color", COLOURS[0]) not in COLOURS:
+            raise ValueError(f"color {item['color']!r} is none of {', '.join(COLOURS)}")
+    for i, item in enumerate(wanted):
+        relation, target = item.get("position", (RELATIONS[0], None))
+        known = target is None or (target in range(len(wanted)) and target != i)
+        if relation not in RELATIONS or not known or (target and target > i and comes_later(wanted, target)):
+            raise ValueError(f"position {item['position']} is none, or of no other item")
+
+
+def read_compbench(path):
+    files = {category: path / f"{category}_val.txt" for category in CATEGORIES}
+    if not path.is_dir():
+        files = {path.stem.removesuffix("_val"): path}
+    files = {category: file for category, file in files.items() if file.is_file() and category in CATEGORIES}
+    if not files:
+        fail(f"{path}: neither a folder with color_val.txt and such, nor one of those files")
+    for category, file in files.items():
+        for n, line in enumerate(read_text(file).splitlines()):
+            prompt, where = line.split("\t")[0], f"{file}, line {n + 1}"
+            if (
+                re.search("[/_\0]", prompt) or len(prompt.encode()) > 240
+            ):  # a file name, read back up to its _
+                fail(f"{where}: a prompt with / or _, or of over 240 bytes, has no official file name")
+            yield where, dict(prompt=prompt, tag=category, index=n)
+
+
+def read_dpg(path):
+    table, questions, texts = inside(path, "dpg_bench.csv"), {}, {}
+    for n, row in enumerate(prompt_rows(table, ".csv"), 1):
+        try:
+            item, known = row["item_id"], questions.setdefault(row["item_id"], {})
+            parents = [int(number) for number in row["dependency"].split(",")]
+            question = row["question_natural_language"].strip()
+            known[int(row["proposition_id"])] = (question, [p for p in parents if p])  # 0: none
+            texts.setdefault(item, row.get("text", ""))
+        except (KeyError, ValueError) as e:
+            fail(f"{table}, row {n}: not as DPG-Bench has it ({type(e).__name__}: {e})")
+    if files := sorted((table.parent / "prompts").glob("*.txt")):
+        texts = {file.stem: read_text(file).rstrip("\r\n") for file in files}
+    for item, text in texts.items():
+        if item not in questions:
+            fail(f"{table}: no questions about prompts/{item}.txt")
+        rows = [[number, question, parents] for number, (question, parents) in questions[item].items()]
+        if lost := [p for _, _, parents in rows for p in parents if p not in questions[item]]:
+            fail(f"{table}: item {item} has no proposition {lost[0]}, on which another depends")
+        yield f"{table}, item {item}", dict(prompt=text, tag=None, stem=item, questions=rows)
+
+
+def read_parti(path):
+    path = inside(path, "PartiPrompts.tsv")
+    header, *lines = (line.removesuffix("\r").split("\t") for line in read_text(path).split("\n"))
+    if header[:1] != ["Prompt"]:
+        fail(f"{path}, line 1: Prompt, Category, Challenge, Note are wanted there, separated by tabs")
+    for n, cells in enumerate(lines, 2):  # a quote is a character like any other
+        if cells != [""]:
+            row = dict(zip(header, cells))
+            yield f"{path}, line {n}", {"prompt": cells[0], "tag": row.get("Category"), **row}
+
+
+def read_hpdv2(path):
+    folder = path / "benchmark" if (path / "benchmark").is_dir() else path
+    files = {path.stem: path} if path.is_file() else {style: folder / f"{style}.json" for style in STYLES}
+    for style, file in files.items():
+        if not path.exists():
+            file = from_hub(str(path), f"benchmark/{style}.json")
+        elif not file.is_file():
+            continue  # fewer styles
+        for n, row in enumerate(prompt_rows(file, ".json")):
+            yield f"{file}, prompt {n + 1}", {"prompt": row.get("prompt"), "tag": style, "index": n}
+
+
+def from_hub(repo, file):
+    """A file of a data set on the hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repo, file, repo_type="dataset")
+    except Exception as e:  # no such name, no net
+        fail(f"{repo}: no such folder, and {file} cannot be had from the hub ({type(e).__name__})")
+
+
+def read_pickapic(path):
+    import pandas
+
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    seen = set()
+    for file in files:
+        try:
+            captions = pandas.read_parquet(file, columns=["caption"])[
+                "caption"
+            ]  # not the pictures: gigabytes
+        except Exception as e:  # pandas and pyarrow have their own
+            fail(f"{file}: no parquet file with a column caption ({one_line(e)[:200]})")
+        for n, caption in enumerate(captions, 1):
+            if caption not in seen:  # a caption has many pairs of pictures
+                seen.add(caption)
+                yield f"{file}, row {n}", dict(prompt=caption, tag=None)
+
+
+# ----------------------------------------------------------------------------- layouts
+
+
+def picture_files(name, rows, seeds):
+    """[[file of each seed] of each row], inside a model's folder: as the official scorer has them where it
+    reads one png a picture."""
+    if name == "geneval":
+        return [[f"{i:05d}/samples/{s:04d}.png" for s in range(seeds)] for i in range(len(rows))]
+    if name == "t2i-compbench":  # numbered through the category
+        pattern = "{tag}/samples/{prompt}_{n:06d}.png"
+        return [[pattern.format(**r, n=r["index"] * seeds + s) for s in range(seeds)] for r in rows]
+    return [[f"pictures/{i:05d}/{s}.png" for s in range(seeds)] for i in range(len(rows))]
+
+
+def write_layout(name, folder, rows, files):
+    """What else the official scorer reads, where it is missing or older than its pictures: GenEval's
+    NNNNN/metadata.jsonl; under official/ DPG-Bench's 2 x 2 grids and HPSv2's jpgs (the first seed)."""
+    for i, (row, pictures) in enumerate(zip(rows, files)):
+        sources = [Path(folder) / file for file in pictures]
+        if name == "geneval":
+            path, text = Path(folder) / f"{i:05d}/metadata.jsonl", json.dumps(row)
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                write_text(path, text)
+        elif name == "dpg":
+            as_needed(Path(folder) / f"official/{row['stem']}.png", sources[:4], dpg_grid)
+        elif name == "hpdv2":
+            path = Path(folder) / f"official/{row['tag']}/{row['index']:05d}.jpg"
+            as_needed(path, sources[:1], lambda images: images[0])
+
+
+def as_needed(path, sources, draw):
+    """draw([PIL of each source]) -> path, unless it is newer than all of them or one is not there."""
+    if not all(source.is_file() for source in sources):
+        return
+    changed = max(source.stat().st_ctime_ns for source in sources)
+    if not path.is_file() or path.stat().st_mtime_ns <= changed:
+        try:
+            image = draw([read_image(source) for source in sources])
+        except ValueError as e:
+            fail(f"{path}: cannot be drawn from {sources[0]} and its seeds: {e}")
+        publish(path, image.save, sync=False)
+
+
+def dpg_grid(images):
+    """Up to four square pictures row by row, as DPG-Bench's scorer cuts them out; one stays as it is."""
+    side, columns = images[0].width, min(2, len(images))
+    if any(image.size != (side, side) for image in images):
+        raise ValueError("DPG-Bench's scorer wants square pictures of one size")
+    canvas = Image.new("RGB", (columns * side, columns * side))
+    for n, image in enumerate(images):
+        canvas.paste(image, (n % 2 * side, n // 2 * side))
+    return canvas
+
+
+# ----------------------------------------------------------------------------- GenEval: the rules
+
+CONFIDENCE, COUNTING_CONFIDENCE, MOST_OBJECTS = 0.3, 0.9, 16
+POSITION_MARGIN = 0.1  # of both objects' extents
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+
+
+def geneval_keep(boxes, tag):
+    """Which detections of one class count: indices into boxes (N, 5) = x0, y0, x1, y1, confidence, the best
+    first. Above .3 (.9 for the tag counting), at most 16. GenEval's limit on overlap is 1: none is
+    dropped."""
+    confidence = np.asarray(boxes).reshape(-1, 5)[:, 4]
+    order = np.argsort(confidence)[::-1]  # as the original, whatever its order of equals
+    limit = COUNTING_CONFIDENCE if tag == "counting" else CONFIDENCE
+    return order[confidence[order] > limit][:MOST_OBJECTS].tolist()
+
+
+def geneval_verdict(objects, metadata):
+    """(correct, reason) of a picture by GenEval's rules (djghosh13/geneval, evaluation/evaluate_images.py).
+
+    objects {class: [(box of 5 numbers, colour or None), ...]}, the best first. Only the best `count` of a
+    class are looked at. An item of `include` needs its count, then its colour, then its relation to what item
+    `position[1]` matched; an item of `exclude` fails from its count on. The reason has a line for each
+    failure, in their order. The original joins two relations in a set's order, which changes from run to run;
+    here it is left, right, above, below. It knows targets before an item; one that comes after is judged
+    first."""
+    wanted, matched, reasons = metadata.get("include", []), {}, {}
+    for i in sorted(range(len(wanted)), key=partial(comes_later, wanted)):
+        found = objects.get(wanted[i]["class"], [])[: wanted[i]["count"]]
+        relation, target = wanted[i].get("position", (None, None))
+        reasons[i] = wrong_number_or_colour(wanted[i], found)
+        if not reasons[i] and relation:
+            reasons[i] = wrong_relation(wanted[i]["class"], found, relation, matched[target])
+        matched[i] = None if reasons[i] else found
+    lines = [reasons[i] for i in sorted(reasons) if reasons[i]]
+    for item in metadata.get("exclude", []):
+        number = len(objects.get(item["class"], []))
+        if number >= item["count"]:
+            lines.append(f"expected {item['class']}<{item['count']}, found {number}")
+    return not lines, "\n".join(lines)
+
+
+def comes_later(wanted, i):
+    """Does item i relate to one that stands after it?"""
+    return wanted[i].get("position", (None, -1))[1] > i
+
+
+def wrong_number_or_colour(item, found):
+    """What is wrong with the best objects `found` of an item's class, or ""."""
+    name, count, colour = item["class"], item["count"], item.get("color")
+    if len(found) < count:
+        return f"expected {name}>={count}, found {len(found)}"
+    seen = Counter(c for _, c in found)
+    if colour is None or seen[colour] >= count:
+        return ""
+    listed = ", ".join(f"{seen[c]} {c}" for c in COLOURS if c in seen)
+    return f"expected {colour} {name}>={count}, found {seen[colour]} {colour}; and {listed}"
+
+
+def wrong_relation(name, found, expected, targets):
+    """The first pair that does not stand as expected, or ""; targets None: the target itself was not
+    there."""
+    if targets is None:
+        return f"no target for {name} to be {expected}"
+    for box, _ in found:
+        for target, _ in targets:
+            seen = relations(box, target)
+            if expected not in seen:
+                return f"expected {name} {expected} target, found {' and '.join(seen)} target"
+    return ""
+
+
+def relations(a, b):
+    """Where box a stands relative to box b, by their centres. A tenth of both extents is taken off the offset
+    (dx, dy) first; a relation holds where more than half of the distance points that way."""
+    a, b = (np.asarray(box)[:4].reshape(2, 2) for box in (a, b))  # (x0, y0), (x1, y1)
+    offset = a.mean(0) - b.mean(0)
+    extent = abs(a[1] - a[0]) + abs(b[1] - b[0])
+    shift = np.maximum(abs(offset) - POSITION_MARGIN * extent, 0) * np.sign(offset)
+    if (abs(shift) < 1e-3).all():
+        return []
+    dx, dy = shift / np.linalg.norm(offset)
+    held = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
+    return [relation for relation, holds in zip(RELATIONS, held) if holds]
+
+
+def objects_around(found, half):
+    """[(class or None, colour, x, y)], as toyworld.find_objects gives them -> the objects of geneval_verdict:
+    boxes of 2 half a side, of confidence 1. What is of no class is left out."""
+    objects = {}
+    for name, colour, x, y in found:
+        if name is not None:
+            objects.setdefault(name, []).append(((x - half, y - half, x + half, y + half, 1.0), colour))
+    return objects
+
+
+# ----------------------------------------------------------------------------- answers that are kept
+
+
+def measured(folder, name, sources, load, jobs, device, batch_size):
+    """{(file, question): answer, or None where the picture is missing or unreadable} of these jobs: what is
+    in folder/measured/NAME.jsonl, if picture and models are the same, and the others by load(sources, device)
+    -> answer(paths, questions).
+
+    Answers are appended as they come. Batches are cut by position: a resumed run, and several processes (all
+    of which must call this), answer as an unbroken one does."""
+    (rank, world), place = process_rank(), Path(folder) / "measured"
+    path = place / (f"{name}@{rank}of{world}.jsonl" if world > 1 else f"{name}.jsonl")
+    place.mkdir(parents=True, exist_ok=True)
+    version = [files_version([role, 1, source], local_folder(source)) for role, source in sources.items()]
+    keys = {job: ("-".join(version), job[0], picture_version(f"{folder}/{job[0]}"), job[1]) for job in jobs}
+    with lock(place / f".{path.stem}.lock", f"{path}: another run is measuring there"):
+        whole, answer = b"".join(line + b"\n" for line in score_lines(path)), None
+        if path.is_file() and path.stat().st_size > len(whole):  # a killed run's last line is torn
+            publish(path, lambda tmp: tmp.write_bytes(whole))
+        known = stored_answers(place, name)
+        with open(path, "ab") as f:
+            starts = range(rank * batch_size, len(jobs), world * batch_size)
+            for start in tqdm(starts, desc=f"measure {name}", unit="batch", disable=rank > 0):
+                batch = jobs[start : start + batch_size]
+                if all(keys[job] in known or keys[job][2] is None for job in batch):
+                    continue
+                answer = answer or loaded(load, sources, device)
+                answers = answer([Path(folder) / file for file, _ in batch], [text for _, text in batch])
+                for key, value in zip((keys[job] for job in batch), answers):
+                    if value is not None and key not in known:
+                        f.write(json.dumps([*key, value]).encode() + b"\n")
+                        f.flush()
+    wait_for_all()
+    known = stored_answers(place, name)
+    return {job: known.get(key) for job, key in keys.items()}
+
+
+def local_folder(source):
+    """The folder or file of "folder" or "name=folder"; "" of a name on the hub."""
+    path = source.rpartition("=")[2]
+    return path if Path(path).exists() else ""
+
+
+def stored_answers(place, name):
+    """{(models, file, picture, question): answer} of NAME.jsonl and of the files of parallel runs."""
+    known = {}
+    for path in [place / f"{name}.jsonl", *sorted(place.glob(f"{name}@*.jsonl"))]:
+        for line in score_lines(path):
+            with suppress(ValueError, TypeError):  # what is no row of ours is answered anew
+                *key, answer = parse_json(line.decode())
+                known[tuple(key)] = answer
+    return known
+
+
+def loaded(load, sources, device):
+    """load(sources, device); the program ends with one line where that cannot be."""
+    try:
+        return load(sources, device)
+    except Exception as e:  # a missing file, a wrong format, no hub
+        names = " ".join(f"{role}={source}" for role, source in sources.items())
+        fail(f"--bench_models {names}: could not be loaded: {one_line(e)}")
+
+
+def scores_of(scorer):
+    """The same as scorer.stream, as a function of a batch: None where a picture cannot be read."""
+    return lambda paths, texts: [score for score, _ in scorer.stream(paths, texts, len(paths))]
+
+
+def lost_pictures(answers):
+    """[a note] where pictures could not be measured."""
+    lost = list(dict.fromkeys(file for (file, _), answer in answers.items() if answer is None))
+    what = f"{len(lost)} pictures are missing or unreadable and do not count"
+    return [f"{what} (the first: {lost[0]})"] if lost else []
+
+
+# ----------------------------------------------------------------------------- models
+
+
+def load_clip(source, device):
+    """A CLIPModel -> (pixels (N, 3, H, W) -> (N, D), texts -> (N, D), picture -> pixels)."""
+    from transformers import CLIPModel
+
+    model = pretrained(CLIPModel, source)[0].to(device)
+    words, eye = model.config.text_config, model.config.vision_config
+    tokenizer = clip_tokenizer(source, words.vocab_size)
+
+    def read(texts):
+        ids = tokenize(tokenizer, list(texts), words.max_position_embeddings, source)[0]
+        return model.get_text_features(input_ids=ids.to(device)).pooler_output
+
+    see = lambda x: model.get_image_features(pixel_values=x.to(device)).pooler_output
+    return see, read, partial(crop, size=eye.image_size)
+
+
+def load_clip_scorer(sources, device):
+    """T2I-CompBench's CLIPScore: the cosine of a picture and its prompt."""
+    see, read, prepare = load_clip(sources["clip"], device)
+    return scores_of(Scorer("clip", prepare, lambda x, prompts: cosine(1.0, see(x), read(prompts)), device))
+
+
+def load_vqa(sources, device):
+    """P(yes) of pictures and questions: BLIP-VQA as T2I-CompBench has it, or rewards.py's VQAScore."""
+    source = sources["vqa"]
+    name, _, folder = source.partition("=")
+    if name.startswith("vqascore") and name in LOADERS:
+        question = "\n{} Please answer yes or no. ASSISTANT: "
+        return scores_of(load_vqascore(name, folder, device, *LOADERS[name][1:], question=question))
+    from transformers import BertTokenizer, BlipForQuestionAnswering
+
+    model = pretrained(BlipForQuestionAnswering, source)[0].to(device)
+    words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
+    tokenizer = load_tokenizer(
+        BertTokenizer, source, words, "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")
+    )
+    yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
+
+    def prepare(image):
+        image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN) / STD
+
+    def forward(x, questions):
+        seen = model.vision_model(pixel_values=x).last_hidden_state  # (N, 1 + patches, D)
+        plain = [plain_question(question) for question in questions]
+        ids = [tokenizer(text, truncation=True, max_length=35).input_ids for text in plain]
+        lengths, chance = np.array([len(i) for i in ids]), torch.zeros(len(ids), device=device)
+        for length in set(
+            lengths.tolist()
+        ):  # without padding: transformers 5's decoder reads it, mask or not
+            rows = np.flatnonzero(lengths == length)
+            text = torch.tensor([[ask, *ids[n][1:]] for n in rows], device=device)  # its own processor: [CLS]
+            read = model.text_encoder(input_ids=text, encoder_hidden_states=seen[rows]).last_hidden_state
+            first = torch.full((len(rows), 1), start, device=device)
+            logits = model.text_decoder(input_ids=first, encoder_hidden_states=read).logits[
+                :, 0
+            ]  # (n, words)
+            chance[rows] = (logits[:, yes] - logits[:, no]).sigmoid()  # P(yes) / (P(yes) + P(no))
+        return chance
+
+    return scores_of(Scorer("vqa", prepare, forward, device))
+
+
+def plain_question(text):
+    """A question as BLIP was trained on: lower case, without some marks, at most 50 words."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', "", text.lower()).rstrip(" ").split(" ")[:50])
+
+
+# ----------------------------------------------------------------------------- GenEval: detector and colours
+
+CLASSES = (  # COCO's, by index, as GenEval spells them
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
+    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,"
+    "tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,"
+    "scissors,teddy bear,hair drier,toothbrush"
+).split(",")
+SIDES = (800, 1333)  # of the detector's input: the shorter side, and at most the longer
+PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # ImageNet's
+PIXEL_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
+
+
+def load_detector(source, device):
+    """detect(RGB picture) -> {class: (boxes (n, 5), masks (n, H, W) bool)}, of confidence above .3.
+
+    Input and output as in mmdet's test pipeline: resized with its proportions, bilinear without antialias,
+    normalised, zero-padded right and below to a multiple of 32."""
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    # old checkpoints bring buffers that today's class does not keep; the criterion is of training
+    model = pretrained(Mask2FormerForUniversalSegmentation, source, "", "criterion.")[0].to(device)
+    names = model.config.id2label
+    if len(names) != len(CLASSES) or any(names[i] != CLASSES[i] for i in (0, 15, 79)):
+        raise ValueError("its labels are not COCO's 80 classes of instances")
+
+    @torch.inference_mode()
+    def detect(image):
+        w, h = image.size
+        scale = min(SIDES[0] / min(w, h), SIDES[1] / max(w, h))
+        size = tuple(max(1, int(n * scale + 0.5)) for n in (h, w))
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()[None].to(device)
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        x = (x - PIXEL_MEAN.to(device)) / PIXEL_STD.to(device)
+        x = F.pad(x, (0, -size[1] % 32, 0, -size[0] % 32))
+        out = model(pixel_values=x)
+        return instances(out.class_queries_logits[0], out.masks_queries_logits[0], x.shape[-2:], size, (h, w))
+
+    return detect
+
+
+def instances(classes, masks, padded, size, full):
+    """Instances by class, as mmdet's MaskFormerFusionHead makes them of classes (Q, C + 1) and masks (Q, h,
+    w).
+
+    The 100 best pairs of query and class; confidence = softmax(class) x mean sigmoid(mask) inside the mask;
+    the box of a mask ends one pixel after it. Masks are those of the `padded` input, of which `size` is the
+    picture, resized to its `full` size."""
+    scores = classes.softmax(-1)[:, :-1]  # (Q, C)
+    best, index = scores.flatten().topk(min(100, scores.numel()))
+    above = best > CONFIDENCE  # the second factor is at most 1
+    best, index = best[above], index[above]
+    query, label = index // scores.shape[1], index % scores.shape[1]
+    found = {}
+    for n, score, c in zip(query, best, label.tolist()):
+        mask = F.interpolate(masks[None, n[None]], padded, mode="bilinear", align_corners=False)
+        mask = mask[..., : size[0], : size[1]]
+        mask = F.interpolate(mask, full, mode="bilinear", align_corners=False)[0, 0]  # (H, W)
+        inside = mask > 0
+        confidence = float(score * (mask.sigmoid() * inside).sum() / (inside.sum() + 1e-6))
+        if confidence > CONFIDENCE:
+            ys, xs = (inside.any(side).nonzero()[:, 0].tolist() for side in (1, 0))
+            box = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1, confidence]
+            boxes, insides = found.setdefault(CLASSES[c], ([], []))
+            boxes.append(box)
+            insides.append(inside.cpu().numpy())
+    return {name: found[name] for name in CLASSES if name in found}
+
+
+COLOUR_TEXTS = ("a photo of a {0} {1}", "a photo of a {0}-colored {1}", "a photo of a {0} object")
+
+
+def load_colours(source, device):
+    """colours(picture, boxes, masks, class) -> [colour]: zero-shot CLIP of crops on grey."""
+    see, read, prepare = load_clip(source, device)
+
+    @lru_cache(maxsize=None)
+    def classifier(name):
+        texts = [text.format(colour, name) for colour in COLOURS for text in COLOUR_TEXTS]
+        mean = F.normalize(read(texts), dim=-1).unflatten(0, (len(COLOURS), -1)).mean(1)
+        return F.normalize(mean, dim=-1)  # (10, D)
+
+    @torch.inference_mode()
+    def colours(image, boxes, masks, name):
+        grey = Image.new("RGB", image.size, "#999")
+        crops = [Image.composite(image, grey, Image.fromarray(m)).crop(b[:4]) for b, m in zip(boxes, masks)]
+        seen = F.normalize(see(torch.stack([prepare(c) for c in crops])), dim=-1)
+        return [COLOURS[i] for i in (seen @ classifier(name).T).argmax(-1).tolist()]
+
+    return colours
+
+
+def load_finder(sources, device):
+    """Answers {class: [[x0, y0, x1, y1, confidence, colour or None], ...]} of pictures and questions: JSON,
+    {class: of how many of the best the colour is asked}."""
+    detect, colours = load_detector(sources["detector"], device), load_colours(sources["colours"], device)
+
+    def find(path, question):
+        try:
+            image = read_image(path)
+        except ValueError:
+            return None
+        answer = {}
+        for name, (boxes, masks) in detect(image).items():
+            best = geneval_keep(boxes, "")[: json.loads(question).get(name, 0)]
+            seen = colours(image, [boxes[i] for i in best], [masks[i] for i in best], name) if best else []
+            named = dict(zip(best, seen))
+            answer[name] = [[*box, named.get(i)] for i, box in enumerate(boxes)]
+        return answer
+
+    return lambda paths, questions: [find(*pair) for pair in zip(paths, questions)]
+
+
+# ----------------------------------------------------------------------------- metrics
+
+
+def measure(name, folder, rows, files, device="cpu", batch_size=32, sources=None):
+    """({metric: (P, S) array}, notes) of the pictures files (P, S) in a model's folder: NaN where a picture
+    is missing or unreadable, or where its category has no scorer here. `sources` replaces some of MODELS;
+    `notes` say what is not the official scorer's, and what was left out. parti, hpdv2 and pickapic have no
+    metric of their own: their tables are of rewards."""
+    sources = {**MODELS, **(sources or {})}
+    if unknown := sources.keys() - MODELS.keys():
+        fail(f"--bench_models: no role {unknown.pop()!r}; there are {', '.join(MODELS)}")
+    measures = {"geneval": measure_geneval, "t2i-compbench": measure_compbench, "dpg": measure_dpg}
+    if name not in measures:
+        return {}, []
+    ask = partial(measured, folder, device=device, batch_size=batch_size)
+    values, notes = measures[name](folder, rows, files, sources, ask)
+    return {name: np.array(values, float)}, notes
+
+
+def measure_geneval(folder, rows, files, sources, ask):
+    """1 where a picture passes, else 0. Writes results.jsonl and summary.txt as the original does."""
+    models = {role: sources[role] for role in ("detector", "colours")}
+    jobs = [(file, colours_asked(row)) for row, of_row in zip(rows, files) for file in of_row]
+    answers = ask("geneval", models, load_finder, jobs)
+    values, results = np.full((len(rows), len(files[0])), np.nan), []
+    for i, (row, of_row) in enumerate(zip(rows, files)):
+        for s, file in enumerate(of_row):
+            answer = answers[file, colours_asked(row)]
+            if answer is not None:
+                results.append(geneval_result(f"{folder}/{file}", row, answer))
+                values[i, s] = results[-1]["correct"]
+    if process_rank()[0] == 0 and results:
+        import pandas
+
+        lines = pandas.DataFrame(results)
+        publish(Path(folder) / "results.jsonl", lambda tmp: lines.to_json(tmp, orient="records", lines=True))
+        write_text(Path(folder) / "summary.txt", geneval_summary(results))
+    note = f"detector {models['detector']} in transformers; official: the same architecture trained in mmdet"
+    return values, [note, *lost_pictures(answers)]
+
+
+def colours_asked(row):
+    """{class: of how many of the best the colour counts}, as JSON."""
+    counts = {}
+    for item in [*row["include"], *row.get("exclude", [])]:
+        if item["class"] not in CLASSES:
+            fail(f"GenEval's detector knows COCO's classes only, not {item['class']!r} ({row['prompt']!r})")
+        if "color" in item:
+            counts[item["class"]] = max(item["count"], counts.get(item["class"], 0))
+    return json.dumps(counts)
+
+
+def geneval_result(filename, row, answer):
+    """A line of the official results.jsonl, of an answer of load_finder."""
+    objects = {}
+    for name, found in answer.items():
+        if kept := geneval_keep([f[:5] for f in found], row["tag"]):
+            objects[name] = [(found[i][:5], found[i][5]) for i in kept]
+    correct, reason = geneval_verdict(objects, row)
+    boxes = {name: [box for box, _ in found] for name, found in objects.items()}
+    result = dict(filename=filename, tag=row["tag"], prompt=row["prompt"], correct=correct, reason=reason)
+    return {**result, "metadata": json.dumps(row), "details": json.dumps(boxes)}
+
+
+def geneval_summary(results):
+    """What the official summary_scores.py prints of results.jsonl."""
+    by_prompt, by_tag = {}, {}
+    for result in results:
+        by_prompt.setdefault(result["metadata"], []).append(result["correct"])
+        by_tag.setdefault(result["tag"], []).append(result["correct"])
+    correct = np.mean([result["correct"] for result in results])
+    lines = ["Summary", "=======", f"Total images: {len(results)}", f"Total prompts: {len(by_prompt)}"]
+    lines += [
+        f"% correct images: {correct:.2%}",
+        f"% correct prompts: {np.mean([*map(any, by_prompt.values())]):.2%}",
+    ]
+    lines += ["", "Task breakdown", "=============="]
+    lines += [f"{tag:<16} = {np.mean(c):.2%} ({sum(c)} / {len(c)})" for tag, c in by_tag.items()]
+    overall = np.mean([np.mean(c) for c in by_tag.values()])
+    return "\n".join([*lines, "", f"Overall score (avg. over tasks): {overall:.5f}"]) + "\n"
+
+
+def measure_dpg(folder, rows, files, sources, ask):
+    """Share of yes among a prompt's questions."""
+    jobs = [(file, q) for row, of_row in zip(rows, files) for file in of_row for _, q, _ in row["questions"]]
+    answers = ask("dpg", {"vqa": sources["vqa"]}, load_vqa, jobs)
+    score = lambda file, asked: dpg_score(asked, [answers[file, q] for _, q, _ in asked])
+    values = [[score(file, row["questions"]) for file in of_row] for row, of_row in zip(rows, files)]
+    return values, [f"answers by {sources['vqa']}; official: mPLUG-large", *lost_pictures(answers)]
+
+
+def dpg_score(questions, answers):
+    """Mean over [[number, question, parents], ...] of "yes" (P > .5), 0 where a parent is no; in the file's
+    order, so that a child of such a child is no, too."""
+    if None in answers:
+        return np.nan
+    scores = {number: float(p > 0.5) for (number, _, _), p in zip(questions, answers)}
+    for number, _, parents in questions:
+        if any(scores[parent] == 0 for parent in parents):
+            scores[number] = 0.0
+    return sum(scores.values()) / len(scores)
+
+
+ATTRIBUTES, MOST_PHRASES = ("color", "shape", "texture"), 8
+NO_PHRASES = ("top", "the side", "the left", "the right")  # of places, not of things
+
+
+def measure_compbench(folder, rows, files, sources, ask):
+    """Color, shape, texture: product of P(yes) over the noun phrases. Non-spatial: cosine of CLIP."""
+    bound = [i for i, row in enumerate(rows) if row["tag"] in ATTRIBUTES]
+    questions = dict(zip(bound, noun_phrases([rows[i]["prompt"] for i in bound], sources["phrases"])))
+    jobs = [(file, question) for i in bound for file in files[i] for question in questions[i]]
+    yes = ask("blip_vqa", {"vqa": sources["vqa"]}, load_vqa, jobs)
+    plain = [(file, r["prompt"]) for r, o in zip(rows, files) if r["tag"] == "non_spatial" for file in o]
+    cosines = ask("clip_score", {"clip": sources["clip"]}, load_clip_scorer, plain)
+    values = np.full((len(rows), len(files[0])), np.nan)
+    for i, row in enumerate(rows):
+        for s, file in enumerate(files[i]):
+            if i in questions:
+                values[i, s] = compbench_score([yes[file, question] for question in questions[i]])
+            elif cosines.get((file, row["prompt"])) is not None:
+                values[i, s] = cosines[file, row["prompt"]]
+    notes = lost_pictures({**yes, **cosines})
+    if bound and sources["vqa"] != MODELS["vqa"]:
+        notes.append(f"answers by {sources['vqa']}; official: BLIP-VQA, capfilt-large")
+    if left_out := sorted({row["tag"] for row in rows} - {*ATTRIBUTES, "non_spatial"}):
+        notes.append(f"{', '.join(left_out)}: not run, the official scorers need UniDet")
+    return values, notes
+
+
+def compbench_score(answers):
+    """Product of P(yes), each and the product with four decimals as the original's files hold them."""
+    if None in answers:
+        return np.nan
+    return round(float(np.prod([round(p, 4) for p in answers])), 4)
+
+
+def noun_phrases(prompts, file):
+    """["phrase?", ...] of each prompt, at most 8: of a .json {prompt: [phrases]}, or as spaCy finds them."""
+    phrases = {}
+    if file:
+        with suppress(ValueError):  # what is no JSON holds no prompt either
+            phrases = parse_json(read_text(file))
+        if missing := [
+            p for p in prompts if not isinstance(phrases, dict) or type(phrases.get(p)) is not list
+        ]:
+            fail(f"{file}: no JSON {{prompt: [noun phrases]}} with {missing[0]!r}")
+    elif prompts:
+        try:
+            import spacy
+
+            find = spacy.load("en_core_web_sm")
+        except (ImportError, OSError):
+            advice = (
+                "install both, or name a file {prompt: [noun phrases]} with --bench_models phrases=FILE.json"
+            )
+            fail(f"T2I-CompBench's noun phrases: spaCy or its en_core_web_sm is not here; {advice}")
+        phrases = {prompt: [chunk.text for chunk in find(prompt).noun_chunks] for prompt in prompts}
+    return [[f"{p}?" for p in phrases[prompt] if p not in NO_PHRASES][:MOST_PHRASES] for prompt in prompts]
+
+
+# ----------------------------------------------------------------------------- tables
+
+COLUMNS = {  # as RankDPO's tables call what the files call otherwise
+    "single_object": "Single",
+    "two_object": "Two",
+    "counting": "Counting",
+    "colors": "Colors",
+    "position": "Position",
+    "color_attr": "Color Attribution",
+    "color": "Color",
+    "shape": "Shape",
+    "texture": "Texture",
+    "spatial": "Spatial",
+    "non_spatial": "Non-Spatial",
+    "complex": "Complex",
+}
+
+
+def mean(values):
+    """Of what is there; NaN of nothing."""
+    values = np.asarray(values, float)
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if there.size else float("nan")
+
+
+def summarise_bench(name, rows, metrics):
+    """{column: number} of {metric or reward: (P, S)}, as the papers' tables have their columns and units."""
+    tags = np.array([str(row["tag"]) for row in rows])
+    by_tag = lambda values: {t: mean(values[tags == t]) for t in dict.fromkeys(tags.tolist())}
+    if name == "geneval":
+        found = by_tag(metrics[name])
+        return {"Mean": mean([*found.values()]), **{COLUMNS.get(tag, tag): v for tag, v in found.items()}}
+    if name == "t2i-compbench":
+        return {COLUMNS.get(tag, tag): 100 * v for tag, v in by_tag(metrics[name]).items()}
+    if name == "dpg":
+        vqa = {"VQA Score": 100 * mean(v) for reward, v in metrics.items() if reward.startswith("vqascore")}
+        return {"DSG Score": 100 * mean(metrics[name]), **vqa}
+    if name == "hpdv2":
+        scores = next((metrics[reward] for reward in ("hpsv2.1", "hpsv2") if reward in metrics), None)
+        return {} if scores is None else hps_table(tags, scores)
+    return {metric: mean(values) for metric, values in metrics.items()}
+
+
+def hps_table(tags, scores):
+    """HPSv2's table of cosines (P, S): 100 x mean of each style, std over its groups of 80, mean over the
+    seeds."""
+    columns = {}
+    for style in dict.fromkeys(tags.tolist()):
+        values = 100 * scores[tags == style]  # (n, S)
+        groups = np.array([values[n : n + 80].mean(0) for n in range(0, len(values), 80)])  # (groups, S)
+        columns[style] = float(groups.mean())
+        columns[f"{style} std"] = float(groups.std(0).mean())
+    return {**columns, "Average": float(100 * scores.mean())}
+
+
+PAPERS = {  # benchmark: source and columns, then a line a model; win rates in per cent, best of five seeds
+    "geneval": """RankDPO, Table 1: Mean, Single, Two, Counting, Colors, Position, Color Attribution
+        SDXL: .55 .98 .74 .39 .85 .15 .23
+        SDXL + RankDPO: .61 1.00 .86 .46 .90 .14 .29
+        SD3-Medium: .70 1.00 .87 .63 .84 .28 .58
+        SD3-Medium + RankDPO: .74 1.00 .90 .72 .87 .31 .66""",
+    "t2i-compbench": """RankDPO, Table 2: Color, Shape, Texture, Spatial, Non-Spatial, Complex
+        SDXL: 58.79 46.87 52.99 21.31 31.19 32.37
+        SDXL + RankDPO: 72.33 56.93 69.67 24.53 31.33 45.47
+        SD3-Medium: 81.31 59.06 75.91 34.30 31.13 47.93
+        SD3-Medium + RankDPO: 83.26 63.45 78.72 36.49 31.25 48.65""",
+    "dpg": """RankDPO, Table 3: DSG Score, VQA Score, Q-Align Score
+        SDXL: 74.65 84.33 .72
+        SDXL + DPO: 76.74 85.67 .74
+        SDXL + MaPO: 74.53 84.54 .80
+        SDXL + SPO: 74.73 84.71 .82
+        SDXL + RankDPO: 79.26 87.52 .81
+        SD3-Medium: 85.54 90.58 .67
+        SD3-Medium + RankDPO: 86.78 90.99 .68""",
+    "pickapic": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
+        DiffusionDPO vs SD1.5: 70.71 57.24 56.23 52.86
+        BalancedDPO vs SD1.5: 85.19 78.45 64.31 69.36
+        BalancedDPO vs DiffusionDPO: 73.06 73.40 65.99 69.70
+        DiffusionDPO vs SDXL: 78.00 59.00 45.00 21.00
+        BalancedDPO vs SDXL: 98.00 88.00 62.00 44.00
+        BalancedDPO vs DiffusionDPO-SDXL: 82.00 77.00 64.00 81.00""",
+    "parti": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
+        DiffusionDPO vs SD1.5: 67.76 56.24 50.75 50.49
+        BalancedDPO vs SD1.5: 70.06 65.19 56.33 62.18
+        BalancedDPO vs DiffusionDPO: 61.20 62.80 56.95 62.62
+        DiffusionDPO vs SDXL: 76.00 58.00 52.00 26.00
+        BalancedDPO vs SDXL: 96.00 94.00 76.00 66.00
+        BalancedDPO vs DiffusionDPO-SDXL: 88.00 86.00 80.00 93.00""",
+    "hpdv2": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
+        DiffusionDPO vs SD1.5: 74.00 50.67 47.33 56.00
+        BalancedDPO vs SD1.5: 72.67 72.67 60.67 63.33
+        BalancedDPO vs DiffusionDPO: 57.33 69.33 64.00 60.00
+        DiffusionDPO vs SDXL: 78.00 55.00 38.00 14.00
+        BalancedDPO vs SDXL: 97.00 78.00 50.00 42.00
+        BalancedDPO vs DiffusionDPO-SDXL: 80.00 74.00 75.00 83.00""",
+}
+
+
+def paper_table(text):
+    """dict(source, columns, rows {model: {column: number}}) of a table above."""
+    (source, header), *lines = (line.strip().rsplit(": ", 1) for line in text.split("\n"))
+    columns = header.split(", ")
+    rows = {model: dict(zip(columns, map(float, numbers.split()))) for model, numbers in lines}
+    return dict(source=source, columns=columns, rows=rows)
+
+
+PAPER_TABLES = {bench: paper_table(text) for bench, text in PAPERS.items()}
