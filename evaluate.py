@@ -1,28 +1,51 @@
-"""Compare models on held-out prompts: accuracy by category, reward means, win rates with intervals, pictures.
+"""Compare models on held-out prompts: pictures on disk, scores of each, then statistics that can be trusted.
 
     python evaluate.py                                 # the toy world: the base against outputs/rankdpo/model
     python evaluate.py --models base=toy/models/sdxl rank=runs/a/model dpo=runs/b/model --seeds 8
-    python evaluate.py --models sdxl=stabilityai/stable-diffusion-xl-base-1.0 mine=out/model \\
-        --prompts parti.tsv --rewards pickscore hpsv2.1 --steps 30 --guidance 5 --resolution 1024
+    python evaluate.py --models sdxl=stabilityai/stable-diffusion-xl-base-1.0 mine=out/model other=pictures \\
+        --prompts parti.tsv --rewards pickscore hpsv2.1 clip --steps 30 --guidance 5 --resolution 1024
+    torchrun --standalone --nproc_per_node 8 evaluate.py ...      # or --shard 3/16, then --stages report
+    python evaluate.py ... --stages report --study 50             # a blind study of 50 pairs in OUT/study
+    python evaluate.py --study_answers answers-*.json             # what the people said
 
-Prompts are a file of any kind that synpic.py reads; a column `tag`, as GenEval has it, makes categories. All
-models draw from the same starting noise. The first model is the baseline of the others. Output: results.json,
-report.md, grid.png.
+Prompts are a file of any kind that synpic.py reads; a column `tag`, as GenEval has it, makes categories.
 
-  accuracy   share of images that pass the exact checker (toyworld); overall = mean of the categories
-  win rate   BalancedDPO's: best of the seeds for each prompt and reward, win = strictly higher; with Wilson's
-             95 % interval
-  gain       difference of means to the baseline, paired, with a 95 % bootstrap interval over prompts
+    draw     OUT/NAME/00000/samples/0000.png ...     by synpic.py's own stage: resumed, checked, in parallel;
+                                                     prompt and seed, not the model, choose the noise
+    score    OUT/NAME/scores/REWARD.jsonl            python rewards.py --score OUT/NAME, run elsewhere, counts
+    report   report.html, report.md, results.json, grid.png
+
+A folder of pictures (metadata.jsonl with prompt and file_names, or the layout above) may stand for a model.
+
+  gain       difference of means, paired by prompt, with a 95 % bootstrap interval over prompts within
+             categories and the p value of Wilcoxon's signed-rank test
+  win rate   share of prompts where the best of the seeds is strictly higher (BalancedDPO's), or the mean over
+             the seeds; Wilson's 95 % interval, p value of the sign test; ties count as no win
+  diversity  mean pairwise 1 - cosine of CLIP image embeddings among the seeds of a prompt; in the toy world
+             also the entropy of the colours that a prompt leaves free
+All p values are Holm's, over the comparisons of the report. Means are means of the categories' means.
 """
 
+import base64
+import html
+import io
 import json
 import os
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+import torch.distributed as dist
+from PIL import Image
+from scipy.stats import binomtest, wilcoxon
 from tqdm import tqdm
 
+import synpic
 from common import (
     HERE,
     fail,
@@ -30,17 +53,26 @@ from common import (
     one_line_errors,
     option,
     parse,
+    parse_json,
     pick_device,
-    pick_dtype,
     picture_grid,
+    process_rank,
     provenance,
+    publish,
+    read_image,
+    read_metadata,
     read_prompts,
+    read_text,
+    start_processes,
     writable_folder,
     write_text,
 )
-from pipelines import SUITS, check_pipeline, generate_each, load_pipeline, noise_seed, scale_of
-from rewards import TOY_REWARDS, check_rewards, load_reward, reward_name
-from toyworld import grammar
+from pipelines import SUITS, check_pipeline, load_pipeline, scale_of
+from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
+from toyworld import COLORS, find_objects, grammar
+
+STAGES = ("draw", "score", "report")
+TEMPLATES = HERE / "docs/templates"
 
 
 @dataclass
@@ -48,11 +80,13 @@ class Config:
     # what is compared
     models: tuple = option(
         (f"base={HERE}/toy/models/sdxl", "rankdpo=outputs/rankdpo/model"),
-        "two or more, as name=path; the first is the baseline",
+        "two or more, as name=pipeline or name=folder_of_pictures; the first is the baseline of the tables",
     )
     prompts: str = option(f"{HERE}/toy/heldout.jsonl", "held-out prompts; a column tag makes categories")
     limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
-    rewards: tuple = option(("toyworld", *TOY_REWARDS), "scorers, name or name=source; toyworld is exact")
+    rewards: tuple = option(
+        ("toyworld", *TOY_REWARDS), "scorers, name or name=source; toyworld is exact; clip brings diversity"
+    )
     seeds: int = option(4, "images a prompt and model", at_least=1)
     # how they draw
     steps: int = option(None, "sampling steps (default: what suits the first model)", at_least=1)
@@ -62,8 +96,24 @@ class Config:
     precision: str = option("auto", "auto is bf16 on a GPU", ("auto", "fp32", "bf16", "fp16"))
     # how it is run
     out: str = option("outputs/evaluation", "folder to write")
+    stages: tuple = option(STAGES, "which stages to run", STAGES)
+    on_error: str = option(
+        "stop", "prompts that a model cannot draw or score: stop, or skip", ("stop", "skip")
+    )
+    shard: str = option("0/1", "i/n: draw and score only part i of n; report when all are done")
     batch_size: int = option(64, "images a batch", at_least=1)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
+    # people
+    study: int = option(0, "that many pairs for a blind study, in OUT/study", at_least=0)
+    study_answers: tuple = option((), "files that people sent back: who wins, and how far people agree")
+
+
+class Pictures(NamedTuple):
+    """The pictures of one model: what draws them ("" for a folder from elsewhere), and [(prompt, files)]."""
+
+    path: str
+    folder: str
+    rows: list
 
 
 # ----------------------------------------------------------------------------- statistics
@@ -73,6 +123,15 @@ def wilson(wins, n):
     """95 % Wilson interval of a proportion."""
     interval = binomtest(wins, n).proportion_ci(confidence_level=0.95, method="wilson")
     return interval.low, interval.high
+
+
+def holm(p):
+    """Holm's adjustment of all p values that were looked at: below .05 together, not each by itself."""
+    adjusted, largest = np.zeros(len(p)), 0.0
+    for rank, i in enumerate(np.argsort(p)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted.tolist()
 
 
 def category_mean(values, tags):
@@ -92,85 +151,250 @@ def bootstrap_gain(a, b, tags, rng, n=2000):
     return float(category_mean(difference, tags)), float(low), float(high)
 
 
+def paired_gain(base, mine, tags, seed):
+    """(P,) means a prompt -> gain with its interval, and the two-sided p of Wilcoxon's signed-rank test,
+    which drops prompts without a difference."""
+    gain, low, high = bootstrap_gain(base, mine, tags, np.random.default_rng(seed))
+    differences = (mine - base)[mine != base]
+    p = float(wilcoxon(differences).pvalue) if len(differences) else 1.0
+    return dict(gain=gain, low=low, high=high, p=p, n=len(mine))
+
+
 def win_rate(mine, base):
-    """How often the best of the seeds is strictly higher; mine, base: (P, S) scores."""
-    mine, base = mine.max(1), base.max(1)
-    wins, ties, n = int((mine > base).sum()), int((mine == base).sum()), len(mine)
+    """How often one is strictly higher; (P,) a score a prompt. p: two-sided sign test, without the ties."""
+    wins, losses, n = int((mine > base).sum()), int((mine < base).sum()), len(mine)
     low, high = wilson(wins, n)
-    return dict(wins=wins, ties=ties, losses=n - wins - ties, n=n, rate=wins / n, low=low, high=high)
+    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return dict(wins=wins, ties=n - wins - losses, losses=losses, n=n, rate=wins / n, low=low, high=high, p=p)
 
 
 def compare(scores, tags, seed):
-    """{model: {reward: (P, S)}} -> of each model and reward: mean, means by category, win rate, gain."""
-    base, results = next(iter(scores)), {}
+    """{model: {reward: (P, S)}} -> {model: means, means by category, spread over all images; against each
+    earlier model and reward the gain, the win rate of the best seed and of the mean over seeds}."""
+    results, tests = {}, {"gain": [], "best": [], "mean": []}
     for name, by_reward in scores.items():
-        result = results[name] = {"means": {}, "categories": {}, "win_rate": {}, "gain": {}}
+        result = dict(means={}, categories={}, spread={}, against={other: {} for other in results})
         for reward, s in by_reward.items():
-            per_prompt, per_prompt_base = s.mean(1), scores[base][reward].mean(1)  # (P,)
+            per_prompt = s.mean(1)  # (P,)
             means = {t: float(per_prompt[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
             result["means"][reward] = float(category_mean(per_prompt, tags))
             result["categories"][reward] = means
-            if name != base:
-                result["win_rate"][reward] = win_rate(s, scores[base][reward])
-                rng = np.random.default_rng(seed)
-                gain, low, high = bootstrap_gain(per_prompt_base, per_prompt, tags, rng)
-                result["gain"][reward] = dict(gain=gain, low=low, high=high)
+            spread = dict(mean=s.mean(), min=s.min(), max=s.max(), std=s.std())
+            result["spread"][reward] = {key: float(value) for key, value in spread.items()}
+            for other in results:
+                base = scores[other][reward]
+                pair = {"gain": paired_gain(base.mean(1), per_prompt, tags, seed)}
+                if reward != "diversity":  # there is no best seed of it
+                    pair["best"] = win_rate(s.max(1), base.max(1))
+                    pair["mean"] = win_rate(per_prompt, base.mean(1))
+                result["against"][other][reward] = pair
+                for kind, test in pair.items():
+                    tests[kind].append(test)
+        results[name] = result
+    for family in tests.values():
+        for test, p in zip(family, holm([test["p"] for test in family])):
+            test.update(p_holm=p, comparisons=len(family))
+    return results
+
+
+# ----------------------------------------------------------------------------- the toy world
+
+
+def entropy(share):
+    """Bits of a distribution; share (..., C) adds up to 1."""
+    return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
+
+
+def free_colours(models, prompts):
+    """{model: (P', C)}: of each prompt that names no colour, how its pictures' objects are coloured."""
+    free = [i for i, p in enumerate(prompts) if not any(color for _, color in grammar()[p]["objects"])]
+    counts = {}
+    for name, pictures in models.items():
+        counts[name] = np.zeros((len(free), len(COLORS)))
+        for n, i in enumerate(free):
+            for file in pictures.rows[i][1]:
+                seen = Counter(
+                    color for _, color, _, _ in find_objects(read_image(f"{pictures.folder}/{file}"))
+                )
+                for c, color in enumerate(COLORS):
+                    counts[name][n, c] += seen[color] / max(1, seen.total())  # a picture counts once
+    return counts
+
+
+def colour_entropy(counts, seed, n=2000):
+    """{model: (P', C)} -> {model: entropy in bits of the colours of all, share of each colour, and the change
+    to the first model with a paired 95 % bootstrap interval over prompts}."""
+    base, results = next(iter(counts.values())), {}
+    if not base.sum() or not all(c.sum() for c in counts.values()):
+        return {}
+    sample = np.random.default_rng(seed).integers(len(base), size=(n, len(base)))
+    bits = lambda c: entropy(c / np.maximum(c.sum(-1, keepdims=True), 1e-12))
+    for name, c in counts.items():
+        share = c.sum(0) / c.sum()
+        low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5])
+        change = dict(gain=float(entropy(share) - bits(base.sum(0))), low=float(low), high=float(high))
+        results[name] = dict(bits=float(entropy(share)), change=change, prompts=len(c))
+        results[name]["share"] = dict(zip(COLORS, share.tolist()))
     return results
 
 
 # ----------------------------------------------------------------------------- report
 
 
-def table(header, rows):
-    """Markdown."""
+def interval(g, digits=3):
+    return f"{g['gain']:+.{digits}f} ({g['low']:+.{digits}f} to {g['high']:+.{digits}f})"
+
+
+def p_text(test):
+    return "< 0.001" if test["p_holm"] < 0.001 else f"{test['p_holm']:.3f}"
+
+
+def win_text(w):
+    rate = f"{w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%})"
+    return f"{rate}; {w['wins']} : {w['ties']} : {w['losses']}; {p_text(w)}"
+
+
+def accuracy_table(results, tags):
+    base, rows = next(iter(results)), []
+    for name, result in results.items():
+        accuracy, change = result["categories"]["toyworld"], ["", ""]
+        if name != base:
+            gain = result["against"][base]["toyworld"]["gain"]
+            change = [interval(gain), p_text(gain)]
+        overall = f"**{result['means']['toyworld']:.3f}**"
+        rows.append([name, overall, *(f"{accuracy[t]:.2f}" for t in dict.fromkeys(tags)), *change])
+    return ["accuracy, exact checker", "overall", *dict.fromkeys(tags), "gain (95 %)", "p"], rows
+
+
+def diversity_table(results, colours):
+    """Side by side with the accuracy: what the gain was paid with."""
+    base, rows = next(iter(results)), []
+    header = ["diversity: what a prompt leaves free", "CLIP distance among seeds", "change (95 %)", "p"]
+    if colours:
+        header += [f"bits of free colours (of {np.log2(len(COLORS)):.2f})", "change (95 %)", *COLORS]
+    for name, result in results.items():
+        cells = ["", "", ""]
+        if "diversity" in result["means"]:
+            cells[0] = f"**{result['means']['diversity']:.3f}**"
+            if name != base:
+                gain = result["against"][base]["diversity"]["gain"]
+                cells[1:] = [interval(gain), p_text(gain)]
+        if colours:
+            own = colours[name]
+            change = "" if name == base else interval(own["change"], 2)
+            cells += [f"**{own['bits']:.2f}**", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
+        rows.append([name, *cells])
+    return header, rows
+
+
+def pair_table(name, other, pair, seeds):
+    """One model over another: BalancedDPO's table, with what it leaves out."""
+    best, mean = f"best of {seeds} wins (95 %); win : tie : loss; p", "mean of seeds wins; the same"
+    header = [f"{name} over {other}", "gain (95 %)", "p", "n", best, mean]
+    rows = []
+    for reward, tests in pair.items():
+        gain = tests["gain"]
+        wins = [win_text(tests[kind]) if kind in tests else "" for kind in ("best", "mean")]
+        rows.append([reward, interval(gain), p_text(gain), str(gain["n"]), *wins])
+    return header, rows
+
+
+def tables_of(results, tags, colours, seeds):
+    """[(header, rows)]: accuracy, diversity, means, every pair, spread."""
+    rewards, tables = list(next(iter(results.values()))["means"]), []
+    if "toyworld" in rewards:
+        tables.append(accuracy_table(results, tags))
+    if "diversity" in rewards or colours:
+        tables.append(diversity_table(results, colours))
+    names = [reward for reward in rewards if reward not in ("toyworld", "diversity")]
+    if names:
+        rows = [[model, *(f"{result['means'][r]:.3f}" for r in names)] for model, result in results.items()]
+        tables.append((["mean reward over categories", *names], rows))
+    for name, result in results.items():
+        tables += [pair_table(name, other, pair, seeds) for other, pair in result["against"].items()]
+    keys = ("mean", "min", "max", "std")
+    spreads = {f"{model}, {reward}": of for model, r in results.items() for reward, of in r["spread"].items()}
+    rows = [[title, *(f"{spread[key]:.4f}" for key in keys)] for title, spread in spreads.items()]
+    tables.append((["over all images", *keys], rows))
+    return tables
+
+
+def markdown(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells) + "\n"
 
 
-def report(cfg, results, tags, where):
-    """The setting in a line, then a table of accuracy and a table of rewards."""
-    setting = f"{cfg.steps} steps, guidance {cfg.guidance:g}; {where['device']}; commit {where['commit']}"
-    text = f"{len(tags)} held-out prompts x {cfg.seeds} seeds, {setting}\n\n"
-    categories, rewards = list(dict.fromkeys(tags)), list(next(iter(results.values()))["means"])
-    if "toyworld" in rewards:
-        rewards.remove("toyworld")
-        rows = []
-        for name, result in results.items():
-            accuracy, gain = result["categories"]["toyworld"], ""
-            if g := result["gain"].get("toyworld"):
-                gain = f"{g['gain']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})"
-            overall = f"**{result['means']['toyworld']:.3f}**"
-            rows.append([name, overall, *(f"{accuracy[t]:.2f}" for t in categories), gain])
-        text += table(["accuracy, exact checker", "overall", *categories, "gain (95 %)"], rows)
-    if rewards:
-        rows = []
-        for name, result in results.items():
-            cells = [f"{result['means'][reward]:.3f}" for reward in rewards]
-            for i, w in enumerate(result["win_rate"].get(reward) for reward in rewards):
-                if w:
-                    cells[i] += f"; {w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}, n = {w['n']})"
-            rows.append([name, *cells])
-        text += table(["mean reward over categories; win rate over the first (95 %, n)", *rewards], rows)
-    return text.strip() + "\n"
+def html_table(header, rows):
+    def line(kind, cells):
+        return (
+            "<tr>"
+            + "".join(f"<{kind}>{html.escape(c.replace('**', ''))}</{kind}>" for c in cells)
+            + "</tr>\n"
+        )
+
+    return f"<table>\n{line('th', header)}{''.join(line('td', row) for row in rows)}</table>\n"
 
 
-def draw_grid(path, prompts, tags, pictures, passed):
+def thumbnail(path, side=160):
+    """A picture as a data URI: WebP, at most `side` pixels; a tiny one keeps every pixel."""
+    image, file = read_image(path), io.BytesIO()
+    small = max(image.size) <= 64
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.save(file, "WEBP", lossless=small, quality=60)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def write_html(path, setting, tables, names, rows):
+    """report.html, a row at a time: it may hold a thousand pictures, memory holds those of one prompt."""
+    text = read_text(TEMPLATES / "report.html")
+    legend = "Green below: right by the exact checker, red: wrong." if "toyworld" in names["rewards"] else ""
+    text = text.replace("SETTING", html.escape(setting)).replace("LEGEND", legend)
+    text = text.replace("TABLES", "".join(html_table(*table) for table in tables))
+    before, after = text.split("DATA")
+    safe = lambda value: json.dumps(value).replace("<", "\\u003c")  # a prompt may say </script>
+
+    def write(tmp):
+        with open(tmp, "w", encoding="utf-8") as f:
+            f.write(before + safe(names)[:-1] + ', "rows": [\n')
+            for n, row in enumerate(rows):
+                f.write(",\n" * (n > 0) + safe(row))
+            f.write("]}" + after)
+
+    publish(path, write)
+
+
+def html_rows(models, complete, tags, scores, seeds, budget=1000):
+    """What the page shows of each prompt; about `budget` pictures in all, from the first seeds."""
+    shown = int(np.clip(budget // (len(complete) * len(models)), 1, seeds))
+    for n, i in enumerate(complete):
+        row = dict(prompt=next(iter(models.values())).rows[i][0], tag=tags[i])
+        row["scores"] = [[round(float(s[n].mean()), 4) for s in scores[name].values()] for name in models]
+        if all("toyworld" in by_reward for by_reward in scores.values()):
+            row["passed"] = [scores[name]["toyworld"][n].astype(int).tolist() for name in models]
+        row["pictures"] = [
+            [thumbnail(f"{m.folder}/{f}") for f in m.rows[i][1][:shown]] for m in models.values()
+        ]
+        yield row
+
+
+def draw_grid(path, models, complete, tags, scores):
     """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model."""
-    by_tag, rows = {tag: [] for tag in tags}, []
-    for i, tag in enumerate(tags):
-        by_tag[tag].append(i)
-    for i in [i for members in by_tag.values() for i in members[:2]][:12]:
+    by_tag, rows = {}, []
+    for n, i in enumerate(complete):
+        by_tag.setdefault(tags[i], []).append((n, i))
+    for n, i in [member for members in by_tag.values() for member in members[:2]][:12]:
         cells = []
-        for name, images in pictures.items():  # {model: [of prompt [of seed]]}
-            for s, image in enumerate(images[i][:4]):
-                verdict = "" if name not in passed else (" -", " ok")[int(passed[name][i, s])]
-                cells.append((image, name + verdict))
-        rows.append((prompts[i], cells))
+        for name, pictures in models.items():
+            passed = scores[name].get("toyworld")
+            for s, file in enumerate(pictures.rows[i][1][:4]):
+                verdict = "" if passed is None else (" -", " ok")[int(passed[n, s])]
+                cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
+        rows.append((pictures.rows[i][0], cells))
     picture_grid(rows, path, side=96)
 
 
-# ----------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------- stages
 
 
 def parse_models(specs):
@@ -179,13 +403,35 @@ def parse_models(specs):
     if len(models) < 2 or not all(models.values()) or len(models) < len(specs):
         fail("--models: two or more different names are needed, each as name=path")
     for name, path in models.items():
+        if not name[:1].isalnum() or not all(c.isalnum() or c in "-._" for c in name) or name == "study":
+            fail(f"--models {name}={path}: a name is made of letters, digits, -, . and _: it names a folder")
         local = path.startswith(("outputs/", ".", "/"))
         if local and not all(map(os.path.isdir, path.split("+"))):  # base+adapters
             fail(f"--models {name}={path}: no such folder; train it with rankdpo.py first")
     return models
 
 
-def check_choices(cfg, models, prompts):
+def pictures_of(cfg, name, path, prompts):
+    """A model's pictures, to be drawn into OUT/NAME, or those of a folder from elsewhere where they lie."""
+    layout = [[f"{i:05d}/samples/{s:04d}.png" for s in range(cfg.seeds)] for i in range(len(prompts))]
+    here = Path(path)
+    if (here / "model_index.json").is_file() or not (
+        (here / "metadata.jsonl").is_file()
+        or any((here / file).is_file() for files in layout for file in files)
+    ):
+        check_pipeline(path)
+        return Pictures(path, f"{cfg.out}/{name}", list(zip(prompts, layout)))
+    rows = list(zip(prompts, layout))
+    if (here / "metadata.jsonl").is_file():
+        there = {" ".join(row["prompt"].split()): row for row in read_metadata(path)}
+        for i, prompt in enumerate(prompts):
+            if prompt in there:  # pictures beyond --seeds are left aside, missing ones are missed below
+                files = there[prompt]["file_names"][: cfg.seeds]
+                rows[i] = (there[prompt]["prompt"], files + layout[i][len(files) :])
+    return Pictures("", path, rows)
+
+
+def check_choices(cfg, prompts):
     """What can be wrong is found now, not after hours of drawing."""
     check_rewards(cfg.rewards)
     if "toyworld" in map(reward_name, cfg.rewards):
@@ -194,74 +440,326 @@ def check_choices(cfg, models, prompts):
             fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
     if cfg.resolution % 8:
         fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
-    for path in models.values():
-        check_pipeline(path)
+    synpic.check_shard(cfg.shard)
 
 
-def suited(cfg, pipe):
-    """The options with what suits the model where they were not given. All models are drawn alike."""
-    return fill_in(cfg, SUITS[scale_of(pipe)], "sampling")
+def with_diversity(cfg):
+    """The rewards, and diversity by the same weights wherever clip is one of them."""
+    names = [reward_name(spec) for spec in cfg.rewards]
+    if cfg.seeds < 2 or "clip" not in names or "diversity" in names:
+        return cfg.rewards
+    return (*cfg.rewards, "diversity" + cfg.rewards[names.index("clip")].removeprefix("clip"))
 
 
-def draw(cfg, name, pipe, prompts):
-    """[of prompt [of seed: image]]. The noise does not depend on the model: all start from the same."""
-    images = []
-    jobs = [(prompt, cfg.seed + s) for prompt in prompts for s in range(cfg.seeds)]
-    settings = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution)
-    for start in tqdm(range(0, len(jobs), cfg.batch_size), desc=f"generate {name}", unit="batch"):
-        batch = jobs[start : start + cfg.batch_size]
-        noise = [noise_seed(prompt, "", seed) for prompt, seed in batch]
-        results = generate_each(pipe, [prompt for prompt, _ in batch], noise, settings)
-        for (prompt, seed), (image, problem) in zip(batch, results):
-            if problem:
-                fail(f"--models {name}: {problem}, for {prompt!r} with seed {seed}")
-            images.append(image)
-    return [images[i : i + cfg.seeds] for i in range(0, len(images), cfg.seeds)]
+def suited(cfg, models):
+    """The options with what suits the first model where they were not given. All models are drawn alike."""
+    drawn = next((pictures for pictures in models.values() if pictures.path), None)
+    if drawn is None or None not in (cfg.steps, cfg.guidance):
+        return cfg
+    if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
+        began = next(iter(synpic.read_settings(drawn.folder)[0]["models"].values()))
+        return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
+    return fill_in(cfg, SUITS[scale_of(load_pipeline(drawn.path))], "sampling")
 
 
-def score(cfg, pictures, prompts, device):
-    """{model: {reward: (P, S)}}."""
-    scores, repeated = {name: {} for name in pictures}, [p for p in prompts for _ in range(cfg.seeds)]
-    for spec in cfg.rewards:
-        reward = load_reward(spec, device)
-        for name, images in tqdm(pictures.items(), desc=f"score {reward_name(spec)}", unit="model"):
-            try:
-                values = reward([image for of_seed in images for image in of_seed], repeated)
-            except ValueError as e:
-                fail(f"pictures of {name}: {e}; leave that reward or that prompt out")
-            scores[name][reward_name(spec)] = values.view(len(prompts), cfg.seeds).double().numpy()
-    return scores
+def draw_stage(cfg, models, mine, device):
+    """The missing pictures of every model, by synpic.py's stage: there, a seed is another model."""
+    plans = []
+    for name, pictures in models.items():
+        if pictures.path:
+            folder = writable_folder("out", pictures.folder)
+            how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution, dtype="bf16")
+            seeds = [
+                dict(how, name=name, path=pictures.path, noise="", seed=cfg.seed + s)
+                for s in range(cfg.seeds)
+            ]
+            drawing = synpic.Config(
+                out=str(folder),
+                batch_size=cfg.batch_size,
+                on_error=cfg.on_error,
+                precision=cfg.precision,
+                stages=("generate",),
+            )
+            settings = synpic.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
+            synpic.check_settings(drawing, settings)
+            batches = [[pictures.rows[i] for i in batch] for batch in mine]
+            plans.append((drawing, settings, synpic.to_draw(drawing, batches, seeds), pictures))
+    with synpic.progress("draw", [entry for _, _, todo, _ in plans for entry in todo]) as bar:
+        for drawing, settings, todo, pictures in plans:
+            synpic.generate_stage(drawing, todo, device, settings, bar)
+            rows = "".join(json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows)
+            write = lambda tmp: tmp.write_text(rows, encoding="utf-8")
+            publish(f"{drawing.out}/metadata.jsonl", write, unique=True)
+
+
+def score_stage(cfg, models, mine, device, part):
+    """Every reward is loaded once and scores what is not scored yet of every model."""
+    specs, left = with_diversity(cfg), {}
+    rows = {name: [p.rows[i] for batch in mine for i in batch] for name, p in models.items()}
+    for spec in specs:
+        for name, pictures in models.items():
+            done = read_scores(pictures.folder, spec, rows[name])
+            left[spec, name] = sum(len(files) for i, (_, files) in enumerate(rows[name]) if i not in done)
+    hidden = process_rank()[0] > 0 or not any(left.values())
+    with tqdm(total=sum(left.values()), desc="score", unit="image", disable=hidden) as bar:
+        for spec in specs:
+            load = lru_cache(1)(load_reward)  # the last one is let go before the next is loaded
+            for name, pictures in models.items():
+                if left[spec, name]:
+                    bar.set_description(f"score {reward_name(spec)} of {name}")
+                    how = (device, cfg.batch_size, cfg.on_error, part)
+                    score_rows(pictures.folder, spec, rows[name], *how, load=load, bar=bar)
+
+
+def is_readable(path):
+    """A whole PNG by its end; anything else is read."""
+    if synpic.is_whole(path):
+        return True
+    with suppress(ValueError):
+        return bool(read_image(path))
+    return False
+
+
+def missing_pictures(models):
+    """{prompt index: what is wrong}, of all models."""
+    problems = {}
+    for name, pictures in models.items():
+        for i, (prompt, files) in enumerate(pictures.rows):
+            bad = [file for file in files if not is_readable(f"{pictures.folder}/{file}")]
+            if bad:
+                problems.setdefault(i, f"{name}: {pictures.folder}/{bad[0]} is missing or torn ({prompt!r})")
+    return problems
+
+
+def stop_or_skip(cfg, problems, count):
+    """One line for what cannot be compared: the end, or a prompt less for every model."""
+    if problems:
+        first = problems[min(problems)]
+        message = f"{len(problems)} of {count} prompts cannot be compared, the first: {first}"
+        if cfg.on_error == "stop" or len(problems) == count:
+            fail(f"{message}. Draw and score it, or leave such prompts out with --on_error skip")
+        if process_rank()[0] == 0:
+            print(f"{message}; they are left out for all models")
+
+
+def stored(cfg, models):
+    """Scores from disk: ({model: {reward: (P, S)}} of the prompts of which nothing is missing, their indices,
+    {index: what is missing} of the others)."""
+    problems, found = missing_pictures(models), {}
+    count = len(next(iter(models.values())).rows)
+    for name, pictures in models.items():
+        for spec in with_diversity(cfg):
+            found[name, spec] = read_scores(pictures.folder, spec, pictures.rows)
+            for i in set(range(count)) - found[name, spec].keys():
+                where = f"{pictures.folder}/scores/{reward_name(spec)}.jsonl"
+                problems.setdefault(i, f"{name}: no scores of {pictures.rows[i][0]!r} in {where}")
+    stop_or_skip(cfg, problems, count)
+    complete = [i for i in range(count) if i not in problems]
+    scores = {name: {} for name in models}
+    for (name, spec), of_rows in found.items():
+        scores[name][reward_name(spec)] = np.array([of_rows[i] for i in complete])
+    return scores, complete, problems
+
+
+def report_stage(cfg, models, rows, tags, device):
+    """report.html, report.md, results.json and grid.png from what lies on disk."""
+    scores, complete, problems = stored(cfg, models)
+    prompts, kept = [rows[i]["prompt"] for i in complete], [tags[i] for i in complete]
+    chosen = {n: Pictures(p.path, p.folder, [p.rows[i] for i in complete]) for n, p in models.items()}
+    results, where, colours = compare(scores, kept, cfg.seed), provenance(device), {}
+    if "toyworld" in map(reward_name, cfg.rewards):
+        colours = colour_entropy(free_colours(chosen, prompts), cfg.seed)
+    tables = tables_of(results, kept, colours, cfg.seeds)
+    sampling = f"{cfg.steps} steps, guidance {cfg.guidance:g}; " if cfg.steps else ""
+    setting = f"{len(prompts)} held-out prompts x {cfg.seeds} seeds, {sampling}"
+    setting += f"{where['device']}; commit {where['commit']}"
+    if problems:
+        setting += (
+            f". {len(problems)} prompts are left out for all models, the first: {problems[min(problems)]}"
+        )
+    family = next(reversed(results.values()))["against"][next(iter(results))]
+    count = next(iter(family.values()))["gain"]["comparisons"]
+    note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins, both Holm-adjusted, the gains "
+    note += f"for {count} comparisons."
+    text = "\n\n".join([setting, "".join(markdown(*table) for table in tables).strip(), note]) + "\n"
+    raw = {}
+    for name, by_reward in scores.items():
+        raw[name] = {reward: s.round(6).tolist() for reward, s in by_reward.items()}  # (P, S) each
+    record = dict(
+        config=asdict(cfg), **where, prompts=prompts, tags=kept, models=results, free_colours=colours
+    )
+    record.update(scores=raw, left_out={rows[i]["prompt"]: what for i, what in sorted(problems.items())})
+    out = Path(cfg.out)
+    write_text(out / "results.json", json.dumps(record))
+    write_text(out / "report.md", text)
+    names = dict(models=list(models), rewards=list(scores[next(iter(models))]))
+    page = html_rows(models, complete, tags, scores, cfg.seeds)
+    write_html(out / "report.html", f"{setting}. {note}", tables, names, page)
+    draw_grid(out / "grid.png", models, complete, tags, scores)
+    print(text)
+    print(f"{out}/report.html; results.json, report.md; pictures side by side in grid.png")
+    if cfg.study:
+        make_study(cfg, chosen)
+
+
+# ----------------------------------------------------------------------------- a blind study
+
+
+def make_study(cfg, models):
+    """OUT/study, to be sent to people, and OUT/key.json, to be kept: who drew which picture of each pair."""
+    rng, pairs = np.random.default_rng(cfg.seed), list(combinations(models, 2))
+    count = len(next(iter(models.values())).rows)
+    if cfg.study > count * len(pairs):
+        fail(f"--study {cfg.study}: {count} prompts make {count * len(pairs)} pairs at most")
+    order = [rng.permutation(count) for _ in pairs]
+    chosen = [(pairs[j % len(pairs)], int(order[j % len(pairs)][j // len(pairs)])) for j in range(cfg.study)]
+    key = []
+    for n in rng.permutation(cfg.study):
+        sides, i = rng.permutation(chosen[n][0]).tolist(), chosen[n][1]
+        files = [
+            f"{models[name].folder}/{models[name].rows[i][1][rng.integers(cfg.seeds)]}" for name in sides
+        ]
+        key.append(
+            {"id": str(len(key)), "prompt": models[sides[0]].rows[i][0], "models": sides, "files": files}
+        )
+    name = f"{rng.integers(10**9):09d}"
+    page = [
+        {"id": k["id"], "prompt": k["prompt"], "pictures": [f"{k['id']}_{s}.webp" for s in (1, 2)]}
+        for k in key
+    ]
+    text = json.dumps({"study": name, "pairs": page}).replace("<", "\\u003c")
+
+    def write(tmp):
+        tmp.mkdir()
+        for pair in key:
+            for side, file in enumerate(pair["files"], 1):
+                image = read_image(file)
+                image.save(tmp / f"{pair['id']}_{side}.webp", lossless=max(image.size) <= 64, quality=92)
+        (tmp / "index.html").write_text(read_text(TEMPLATES / "study.html").replace("STUDY", text), "utf-8")
+
+    write_text(Path(cfg.out) / "key.json", json.dumps({"study": name, "pairs": key}, indent=1))
+    publish(Path(cfg.out) / "study", write)
+    print(f"{cfg.out}/study/index.html: {cfg.study} pairs; send that folder, keep {cfg.out}/key.json")
+
+
+def read_answers(cfg, key):
+    """{pair id: [the answer of each file: "1", "2" or "tie"]}."""
+    votes = {pair["id"]: [] for pair in key["pairs"]}
+    for path in cfg.study_answers:
+        try:
+            answers = parse_json(read_text(path))
+            if answers["study"] != key["study"]:
+                raise ValueError(f"of study {answers['study']}, and {cfg.out}/key.json is of {key['study']}")
+            for pair, answer in answers["answers"].items():
+                if answer not in ("1", "2", "tie"):
+                    raise ValueError(f"pair {pair}: {answer!r} is none of 1, 2, tie")
+                votes[pair].append(answer)
+        except (ValueError, TypeError, LookupError, AttributeError) as e:
+            fail(f"--study_answers {path}: no answers that the study page saved ({e})")
+    return votes
+
+
+def agreement(counts):
+    """(N, 3) votes a pair for each answer, two or more a pair -> (share of agreeing pairs of people, Fleiss'
+    kappa: that share beyond chance)."""
+    n = counts.sum(1)  # (N,)
+    observed = ((counts**2).sum(1) - n) / (n * (n - 1))  # (N,)
+    chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
+    kappa = (observed.mean() - chance) / (1 - chance) if chance < 1 else 1.0
+    return float(observed.mean()), float(kappa)
+
+
+def study_results(key, votes):
+    """Per two models: votes and majorities of one, with Wilson intervals, and how far people agree."""
+    by_models = {}
+    for pair in key["pairs"]:
+        first, second = sorted(pair["models"])
+        name_of = {"1": pair["models"][0], "2": pair["models"][1], "tie": "tie"}
+        said = Counter(name_of[vote] for vote in votes[pair["id"]])
+        counts = [said[second], said["tie"], said[first]]
+        by_models.setdefault((second, first), []).append(counts)
+    results = {}
+    for (mine, base), counts in by_models.items():
+        counts = np.array([c for c in counts if sum(c)] or np.zeros((0, 3), int))  # (N, win tie loss)
+        if len(counts):
+            result = {"votes": win_rate(*np.repeat([[1, 0, 0], [0, 0, 1]], counts.sum(0), axis=1))}
+            result["majority"] = win_rate(counts[:, 0], counts[:, 2])
+            if len(several := counts[counts.sum(1) > 1]):
+                result["agreement"], result["kappa"] = agreement(several)
+            results[f"{mine} over {base}"] = result
+    return results
+
+
+def study_report(cfg):
+    """Several people's answers -> OUT/study.json and a table."""
+    path = Path(cfg.out) / "key.json"
+    try:
+        key = parse_json(read_text(path))
+        results = study_results(key, read_answers(cfg, key))
+    except (ValueError, TypeError, LookupError) as e:
+        fail(f"{path}: damaged ({e}); --study writes it")
+    header = [
+        f"{len(cfg.study_answers)} people",
+        "votes won (95 %)",
+        "majority of a pair won (95 %)",
+        "win : tie : loss",
+    ]
+    header += ["agreement", "Fleiss' kappa"]
+    rows = []
+    for name, r in results.items():
+        rates = [
+            f"{w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}), n = {w['n']}"
+            for w in (r["votes"], r["majority"])
+        ]
+        votes = " : ".join(str(r["votes"][k]) for k in ("wins", "ties", "losses"))
+        both = [f"{r['agreement']:.0%}", f"{r['kappa']:.2f}"] if "kappa" in r else ["", ""]
+        rows.append([name, *rates, votes, *both])
+    write_text(Path(cfg.out) / "study.json", json.dumps(results, indent=1))
+    print(markdown(header, rows) + "Votes of one pair are not independent: read the majorities' interval.")
+
+
+# ----------------------------------------------------------------------------- main
 
 
 @one_line_errors
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    models = parse_models(cfg.models)
+    if cfg.study_answers:
+        return study_report(cfg)
+    paths = parse_models(cfg.models)
     rows = read_prompts(cfg.prompts, cfg.limit)
     prompts = [row["prompt"] for row in rows]
     tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
-    check_choices(cfg, models, prompts)
-    device, out = pick_device(cfg.device), writable_folder("out", cfg.out)
+    check_choices(cfg, prompts)
+    models = {name: pictures_of(cfg, name, path, prompts) for name, path in paths.items()}
+    device, out, stages = pick_device(cfg.device), writable_folder("out", cfg.out), set(cfg.stages)
+    cfg = suited(cfg, models)
 
-    pictures = {}
-    for name, path in models.items():
-        pipe = load_pipeline(path, device, pick_dtype(cfg.precision, device))
-        cfg = suited(cfg, pipe)
-        pictures[name] = draw(cfg, name, pipe, prompts)
-        del pipe  # before the next is loaded
-    scores = score(cfg, pictures, prompts, device)
-    results, where = compare(scores, tags, cfg.seed), provenance(device)
-    text = report(cfg, results, tags, where)
-    raw = {}
-    for name, by_reward in scores.items():
-        raw[name] = {reward: s.round(6).tolist() for reward, s in by_reward.items()}  # (P, S) each
-    record = dict(config=asdict(cfg), **where, prompts=prompts, tags=tags, models=results, scores=raw)
-    write_text(out / "results.json", json.dumps(record))
-    write_text(out / "report.md", text)
-    passed = {name: by_reward["toyworld"] for name, by_reward in scores.items() if "toyworld" in by_reward}
-    draw_grid(out / "grid.png", prompts, tags, pictures, passed)
-    print(text)
-    print(f"{out}/results.json, report.md; pictures side by side in {out}/grid.png")
+    part, parts = map(int, cfg.shard.split("/"))
+    if parts > 1:
+        stages.discard("report")  # the parts do not wait for each other
+    rank, world = process_rank()
+    index, count = part * world + rank, parts * world  # this process among all of them
+    batches = [
+        range(len(rows))[start : start + cfg.batch_size] for start in range(0, len(rows), cfg.batch_size)
+    ]
+    mine = batches[index::count]  # a batch of prompts belongs to one process, by its place
+    with synpic.folder_lock(out, index, count, "evaluate.py"):
+        if "draw" in stages:
+            draw_stage(cfg, models, mine, device)
+        if "score" in stages:
+            if cfg.on_error == "stop" and world == 1:
+                stop_or_skip(cfg, missing_pictures(models), len(rows))
+            score_stage(cfg, models, mine, device, part=f"@{index}of{count}" if count > 1 else "")
+        if "report" in stages and world > 1:
+            start_processes("cpu")
+            dist.barrier()
+        if "report" in stages and rank == 0:
+            report_stage(cfg, models, rows, tags, device)
+        elif rank == 0:
+            print(
+                f"{out}: {' and '.join(sorted(stages))} done for part {part} of {parts}; then --stages report"
+            )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ under any other name, is a function of yours, (PIL images, prompts) -> scores. L
     vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl   6.3 GB  Apache-2.0  P("Yes"), 0 to 1
     aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  1 to 10, no prompt
                  trl-lib/ddpo-aesthetic-predictor
+    diversity    the image tower of clip, to evaluate only                                mean 1 - cosine to
+                                                                                          the other pictures
     toyworld     the exact checker of toyworld.py, to evaluate only                       1 if shown, else 0
 
 The weights of mps state no licence (their authors' code is MIT). PickScore and MPS are logit scale x cosine.
@@ -44,6 +46,7 @@ import traceback
 import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -274,10 +277,14 @@ class Scorer:
             scores = self.forward(x, texts).float().tolist()
         found = []
         for score, (_, problem) in zip(scores, loaded):
-            if not problem and not math.isfinite(score):
+            if not problem and not np.isfinite(score).all():
                 problem = f"the score is {score}"
             found.append((None if problem else score, problem))
         return found
+
+    def of_row(self, results):
+        """The results of the pictures of one prompt; diversity compares them here."""
+        return results
 
     def stream(self, images, prompts, batch_size=32):
         """Yield (score, None), or (None, what is wrong with it), of each pair in order."""
@@ -459,7 +466,26 @@ def load_open_clip(name, source, device, repo, file, prepare):
         return cosine(1.0, model.encode_image(x), model.encode_text(ids(prompts).to(device)))
 
     size = np.ravel(config["vision_cfg"].get("image_size", 224))[0].item()  # some write [224, 224]
-    return Scorer(name, partial(prepare, size=size), forward, device)
+    scorer = Scorer(name, partial(prepare, size=size), forward, device)
+    scorer.embed = lambda x: F.normalize(model.encode_image(x), dim=-1)  # (N, D)
+    return scorer
+
+
+def load_diversity(name, source, device, repo, file):
+    """How far apart the pictures of one prompt are, by CLIP's image embeddings: of each mean 1 - cosine to
+    the others, so that a row's mean is its mean pairwise distance."""
+    clip = load_open_clip("clip", source, device, repo, file, crop)
+    scorer = Scorer(name, clip.prepare, lambda x, prompts: clip.embed(x), device)
+
+    def distances(results):
+        if len(results) < 2 or any(problem for _, problem in results):
+            return [(None, problem or "another picture of the prompt is missing") for _, problem in results]
+        e = torch.tensor([embedding for embedding, _ in results], dtype=torch.float64)  # (K, D)
+        apart = (1 - e @ e.T).fill_diagonal_(0).sum(1) / (len(e) - 1)  # (K,)
+        return [(distance, None) for distance in apart.tolist()]
+
+    scorer.of_row = distances
+    return scorer
 
 
 def load_clip_model(kind, name, source, device, repo, file):
@@ -931,6 +957,7 @@ LOADERS = {  # name: (loader, then its default hub repository and file, ...)
     "vqascore-bf16": (load_vqascore, *FLAN, "bfloat16"),
     "vqascore-xl-bf16": (load_vqascore, *FLAN_XL, "bfloat16"),
     "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
+    "diversity": (load_diversity, LAION_H, "open_clip_model.safetensors"),
     "toyworld": (load_toyworld,),
 }
 
@@ -1102,13 +1129,16 @@ def stream_rows(scorer, folder, rows, todo, batch_size):
         if i in todo:
             results.append(result)
             if len(results) == len(rows[i][1]):
-                yield i, results
+                yield i, scorer.of_row(results)
                 results = []
 
 
-def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part=""):
+def score_rows(
+    folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None, bar=None
+):
     """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes.
-    `part` keeps the files of processes that work side by side apart.
+    `part` keeps the files of processes that work side by side apart. `load` stands in for load_reward where
+    one scorer serves several folders, `bar` for a progress bar of this folder alone.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run
     (on_error="stop"), or is stored as a row without scores and tried again next time ("skip"). Returns how
@@ -1118,14 +1148,15 @@ def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop",
         return 0, {}
     name, version, skipped = reward_name(spec), reward_version(spec), {}
     path, total = Path(folder) / "scores" / f"{name}{part}.jsonl", sum(len(rows[i][1]) for i in todo)
-    scorer = load_reward(spec, device)
+    scorer = (load or load_reward)(spec, device)
+    bar = tqdm(total=total, desc=f"score {name}", unit="image") if bar is None else nullcontext(bar)
     try:
         path.parent.mkdir(exist_ok=True)
         with lock(path.with_name(f".{path.stem}.lock"), f"{path}: another run is scoring there"):
             rows_only = b"".join(line + b"\n" for line in score_lines(path) if stored_row(line))
             if path.is_file() and path.read_bytes() != rows_only:
                 publish(path, lambda tmp: tmp.write_bytes(rows_only))
-            with open(path, "ab") as f, tqdm(total=total, desc=f"score {name}", unit="image") as bar:
+            with open(path, "ab") as f, bar as bar:
                 for i, results in stream_rows(scorer, folder, rows, todo, batch_size):
                     row = row_of_scores(folder, *rows[i], results, version)
                     if row["scores"] is None and on_error == "stop":

@@ -158,14 +158,27 @@ def file_name(i, model):
 # ----------------------------------------------------------------------------- stage 1: generate
 
 
-def generate_stage(cfg, batches, models, device, settings):
-    """Draw what is missing of the batches of rows (prompt, file_names), one generator in memory at a time."""
-    pipe, loaded, problems, todo = None, None, [], []
+def to_draw(cfg, batches, models):
+    """[(k, model, batches of rows (prompt, file_names) that lack its pictures)]. Every model is looked at
+    before the first one draws."""
+    todo = []
     for k, model in enumerate(models):
         missing = [b for b in batches if not all(is_whole(f"{cfg.out}/{files[k]}") for _, files in b)]
         if missing:
             check_pipeline(model["path"])
             todo.append((k, model, missing))
+    return todo
+
+
+def progress(title, todo):
+    """A bar over the images of all models of to_draw, with images/s and the time left."""
+    images = sum(len(batch) for _, _, missing in todo for batch in missing)
+    return tqdm(total=images, desc=title, unit="image", disable=process_rank()[0] > 0 or not images)
+
+
+def generate_stage(cfg, todo, device, settings, bar):
+    """Draw what to_draw found missing, one generator in memory at a time. evaluate.py draws with it, too."""
+    pipe, loaded, problems = None, None, []
     for k, model, missing in todo:
         precision = cfg.precision
         if precision == "auto":
@@ -176,20 +189,22 @@ def generate_stage(cfg, batches, models, device, settings):
             loaded = (model["path"], precision)
             keep_settings(cfg, settings)  # from here on the folder is that of these models
         began, images = time.time(), sum(len(batch) for batch in missing)
-        problems += draw(cfg, pipe, k, model, missing)
+        problems += draw(cfg, pipe, k, model, missing, bar)
         note_time(cfg, "generate", f"{model['name']}_{model['seed']}", images, time.time() - began)
     if problems:
         print("\n".join(problems[:20]))
         print(f"{len(problems)} images could not be drawn; at most 20 of them are listed above")
 
 
-def draw(cfg, pipe, k, model, batches):
+def draw(cfg, pipe, k, model, batches, bar):
     """Image k of every row; threads write pictures while the next batch is drawn. Returns what went wrong."""
-    problems, writing, name = [], [], f"generate {model['name']}_{model['seed']}"
+    problems, writing = [], []
+    bar.set_description(f"generate {model['name']}_{model['seed']}")
     with ThreadPoolExecutor(4) as threads:
-        for batch in tqdm(batches, desc=name, unit="batch", disable=process_rank()[0] > 0):
+        for batch in batches:
             prompts = [prompt for prompt, _ in batch]
-            seeds = [noise_seed(prompt, model["name"], model["seed"]) for prompt in prompts]
+            noise = model.get("noise", model["name"])  # models that are compared start from the same
+            seeds = [noise_seed(prompt, noise, model["seed"]) for prompt in prompts]
             results = generate_each(pipe, prompts, seeds, model)
             for picture in writing:  # at most one batch waits to be written
                 picture.result()
@@ -203,6 +218,7 @@ def draw(cfg, pipe, k, model, batches):
                     writing.append(threads.submit(publish, path, image.save, sync=False))
             if problems and cfg.on_error == "stop":
                 fail(f"{problems[0]}; nothing was written for it. --on_error skip leaves such prompts out")
+            bar.update(len(batch))
         for picture in writing:
             picture.result()
     return problems
@@ -406,9 +422,9 @@ def is_whole(path):
 
 
 @contextmanager
-def folder_lock(out, index, count):
+def folder_lock(out, index, count, script="synpic.py"):
     """Keep other processes out of the folder: a whole run excludes everybody, a part only the same part."""
-    message = f"{out}: another synpic.py is at work in this folder; wait for it, or choose another --out"
+    message = f"{out}: another {script} is at work in this folder; wait for it, or choose another --out"
     with lock(out / ".lock", message, shared=count > 1), lock(out / f".lock-{index}-{count}", message):
         yield
 
@@ -493,9 +509,13 @@ def check_choices(cfg):
     check_label(cfg.label, LABELS)
     if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
         fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")
-    part, _, parts = cfg.shard.partition("/")
+    check_shard(cfg.shard)
+
+
+def check_shard(shard):
+    part, _, parts = shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        fail(f"--shard {cfg.shard}: must be i/n with 0 <= i < n, as in 3/16")
+        fail(f"--shard {shard}: must be i/n with 0 <= i < n, as in 3/16")
 
 
 @one_line_errors
@@ -522,7 +542,9 @@ def main(argv=None):
         settings = settings_of(cfg, rows, models)
         check_settings(cfg, settings)
         if "generate" in stages:
-            generate_stage(cfg, mine, models, device, settings)
+            todo = to_draw(cfg, mine, models)
+            with progress("generate", todo) as bar:
+                generate_stage(cfg, todo, device, settings, bar)
         if "score" in stages:
             score_stage(cfg, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "label" in stages and world > 1:  # every part must be there; nothing else waits for the others

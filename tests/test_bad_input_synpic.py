@@ -21,8 +21,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 def nothing_is_drawn(monkeypatch):
     """A bad input is found before the first picture."""
     drawn = lambda *args: pytest.fail("it was drawn")
-    monkeypatch.setattr(synpic, "generate_each", drawn)
-    monkeypatch.setattr(evaluate, "generate_each", drawn)
+    monkeypatch.setattr(synpic, "generate_each", drawn)  # evaluate.py draws with it, too
 
 
 # ----------------------------------------------------------------------------- options
@@ -405,8 +404,7 @@ def test_ctrl_c_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    for script in (synpic, evaluate):
-        monkeypatch.setattr(script, "generate_each", interrupted)
+    monkeypatch.setattr(synpic, "generate_each", interrupted)
     fails(synpic.main, synpic_args(tiny, tmp_path / "a"), "interrupted", capsys=capsys)
     two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--prompts", f"{tiny}/prompts.txt"]
     fails(

@@ -1,66 +1,65 @@
-"""evaluate.py: statistics against hand-made ones, one comparison from end to end, what it refuses.
+"""evaluate.py: statistics against hand-made ones, a comparison from end to end, what it resumes and refuses,
+a blind study.
 
 pytest -q tests/test_evaluate.py
 """
 
+import base64
+import io
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import PROMPTS, fails, rewards
+from PIL import Image
 
 import evaluate
+import rewards as scorers
 import toyworld
 
 
-def test_evaluate_compares_two_models(tiny, tmp_path, capsys):
-    (tmp_path / "held.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": p, "tag": toyworld.grammar()[p]["tag"]}) for p in PROMPTS)
-    )
-    evaluate.main(
-        [
-            "--models",
-            f"base={tiny}/sdxl",
-            f"same={tiny}/sdxl",
-            f"other={tiny}/sd15",
-            "--prompts",
-            str(tmp_path / "held.jsonl"),
-            "--rewards",
-            "toyworld",
-            *rewards(tiny)[1:],
-            "--seeds",
-            "2",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
-    r = json.loads((tmp_path / "out/results.json").read_text())
-    base, same, other = (r["models"][n] for n in ("base", "same", "other"))
-    assert (
-        base["means"] == same["means"]
-        and same["win_rate"]["pickscore"]["ties"] == len(PROMPTS)
-        and same["gain"]["pickscore"]["gain"] == 0
-    )
-    w = other["win_rate"]["pickscore"]
-    assert (
-        w["wins"] + w["ties"] + w["losses"] == w["n"] == len(PROMPTS) and w["low"] <= w["rate"] <= w["high"]
-    )
-    assert other["gain"]["pickscore"]["gain"] == pytest.approx(
-        other["means"]["pickscore"] - base["means"]["pickscore"]
-    )
-    assert (
-        "accuracy, exact checker" in (tmp_path / "out/report.md").read_text()
-        and (tmp_path / "out/grid.png").is_file()
-    )
-    assert r["config"]["seeds"] == 2 and r["torch"] == torch.__version__
+def command(tiny, out, *more, models=("base={}/sdxl", "same={}/sdxl", "other={}/sd15"), seeds=2):
+    """Ten prompts in GenEval's form, the exact checker and two rewards (clip brings diversity)."""
+    prompts = out.parent / "held.jsonl"
+    rows = [{"prompt": p, "tag": toyworld.grammar()[p]["tag"]} for p in PROMPTS]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = ["--models", *(m.format(tiny) for m in models), "--prompts", prompts, "--out", out]
+    scored = ["--rewards", "toyworld", *rewards(tiny)[::2], "--batch_size", 4]
+    return [str(a) for a in (*first, *scored, "--seeds", seeds, "--steps", 2, "--guidance", 2, *more)]
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    """Three models compared; nobody writes into that folder."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    evaluate.main(command(tiny, out))
+    return out
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def data_of(page):
+    text = page.read_text()
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+# ----------------------------------------------------------------------------- statistics
 
 
 def test_wilson_interval_golden():
     low, high = evaluate.wilson(233, 297)  # 78.45 % of 297, BalancedDPO's Pick-a-Pic row
     assert (round(low, 3), round(high, 3)) == (0.734, 0.827)
+
+
+def test_holm_golden():
+    assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0]
 
 
 def test_scores_become_win_rates_and_gains():
@@ -70,13 +69,142 @@ def test_scores_become_win_rates_and_gains():
         "b": {"r": np.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])},
     }
     r = evaluate.compare(scores, tags, 0)["b"]
-    assert {k: r["win_rate"]["r"][k] for k in ("wins", "ties", "losses", "n")} == dict(
-        wins=1, ties=1, losses=1, n=3
+    pair = r["against"]["a"]["r"]
+    wins = {k: pair["best"][k] for k in ("wins", "ties", "losses", "n")}
+    assert wins == dict(wins=1, ties=1, losses=1, n=3) and pair["best"]["p"] == 1
+    assert pair["mean"]["wins"] == 1 and pair["mean"]["ties"] == 1  # 1 above .5, 0 = 0, .5 below 2
+    gain = pair["gain"]
+    assert r["means"]["r"] == pytest.approx((0.5 + 0.5) / 2)
+    assert gain["gain"] == pytest.approx((0.25 - 1.5) / 2) and gain["low"] <= gain["gain"] <= gain["high"]
+    assert r["spread"]["r"] == pytest.approx(dict(mean=0.5, min=0, max=2, std=np.std([2, 0, 0, 0, 0, 1])))
+
+
+def test_p_values_see_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(60, 1))
+    scores = {"a": {"r": base}, "b": {"r": base + 0.5}, "c": {"r": base + 0.01 * rng.normal(size=(60, 1))}}
+    r = evaluate.compare(scores, ["all"] * 60, 0)
+    better, none = r["b"]["against"]["a"]["r"], r["c"]["against"]["a"]["r"]
+    assert better["gain"]["p"] == pytest.approx(1.6e-11, rel=1) and better["best"]["p"] == pytest.approx(
+        2 / 2**60
     )
-    assert r["means"]["r"] == pytest.approx((0.5 + 0.5) / 2) and r["gain"]["r"]["gain"] == pytest.approx(
-        (0.25 - 1.5) / 2
+    assert none["gain"]["p"] > 0.05 and none["best"]["p"] > 0.05
+    assert better["gain"]["comparisons"] == 3 and better["gain"]["p_holm"] > better["gain"]["p"]
+
+
+def test_entropy_of_free_colours():
+    same, even = np.zeros((5, 6)), np.ones((5, 6)) / 6
+    same[:, 2] = 1
+    r = evaluate.colour_entropy({"even": even, "same": same}, seed=0)
+    assert r["even"]["bits"] == pytest.approx(np.log2(6)) and r["same"]["bits"] == pytest.approx(0, abs=1e-9)
+    assert r["same"]["change"]["gain"] == pytest.approx(-np.log2(6)) and r["same"]["share"]["blue"] == 1
+
+
+def test_diversity_is_the_mean_pairwise_distance(tiny, compared):
+    files = [compared / f"base/00003/samples/000{s}.png" for s in range(2)]
+    spec = f"diversity={tiny}/rewards/clip"
+    e = scorers.load_reward(spec)(files, [PROMPTS[3]] * 2)  # (2, D)
+    stored = np.array(results(compared)["scores"]["base"]["diversity"][3])
+    assert stored == pytest.approx(1 - (e[0] @ e[1]).item(), abs=2e-6) and stored[0] == stored[1]
+    assert stored[0] > 1e-3
+    same = [files[0]] * 2
+    rows = [("a", [str(f) for f in same])]
+    assert list(scorers.stream_rows(scorers.load_reward(spec), "/", rows, {0}, 4))[0][1][0][0] < 1e-6
+
+
+# ----------------------------------------------------------------------------- from end to end
+
+
+def test_three_models_are_compared(tiny, compared):
+    r = results(compared)
+    base, same, other = (r["models"][n] for n in ("base", "same", "other"))
+    pair = same["against"]["base"]["pickscore"]
+    assert base["means"] == same["means"] and pair["best"]["ties"] == len(PROMPTS)
+    assert pair["gain"]["gain"] == 0 and pair["gain"]["p"] == 1
+    assert set(other["against"]) == {"base", "same"} and set(other["means"]) == set(r["scores"]["base"])
+    w = other["against"]["base"]["pickscore"]["best"]
+    assert (
+        w["wins"] + w["ties"] + w["losses"] == w["n"] == len(PROMPTS) and w["low"] <= w["rate"] <= w["high"]
     )
-    assert r["gain"]["r"]["low"] <= r["gain"]["r"]["gain"] <= r["gain"]["r"]["high"]
+    gain = other["means"]["pickscore"] - base["means"]["pickscore"]
+    assert other["against"]["base"]["pickscore"]["gain"]["gain"] == pytest.approx(gain)
+    report = (compared / "report.md").read_text()
+    assert (
+        report.index("accuracy, exact checker")
+        < report.index("CLIP distance")
+        < report.index("other over base")
+    )
+    assert r["config"]["seeds"] == 2 and r["torch"] == torch.__version__ and (compared / "grid.png").is_file()
+    a, b = ((compared / name / "00000/samples/0001.png").read_bytes() for name in ("base", "same"))
+    assert a == b  # the same noise, whatever the name
+
+
+def test_the_page_holds_every_score_and_thumbnails_only(compared):
+    data, r = data_of(compared / "report.html"), results(compared)
+    assert [row["prompt"] for row in data["rows"]] == r["prompts"] and data["models"] == [
+        "base",
+        "same",
+        "other",
+    ]
+    scores = r["scores"]["other"]["pickscore"]
+    place = data["rewards"].index("pickscore")
+    assert [row["scores"][2][place] for row in data["rows"]] == pytest.approx(np.mean(scores, 1), abs=1e-4)
+    source = data["rows"][4]["pictures"][2][1].removeprefix("data:image/webp;base64,")
+    shown = Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB")
+    drawn = Image.open(compared / "other/00004/samples/0001.png").convert("RGB")
+    assert np.array_equal(shown, drawn)  # tiny ones keep every pixel
+    assert "http" not in (compared / "report.html").read_text()  # it opens offline
+
+
+def test_a_prompt_cannot_break_the_page(tmp_path):
+    names, row = dict(models=["a"], rewards=["r"]), {"prompt": "</script><img src=x>"}
+    evaluate.write_html(
+        tmp_path / "page.html", "<b>", [(["<i>", "n"], [["**a**", "<u>"]])], names, iter([row])
+    )
+    assert data_of(tmp_path / "page.html")["rows"] == [row]
+    assert "<u>" not in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.skipif(not Path("/usr/bin/chromium").is_file(), reason="no chromium here")
+def test_the_page_sorts_and_filters_in_a_browser(compared, tmp_path):
+    r = results(compared)
+    of = lambda name: np.mean(r["scores"][name]["clip"], 1)
+    difference, tags = of("other") - of("base"), np.array(r["tags"])
+
+    def shown(state):
+        browser = ["/usr/bin/chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        page = f"file://{compared}/report.html#reward=clip&a=other&b=base&{state}"
+        more = [f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000", page]
+        dom = subprocess.run([*browser, *more], capture_output=True, text=True, timeout=120).stdout
+        return [h2.split(" <small")[0] for h2 in dom.split("<article><h2>")[1:]]
+
+    assert shown("order=worst") == [r["prompts"][i] for i in np.argsort(difference)]
+    counting = np.flatnonzero(tags == "counting")
+    best = counting[np.argsort(-difference[counting])]
+    assert shown("order=best&tag=counting") == [r["prompts"][i] for i in best]
+
+
+def test_more_models_and_seeds_draw_only_what_is_new(tiny, compared, tmp_path, monkeypatch):
+    out, drawn, generate_each = tmp_path / "out", [], evaluate.synpic.generate_each
+    shutil.copytree(compared, out)
+
+    def noted(pipe, prompts, seeds, settings):
+        drawn.extend((settings["name"], settings["seed"]) for _ in prompts)
+        return generate_each(pipe, prompts, seeds, settings)
+
+    monkeypatch.setattr(evaluate.synpic, "generate_each", noted)
+    elsewhere = f"elsewhere={compared}/other"  # a folder of pictures in the place of a model
+    models = ("base={}/sdxl", "other={}/sd15", elsewhere, "third={}/sd3")
+    evaluate.main(command(tiny, out, models=models))
+    assert set(drawn) == {("third", 1234), ("third", 1235)} and len(drawn) == 2 * len(PROMPTS)
+    r = results(out)["scores"]
+    assert r["elsewhere"] == r["other"] == results(compared)["scores"]["other"]
+    drawn.clear()
+    evaluate.main(command(tiny, out, models=models[:2], seeds=3))
+    assert set(drawn) == {("base", 1236), ("other", 1236)}
+
+
+# ----------------------------------------------------------------------------- what goes wrong
 
 
 def test_evaluate_errors(tiny, tmp_path, capsys):
@@ -84,7 +212,9 @@ def test_evaluate_errors(tiny, tmp_path, capsys):
     two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--out", tmp_path]
     check(["--models", f"a={tiny}/sdxl"], "two or more")
     check(["--models", f"a={tiny}/sdxl", f"b={tmp_path}/none"], "none", "no such folder")
+    check(["--models", f"../a={tiny}/sdxl", f"b={tiny}/sd15"], "../a", "a name is")
     check(two + ["--prompts", "none.jsonl"], "none.jsonl")
+    check(two + ["--shard", "2/2"], "--shard 2/2")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a circle"}\n{"promt": 1}\n')
     check(two + ["--prompts", tmp_path / "bad.jsonl"], "bad.jsonl, row 2")
     check(two + ["--what"], "--what")
@@ -93,3 +223,101 @@ def test_evaluate_errors(tiny, tmp_path, capsys):
         two + ["--prompts", tmp_path / "real.txt", "--steps", "1", "--seeds", "1", "--rewards", "toyworld"],
         "a horse on the moon",
     )
+
+
+def test_other_settings_are_refused_by_name(tiny, compared, tmp_path, capsys):
+    shutil.copytree(compared, tmp_path / "out")
+    args = command(tiny, tmp_path / "out")
+    fails(evaluate.main, [*args, "--steps", 3], "out/base", "steps 2 before, 3 now", capsys=capsys)
+    fails(evaluate.main, [*args, "--limit", 3], "out/base", "prompts", capsys=capsys)
+    swapped = [a.replace("other=", "same2=").replace("same=", "other=") for a in args]
+    fails(evaluate.main, swapped, "out/other", "other weights", capsys=capsys)
+
+
+def test_a_reward_that_fails_to_load_loses_no_picture(tiny, compared, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    args = [*command(tiny, out, models=("base={}/sdxl", "other={}/sd15")), "--rewards"]
+
+    def broken(*args):
+        raise ValueError("broken weights")
+
+    monkeypatch.setitem(scorers.LOADERS, "pickscore", (broken, *scorers.LOADERS["pickscore"][1:]))
+    fails(evaluate.main, [*args, *rewards(tiny)], "pickscore", "broken weights", capsys=capsys)
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate.synpic, "generate_each", broken)  # it would be named
+    scorers.main(["--score", str(out / "base"), "--rewards", rewards(tiny)[2]])  # as in another environment
+    evaluate.main([*args, *rewards(tiny)])
+    mine, known = results(out)["scores"], results(compared)["scores"]
+    assert mine["base"]["pickscore"] == pytest.approx(np.array(known["base"]["pickscore"]), abs=1e-5)
+
+
+def test_missing_and_torn_pictures_are_named_and_left_out(tiny, compared, tmp_path, capsys):
+    shutil.copytree(compared / "other", tmp_path / "theirs")
+    (tmp_path / "theirs/00001/samples/0000.png").unlink()
+    torn = tmp_path / "theirs/00005/samples/0001.png"
+    torn.write_bytes(torn.read_bytes()[:600])
+    models = ("base={}/sdxl", f"theirs={tmp_path}/theirs")
+    shutil.copytree(compared / "base", tmp_path / "out/base")
+    args = command(tiny, tmp_path / "out", models=models)
+    fails(evaluate.main, args, "2 of 10 prompts", "00001/samples/0000.png", "--on_error skip", capsys=capsys)
+    evaluate.main([*args, "--on_error", "skip"])
+    r = results(tmp_path / "out")
+    assert list(r["left_out"]) == [PROMPTS[1], PROMPTS[5]] and len(r["prompts"]) == 8
+    assert "2 prompts are left out for all models" in (tmp_path / "out/report.md").read_text()
+    known = results(compared)["scores"]["base"]["clip"]
+    assert r["scores"]["base"]["clip"] == [s for i, s in enumerate(known) if i not in (1, 5)]
+
+
+def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
+    generate = evaluate.synpic.generate_each
+
+    def failing(pipe, prompts, seeds, settings):
+        done = generate(pipe, prompts, seeds, settings)
+        fails_here = lambda p: settings["name"] == "other" and p == PROMPTS[2]
+        return [(None, "it is tired") if fails_here(p) else d for p, d in zip(prompts, done)]
+
+    monkeypatch.setattr(evaluate.synpic, "generate_each", failing)
+    args = command(tiny, tmp_path / "out", models=("base={}/sdxl", "other={}/sd15"))
+    fails(evaluate.main, args, "out/other/00002", "tired", "--on_error skip", capsys=capsys)
+    evaluate.main([*args, "--on_error", "skip"])
+    assert list(results(tmp_path / "out")["left_out"]) == [PROMPTS[2]]
+
+
+# ----------------------------------------------------------------------------- a blind study
+
+
+def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys):
+    shutil.copytree(compared, tmp_path / "out")
+    args = [*command(tiny, tmp_path / "out"), "--stages", "report"]
+    evaluate.main([*args, "--study", "12"])
+    key = json.loads((tmp_path / "out/key.json").read_text())
+    page = (tmp_path / "out/study/index.html").read_text()
+    assert len(key["pairs"]) == 12 and not any(name in page for name in ("sdxl", "sd15", "other", "key.json"))
+    assert len(list((tmp_path / "out/study").glob("*.webp"))) == 24
+    assert {tuple(p["models"]) for p in key["pairs"]} >= {("base", "other"), ("other", "base")}
+    for pair in key["pairs"]:
+        for side, file in enumerate(pair["files"], 1):
+            shown = Image.open(tmp_path / f"out/study/{pair['id']}_{side}.webp").convert("RGB")
+            assert np.array_equal(shown, Image.open(file).convert("RGB"))
+            assert f"/{pair['models'][side - 1]}/" in file
+    likes_other = {p["id"]: "12"[p["models"].index("other")] for p in key["pairs"] if "other" in p["models"]}
+    ties = {p["id"]: "tie" for p in key["pairs"]}
+    for name, answers in (("ann", likes_other), ("bob", {**ties, **likes_other})):
+        text = json.dumps({"study": key["study"], "rater": name, "answers": answers})
+        (tmp_path / f"{name}.json").write_text(text)
+    files = ["--out", str(tmp_path / "out"), "--study_answers", str(tmp_path / "ann.json")]
+    evaluate.main([*files, str(tmp_path / "bob.json")])
+    r = json.loads((tmp_path / "out/study.json").read_text())
+    assert r["other over base"]["votes"]["wins"] == 8 and r["other over base"]["majority"]["n"] == 4
+    assert r["other over base"]["agreement"] == 1 and r["same over base"]["votes"]["ties"] == 4
+    assert "other over base" in capsys.readouterr().out
+    (tmp_path / "eve.json").write_text('{"study": "1", "answers": {}}')
+    fails(evaluate.main, [*files, tmp_path / "eve.json"], "eve.json", "of study 1", capsys=capsys)
+
+
+def test_agreement_golden():
+    # Fleiss (1971) as in Wikipedia's example has five categories; this is the same by hand for three
+    counts = np.array([[3, 0, 0], [0, 0, 3], [2, 0, 1], [1, 1, 1]])
+    observed = (1 + 1 + 1 / 3 + 0) / 4
+    chance = (6 / 12) ** 2 + (1 / 12) ** 2 + (5 / 12) ** 2
+    assert evaluate.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
