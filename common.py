@@ -23,6 +23,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import field, fields, replace
 from datetime import timedelta
@@ -45,7 +47,8 @@ def fail(message, status=1):
     nothing to say."""
     message = " ".join(str(message).splitlines())  # it may quote a name or a library
     if process_rank()[0] > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with suppress(ValueError):  # a thread may not
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     if status == 1:
         raise SystemExit(message)  # python prints it at the very end and exits with 1
@@ -176,11 +179,19 @@ def pick_device(name="auto"):
         fail(f"--device {name}: {str(e).splitlines()[0]}")
 
 
-def start_processes(device_name):
-    """The device of this process, after it has joined the others where torchrun started several."""
+patient = []  # the process group in which wait_for_all(hours=True) waits
+
+
+def start_processes(device_name, minutes=10):
+    """The device of this process, after it has joined the others where torchrun started several. A peer that
+    is lost, or not there after some minutes, ends the run; torchrun may start it again."""
     device, world = pick_device(device_name), process_rank()[1]
-    if world > 1:  # the long timeout is for the first encoding of a data set: processes wait for the slowest
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
+    if world > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes)
+        )
+        patient.append(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
+        at_end.callback(patient.clear)
         at_end.callback(dist.destroy_process_group)
     return device
 
@@ -202,9 +213,24 @@ def any_process(flag, device):
     return bool(value)
 
 
-def wait_for_all():
+def wait_for_all(hours=False):
+    """Until every process is here; `hours`: where one may read, encode or write that long."""
     if process_rank()[1] > 1:
-        dist.barrier()
+        dist.barrier(patient[0] if hours else None)
+
+
+def ahead(work, items, depth, threads=1):
+    """work(item) of all items, in their order: threads compute the next `depth` while the caller uses one."""
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_finite(values, device, message):

@@ -273,20 +273,23 @@ def check_pipeline(path):
             fail(f"{path}: no such folder, and the hub does not give such a pipeline ({reason})")
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32):
+def load_pipeline(path, device="cpu", dtype=torch.float32, denoiser=True, encoders=True):
     """Any diffusers text-to-image pipeline from a folder or a hub id; "base+folder" adds LoRA weights to it,
     "base+first+second" one set after the other; "random:sdxl" is one of the real size with random weights.
-    A part that was saved as null (a safety checker, the T5 of SD3) stays None."""
+    A part that was saved as null (a safety checker, the T5 of SD3) stays None. Without `denoiser` its weights
+    are not read but stay on the meta device, without `encoders` VAE and text encoders are None; adapters may
+    belong to any of them, so with them all are read."""
     if str(path).startswith("random:"):
-        return random_pipeline(str(path).removeprefix("random:"), device, dtype)
+        return random_pipeline(str(path).removeprefix("random:"), device if denoiser else "meta", dtype)
     check_pipeline(path)
     whole, (path, *adapters) = path, str(path).split("+")
+    denoiser, encoders = denoiser or bool(adapters), encoders or bool(adapters)
     with suppress(ImportError):  # Stable Cascade's index looks for its VQGAN where it was before it moved
         from diffusers.pipelines.deprecated import wuerstchen
 
         diffusers.pipelines.wuerstchen = wuerstchen
     try:
-        kwargs = dict(load_parts(path, dtype), dtype=dtype, use_safetensors=True)
+        kwargs = dict(load_parts(path, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
         try:  # the text-to-image pipeline of that family: Stable Cascade's has two halves
             pipe = AutoPipelineForText2Image.from_pretrained(path, **kwargs)
         except ValueError:  # a family for which diffusers has no such entry
@@ -300,13 +303,14 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
         fail(f"{whole}: could not load a pipeline: {reason}")
     check_tokenizers(path, pipe)
     for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+        numbers = part.parameters() if isinstance(part, torch.nn.Module) else ()
+        if not all(p.is_meta or p.isfinite().all() for p in numbers):
             fail(f"{whole}: {name} holds weights that are not finite")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe if torch.device(device).type == "cpu" else pipe.to(device)
 
 
-def load_parts(path, dtype):
+def load_parts(path, dtype, denoiser, encoders):
     """{name: module or None} of a pipeline's parts with weights, each with exactly the tensors that its
     configuration asks for: from_pretrained itself only warns, and draws what is missing at random."""
     parts = {}
@@ -315,7 +319,13 @@ def load_parts(path, dtype):
         if kind is None:
             parts[name] = None  # some pipelines ask for that in so many words
         kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind or "", None)
-        if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+        if not isinstance(kind, type) or not issubclass(kind, torch.nn.Module):
+            continue
+        is_denoiser = name in ("unet", "transformer")
+        if is_denoiser and not denoiser:
+            with torch.device("meta"):
+                parts[name] = kind.from_config(kind.load_config(path, subfolder=name))
+        elif is_denoiser or encoders:
             more = dict(subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True)
             try:
                 parts[name], info = kind.from_pretrained(path, **more)
@@ -325,6 +335,8 @@ def load_parts(path, dtype):
                 raise ValueError(f"{name}: tensors are missing or have another shape: {str(wrong)[:150]}")
             if surplus := [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]:
                 print(f"{path}: {len(surplus)} tensors of {name} are not used by its config, as {surplus[0]}")
+        else:
+            parts[name] = None
     return parts
 
 
@@ -387,8 +399,13 @@ def text_encoders_of(pipe):
     return {n: m for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None}
 
 
-def save_pipeline(pipe, folder):
-    publish(folder, lambda tmp: pipe.save_pretrained(tmp, safe_serialization=True))
+def save_pipeline(pipe, folder, card=""):
+    def write(tmp):
+        pipe.save_pretrained(tmp, safe_serialization=True)
+        if card:
+            (tmp / "README.md").write_text(card, encoding="utf-8")
+
+    publish(folder, write)
 
 
 def add_adapters(model, rank, dtype):
@@ -408,8 +425,30 @@ def add_adapters(model, rank, dtype):
     return model
 
 
-def save_tuned(folder, base, model, part, adapters):
-    """The pipeline `base` with `model` as its `part`, or that model's adapters. Called by every process."""
+def model_card(base, adapters, about):
+    """README.md of a tuned folder, as the hub shows it. `about`: {title: {name: value}}."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source, licence = Path(base.split("+")[0]), {}
+    with suppress(Exception):  # a base without a card
+        card = ModelCard.load(source / "README.md" if source.is_dir() else str(source))
+        licence = {k: v for k, v in card.data.to_dict().items() if k.startswith("license")}
+    tags = ["text-to-image", "preference-alignment", *(["lora"] if adapters else [])]
+    hub = {} if source.is_dir() else dict(base_model=str(source))
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **hub, **licence)
+    lines = ["---", data.to_yaml(), "---", f"# {source.name}, tuned by rankdpo.py", ""]
+    how = "pipe.load_lora_weights(FOLDER)" if adapters else "DiffusionPipeline.from_pretrained(FOLDER)"
+    lines += [f"Base: {base}. Load with `{how}`.", ""]
+    lines += [] if licence else ["Licence: not known; that of the base, whose card names none.", ""]
+    for title, values in about.items():
+        rows = [f"| {name} | {value} |" for name, value in values.items()]
+        lines += [f"## {title}", "", "| | |", "|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def save_tuned(folder, base, model, part, adapters, about):
+    """The pipeline `base` with `model` as its `part`, or that model's adapters, and a card that says what it
+    is. Called by every process; `about` is the first one's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if base.startswith("random:"):  # measured, not trained
@@ -420,7 +459,7 @@ def save_tuned(folder, base, model, part, adapters):
         if process_rank()[0] == 0:
             pipe = load_pipeline(base)
             getattr(pipe, part).load_state_dict(state)
-            save_pipeline(pipe, folder)
+            save_pipeline(pipe, folder, model_card(base, adapters, about))
     elif process_rank()[0] == 0:
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
@@ -431,6 +470,7 @@ def save_tuned(folder, base, model, part, adapters):
         def write(tmp):  # the file that pipe.load_lora_weights looks for
             tmp.mkdir()
             save_file(state, tmp / "pytorch_lora_weights.safetensors", {"format": "pt"})
+            (tmp / "README.md").write_text(model_card(base, adapters, about), encoding="utf-8")
 
         publish(folder, write)
 

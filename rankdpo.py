@@ -44,7 +44,11 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from tqdm import tqdm
 
 import common
@@ -275,35 +279,47 @@ def list_pixels(cfg, row, size):
     return torch.stack(images)
 
 
+CHUNK = 16  # lists whose prompts are encoded together: by their place, so whoever does it gets the same
+
+
+def lists_to_encode(cfg, rows, dtype):
+    """(file_of, todo): the file of list n in the cache, and the lists that are not there, of the chunks that
+    fall to this process."""
+    if cfg.data == "random":
+        return None, []
+    (rank, world), folder = process_rank(), cache_folder(cfg, rows, dtype)
+    file_of = lambda n: folder / f"{n:07d}.safetensors"
+    mine = [n for n in range(len(rows)) if n // CHUNK % world == rank]
+    return file_of, [n for n in mine if not common.is_whole_safetensors(file_of(n))]
+
+
 @torch.no_grad()
-def encode_lists(cfg, rows, pipe, device, dtype):
-    """Latents (k, C, h, w) of every list and what the denoiser is conditioned on, computed once: a file a
-    list, shared by all processes. Returns read(n) -> {name: tensor}."""
+def encode_lists(cfg, rows, pipe, device, dtype, file_of, todo):
+    """Latents (k, C, h, w) of the lists `todo` and what the denoiser is conditioned on, a file a list, which
+    all processes read. Threads decode the next lists' images meanwhile."""
     if missing := [n for n in ("vae", "text_encoder", "tokenizer") if getattr(pipe, n) is None]:
         fail(f"{cfg.model}: has no {', '.join(missing)}, which --data {cfg.data} needs")
-    (rank, world), folder, family = process_rank(), cache_folder(cfg, rows, dtype), pipelines.family_of(pipe)
-    first = f"{cfg.data}/{rows[0]['file_names'][0]}"
+    family, first = pipelines.family_of(pipe), f"{cfg.data}/{rows[0]['file_names'][0]}"
     size, factor = common.read_pixels(first, cfg.resolution).shape, pipelines.vae_factor(pipe)
     if any(side % factor for side in size[1:]):
         sides = f"{size[2]} x {size[1]} pixels, but sides must be multiples of {factor}"
         fail(f"{first}: {sides}; give another --resolution")
-    file_of = lambda n: folder / f"{n:07d}.safetensors"
-    todo = [n for n in range(rank, len(rows), world) if not common.is_whole_safetensors(file_of(n))]
-    if todo:
-        pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
-        for encoder in pipelines.text_encoders_of(pipe).values():
-            encoder.to(device, dtype)
-    for n in tqdm(todo, desc="encode", unit="list", disable=rank > 0):
-        tensors = {"latents": family.encode_images(pipe.vae, list_pixels(cfg, rows[n], size)).float()}
-        cond = family.encode_prompts(pipe, [rows[n]["prompt"]], size[1:])
-        tensors.update({name: t[0] for name, t in cond.items()})
+    pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
+    for encoder in pipelines.text_encoders_of(pipe).values():
+        encoder.to(device, dtype)
+    images, chunk = common.ahead(lambda n: list_pixels(cfg, rows[n], size), todo, depth=8, threads=4), None
+    for n in tqdm(todo, desc="encode", unit="list", disable=process_rank()[0] > 0):
+        if n // CHUNK != chunk:
+            chunk = n // CHUNK
+            prompts = [row["prompt"] for row in rows[chunk * CHUNK : (chunk + 1) * CHUNK]]
+            cond = family.encode_prompts(pipe, prompts, size[1:])
+        tensors = {"latents": family.encode_images(pipe.vae, next(images)).float()}
+        tensors.update({name: c[n % CHUNK] for name, c in cond.items()})
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         if not all(t.isfinite().all() for t in tensors.values()):
             fail(f"{cfg.model}: encodes list {n}, {rows[n]['prompt']!r}, to numbers that are not finite")
         # several runs may write the same file; one torn by a power cut is noticed when it is read
         common.publish(file_of(n), partial(save_file, tensors), sync=False, unique=True)
-    common.wait_for_all()
-    return lambda n: load_file(file_of(n))
 
 
 def dropped_caption(cfg, pipe, item, device, dtype):
@@ -502,22 +518,58 @@ def build_engine(cfg, policy, device, dtype, sharded):
     """(policy, reference, trained, anchors): the network that is trained, the frozen one, and by name the
     parameters of both. With adapters there is no second network: anchors are values, reference is None."""
     policy.eval()  # so that s is exactly 0 where policy = reference
-    if dtype == torch.float64:  # else fp32, as loaded
+    if dtype == torch.float64 or cfg.lora_rank:  # what is trained is fp32, as loaded, or fp64
         policy.to(dtype)
     if cfg.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    if device.type == "cuda" and not sharded:  # faster convolutions; FSDP2 wants contiguous weights
+    policy.requires_grad_(not cfg.lora_rank)
+    if sharded:
+        weights = to_meta(policy)
+        reference = copy.deepcopy(policy).requires_grad_(False)  # of the meta device: no memory
+        policy, reference = shard(policy, dtype, device), shard(reference, dtype, device)
+        receive(policy, weights, device)
+        receive(reference, weights, device)
+        return policy, reference, dict(policy.named_parameters()), dict(reference.named_parameters())
+    if process_rank()[1] > 1:
+        receive(policy, to_meta(policy), device)
+    policy.to(device)
+    if device.type == "cuda":  # faster convolutions; FSDP2 wants contiguous weights
         policy.to(memory_format=torch.channels_last)
     if cfg.lora_rank:  # small enough to be whole on each process
-        policy = pipelines.add_adapters(policy.to(device), cfg.lora_rank, dtype)
+        policy = pipelines.add_adapters(policy, cfg.lora_rank, dtype)
         trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         return policy, None, trained, {n: p.detach().clone() for n, p in trained.items()}
     reference = copy.deepcopy(policy).requires_grad_(False)
-    policy.requires_grad_(True)
-    if sharded:
-        policy, reference = shard(policy, dtype, device), shard(reference, dtype, device)
-    policy, reference = policy.to(device), reference.to(device)
     return policy, reference, dict(policy.named_parameters()), dict(reference.named_parameters())
+
+
+def to_meta(model):
+    """Take a model's values out of it: (state, constants) on the process that has read them, else ({}, {}).
+    Constants are buffers that are not saved and tensors that a module keeps as mere attributes."""
+    state, constants = {}, {}
+    if process_rank()[0] == 0:
+        state = {name: value.detach() for name, value in model.state_dict().items()}
+        for path, module in model.named_modules():
+            unsaved = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+            unsaved.update({name: v for name, v in vars(module).items() if isinstance(v, torch.Tensor)})
+            constants.update({(path, name): value for name, value in unsaved.items() if value is not None})
+    model.to("meta")
+    return state, constants
+
+
+def receive(model, values, device):
+    """Onto the device, each process its shards of what the first one has: nobody else holds a whole copy."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state, constants = dict(values[0]), [values[1]]  # a copy: torch puts its shards into it
+    model.to_empty(device=device)
+    set_model_state_dict(model, state, options=options)
+    dist.broadcast_object_list(constants)
+    for (path, name), value in constants[0].items():
+        module = model.get_submodule(path)
+        if name in module._buffers:
+            module._buffers[name] = value.to(device)
+        else:
+            setattr(module, name, value)
 
 
 @torch.no_grad()
@@ -742,13 +794,16 @@ class Log:
         return {name: f"{row[key]:.3g}" for name, key in shown.items()}
 
     def close(self):
+        """Returns what a model card should say of the run: {title: {name: value}}."""
         os.fsync(self.file.fileno())
         self.file.close()
         if self.board:
             self.board.close()
         path = Path(self.file.name)
-        rows = [row for _, row in common.read_jsonl(path) if "loss" in row]
+        head, *rows = [row for _, row in common.read_jsonl(path)]
+        rows = [row for row in rows if "loss" in row]
         common.plot_curves(rows, CURVES, path.with_name("curves.png"))
+        return {"Run": head, "Options": head.pop("config", {}), "Last step": rows[-1] if rows else {}}
 
 
 def prepare_samples(cfg, pipe, rows, item, device, dtype, autocast):
@@ -813,15 +868,21 @@ def main(argv=None):
     labels = stack_labels(cfg, rows)
     seen, held = split_lists(cfg, len(rows))
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
-    pipe = pipelines.load_pipeline(cfg.model, device if cfg.model.startswith("random:") else "cpu")
+    file_of, todo = lists_to_encode(cfg, rows, dtype)
+    # no weights are read but what this process uses
+    only = dict(denoiser=rank == 0, encoders=bool(todo or cfg.sample_every or cfg.caption_dropout))
+    pipe = pipelines.load_pipeline(cfg.model, device if cfg.model.startswith("random:") else "cpu", **only)
+    common.wait_for_all(hours=True)  # the first process may have fetched them from the hub
     family, (denoiser, policy) = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
     now = identity(cfg, rows)
     checkpoint, start_step = find_checkpoint(cfg, now)
+    if todo:
+        encode_lists(cfg, rows, pipe, device, dtype, file_of, todo)
+    common.wait_for_all(hours=True)
+    read = lambda n: load_file(file_of(n))
     if cfg.data == "random":
         read = random_lists(family.shapes(policy.config))
-    else:
-        read = encode_lists(cfg, rows, pipe, device, dtype)
     flops = cost_of_list(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype)
     if device.type == "meta":
         return
@@ -900,11 +961,11 @@ def main(argv=None):
 
     copy_values(trained, average)
     common.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
-    pipelines.save_tuned(out / "model", cfg.model, policy, denoiser, adapters=cfg.lora_rank > 0)
+    about = log.close() if rank == 0 else {}
+    pipelines.save_tuned(out / "model", cfg.model, policy, denoiser, cfg.lora_rank > 0, about)
     if rank == 0:
-        log.close()
         print(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
-    common.wait_for_all()  # or one would be gone while another still talks to it
+    common.wait_for_all(hours=True)  # or one would be gone while another still talks to it
 
 
 if __name__ == "__main__":

@@ -548,7 +548,7 @@ def main(argv=None):
         if "score" in stages:
             score_stage(cfg, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "label" in stages and world > 1:  # every part must be there; nothing else waits for the others
-            start_processes("cpu")
+            start_processes("cpu", minutes=24 * 60)
             dist.barrier()
         if rank == 0 and "label" in stages:
             label_stage(cfg, lists_drawn_here(cfg, rows, models))
