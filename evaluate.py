@@ -67,7 +67,7 @@ from common import (
     writable_folder,
     write_text,
 )
-from pipelines import SUITS, check_pipeline, load_pipeline, scale_of
+from pipelines import check_pipeline, family_of, load_pipeline
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
 from toyworld import COLORS, find_objects, grammar
 
@@ -459,7 +459,8 @@ def suited(cfg, models):
     if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
         began = next(iter(synpic.read_settings(drawn.folder)[0]["models"].values()))
         return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
-    return fill_in(cfg, SUITS[scale_of(load_pipeline(drawn.path))], "sampling")
+    pipe = load_pipeline(drawn.path)
+    return fill_in(cfg, family_of(pipe).suits(pipe), "sampling")
 
 
 def draw_stage(cfg, models, mine, device):

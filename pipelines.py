@@ -35,6 +35,9 @@ from common import fail, parse_json, process_rank, publish, read_text
 class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: a U-Net that predicts noise or v."""
 
+    patch = 1  # the sides of latents are multiples of this
+    nothing = ""  # what classifier-free guidance leads away from
+
     def encode_prompts(self, pipe, prompts, size):
         """All that the denoiser is conditioned on: {name: (N, ...)}. `size` is (height, width) in pixels."""
         embeds, _ = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)
@@ -50,16 +53,25 @@ class StableDiffusion:
         """What the denoiser predicts, (N, C, h, w), of x_t (N, C, h, w), timesteps t (N,), prompts."""
         return model(x_t, t, encoder_hidden_states=cond["embeds"], return_dict=False)[0]
 
+    def suits(self, pipe):
+        """Steps and guidance of sampling where they are not given."""
+        return SUITS[scale_of(pipe)]
+
     def sampling(self, pipe, steps, guidance, resolution=0):
         """The pipeline's arguments for sampling; resolution 0 is the pipeline's own."""
         size = dict(height=resolution, width=resolution) if resolution else {}
         return dict(num_inference_steps=steps, guidance_scale=guidance, **size)
 
+    def texts(self, prompts):
+        """The pipeline's arguments for a batch of prompts."""
+        return {"prompt": list(prompts)}
+
     def prompt_arguments(self, pipe, cond, nothing):
-        """encode_prompts' of prompts and of "" -> the pipeline's arguments in their place."""
+        """encode_prompts' of prompts and of `nothing` -> the pipeline's arguments in their place."""
         zero = pipe.config.get("force_zeros_for_empty_prompt", False)  # SDXL's, instead of an encoded ""
         arguments = {}
-        for key, argument in (("embeds", "prompt_embeds"), ("pooled", "pooled_prompt_embeds")):
+        names = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_embeds_mask"}
+        for key, argument in names.items():
             if key in cond:
                 arguments[argument] = cond[key]
                 arguments[f"negative_{argument}"] = nothing[key] * (not zero)
@@ -155,6 +167,123 @@ class StableDiffusion3(StableDiffusion):
         return dict(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
+class Flux(StableDiffusion3):
+    """FLUX.1 [dev], which takes guidance as an input, and [schnell], which does not: CLIP's pooled text and
+    T5's, latents in 2 x 2 patches with their places. Text has no mask: T5's padding is part of the input."""
+
+    patch = 2
+
+    def text_length(self, pipe):
+        longest = 512 if pipe.transformer.config.guidance_embeds else 256
+        return min(longest, pipe.tokenizer_2.model_max_length)  # the toy's is shorter
+
+    def encode_prompts(self, pipe, prompts, size):
+        length, device = self.text_length(pipe), pipe.text_encoder.device
+        embeds, pooled, _ = pipe.encode_prompt(prompts, device=device, max_sequence_length=length)
+        return {"embeds": embeds, "pooled": pooled}
+
+    def predict(self, model, x_t, t, cond):
+        h, w = (side // 2 for side in x_t.shape[-2:])
+        places = [torch.arange(n, dtype=x_t.dtype, device=x_t.device) for n in (1, h, w)]
+        guidance = torch.ones_like(t) if model.config.guidance_embeds else None  # 1: see docs/trainer.md
+        prediction = model(
+            to_patches(x_t),
+            timestep=t / 1000,
+            guidance=guidance,
+            encoder_hidden_states=cond["embeds"],
+            pooled_projections=cond["pooled"],
+            img_ids=torch.cartesian_prod(*places),  # (h w, 3): 0, row, column
+            txt_ids=x_t.new_zeros(cond["embeds"].shape[1], 3),
+            return_dict=False,
+        )[0]
+        return from_patches(prediction, h, w)
+
+    def suits(self, pipe):
+        dev = pipe.transformer.config.guidance_embeds
+        return dict(steps=28, guidance=3.5) if dev else dict(steps=4, guidance=0.0)
+
+    def shapes(self, config):
+        embeds = (512 if config.guidance_embeds else 256, config.joint_attention_dim)
+        latents = (config.in_channels // 4, 128, 128)
+        return {"latents": latents, "embeds": embeds, "pooled": (config.pooled_projection_dim,)}
+
+    pipeline = diffusers.FluxPipeline
+
+    def random_parts(self):
+        """[dev]'s."""
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+        return dict(transformer=transformer, scheduler=scheduler)
+
+
+class QwenImage(Flux):
+    """Qwen-Image: Qwen2.5-VL's text within a chat template, filled up to one length with a mask; a VAE of
+    videos, of which a picture is the only frame; classifier-free guidance away from " "."""
+
+    nothing = " "  # of its model card
+
+    def text_length(self, pipe):
+        return min(512, pipe.tokenizer.model_max_length)  # as the pipeline cuts it; the toy's is shorter
+
+    def encode_prompts(self, pipe, prompts, size):
+        length, device = self.text_length(pipe), pipe.text_encoder.device
+        embeds, mask = pipe.encode_prompt(prompts, device, max_sequence_length=length)
+        if mask is None:  # the pipeline's word for: no padding
+            mask = torch.ones(embeds.shape[:2], device=device)
+        more = length - embeds.shape[1]
+        pad = torch.nn.functional.pad
+        return {"embeds": pad(embeds, (0, 0, 0, more)), "mask": pad(mask.bool(), (0, more))}
+
+    def encode_images(self, vae, pixels):
+        z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mean[:, :, 0]
+        of_channels = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (z.new_tensor(values)[:, None, None] for values in of_channels)
+        return (z - mean) / std
+
+    def predict(self, model, x_t, t, cond):
+        h, w = (side // 2 for side in x_t.shape[-2:])
+        prediction = model(
+            to_patches(x_t),
+            timestep=t / 1000,
+            encoder_hidden_states=cond["embeds"],
+            encoder_hidden_states_mask=cond["mask"],
+            img_shapes=[[(1, h, w)]] * len(x_t),  # frames, rows, columns
+            return_dict=False,
+        )[0]
+        return from_patches(prediction, h, w)
+
+    def suits(self, pipe):
+        return dict(steps=50, guidance=4.0)
+
+    def texts(self, prompts):
+        return {"prompt": list(prompts), "negative_prompt": [self.nothing] * len(prompts)}
+
+    def sampling(self, pipe, steps, guidance, resolution=0):
+        arguments = super().sampling(pipe, steps, guidance, resolution)
+        return {"true_cfg_scale": arguments.pop("guidance_scale"), **arguments}
+
+    def shapes(self, config):
+        latents = (config.in_channels // 4, 128, 128)
+        return {"latents": latents, "embeds": (512, config.joint_attention_dim), "mask": (512,)}
+
+    pipeline = diffusers.QwenImagePipeline
+
+    def random_parts(self):
+        more = dict(base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **more)
+        return dict(transformer=diffusers.QwenImageTransformer2DModel(), scheduler=scheduler)
+
+
+def to_patches(x):
+    """(N, C, 2h, 2w) -> (N, h w, 4C): 2 x 2 latent pixels a token."""
+    return torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
+
+
+def from_patches(tokens, h, w):
+    """(N, h w, 4C) -> (N, C, 2h, 2w)."""
+    return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (h, w)), 2)
+
+
 class PixArt(StableDiffusion):
     """PixArt-Sigma, sampled from only."""
 
@@ -173,7 +302,13 @@ class StableCascade(StableDiffusion):
 
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
-TRAINABLE = {"sdxl": StableDiffusionXL(), "sd3": StableDiffusion3(), "sd15": StableDiffusion()}
+TRAINABLE = {
+    "sdxl": StableDiffusionXL(),
+    "sd3": StableDiffusion3(),
+    "sd15": StableDiffusion(),
+    "flux": Flux(),
+    "qwen": QwenImage(),
+}
 SUITS = {  # what suits a model where it is not said: sampling here, training in rankdpo.py
     "toy": dict(steps=16, guidance=2.0),
     "noise": dict(steps=40, guidance=5.0),
@@ -183,6 +318,8 @@ FAMILIES = {  # the first whose name the pipeline's class begins with
     "StableDiffusionXL": TRAINABLE["sdxl"],
     "StableDiffusion3": TRAINABLE["sd3"],
     "StableDiffusion": TRAINABLE["sd15"],
+    "FluxPipeline": TRAINABLE["flux"],  # not FluxKontextPipeline or Flux2Pipeline
+    "QwenImagePipeline": TRAINABLE["qwen"],
     "PixArt": PixArt(),
     "StableCascade": StableCascade(),
 }
@@ -193,7 +330,7 @@ def family_of(pipe, trainable=False):
     kind = type(pipe).__name__
     family = next((f for name, f in FAMILIES.items() if kind.startswith(name)), StableDiffusion())
     if trainable and family not in TRAINABLE.values():
-        fail(f"{kind}: the trainer knows Stable Diffusion 1.x / 2.x, SDXL and SD3 pipelines")
+        fail(f"{kind}: the trainer knows Stable Diffusion 1.x / 2.x, SDXL, SD3, FLUX.1 and Qwen-Image")
     if trainable:
         if denoiser_of(pipe)[1] is None:
             fail(f"{pipe.name_or_path}: has no denoiser")
@@ -229,12 +366,13 @@ def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
 
     Diffusion: t = floor(1000 u), x_t = alpha x + sigma eps, target eps or v = alpha eps - sigma x.
     Rectified flow: sigma = u or logit-normal, then the scheduler's shift, x_t = (1 - sigma) x + sigma eps,
-    target eps - x."""
+    target eps - x. A shift that depends on the resolution is of sampling alone."""
     shape = (-1,) + (1,) * (x.dim() - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if timesteps == "logit_normal":  # (0, 1), as SD3 was trained; mps lacks ndtri
             u = torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)
-        sigma = scheduler.config.shift * u / (1 + (scheduler.config.shift - 1) * u)  # (N,)
+        shift = 1.0 if scheduler.config.use_dynamic_shifting else scheduler.config.shift
+        sigma = shift * u / (1 + (shift - 1) * u)  # (N,)
         s = sigma.view(shape)
         return (1 - s) * x + s * noise, 1000 * sigma, noise - x
     t = (u * scheduler.config.num_train_timesteps).long()  # (N,)
@@ -390,11 +528,6 @@ def denoiser_of(pipe):
     return name, getattr(pipe, name)
 
 
-def vae_factor(pipe):
-    """Pixels a latent pixel."""
-    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-
-
 def text_encoders_of(pipe):
     return {n: m for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None}
 
@@ -503,11 +636,11 @@ def noise_seed(prompt, model, seed):
 def generate(pipe, prompts, seeds, settings):
     """One batch -> [(PIL image, None) or (None, what is wrong with it)]. Every image has its own generator,
     on the CPU: the same noise on every device. `settings` has steps, guidance and resolution."""
-    kwargs = family_of(pipe).sampling(pipe, settings["steps"], settings["guidance"], settings["resolution"])
+    family = family_of(pipe)
+    kwargs = family.sampling(pipe, settings["steps"], settings["guidance"], settings["resolution"])
+    kwargs.update(family.texts(prompts))
     generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-    images = pipe(
-        prompt=list(prompts), generator=generators, output_type="np", **kwargs
-    ).images  # (N, H, W, 3)
+    images = pipe(**kwargs, generator=generators, output_type="np").images  # (N, H, W, 3)
     results = []
     for x in images:  # in [0, 1]
         if not np.isfinite(x).all():
@@ -538,7 +671,8 @@ def encode_nothing(pipe, size, device, dtype):
     """encode_prompts' of no caption, {name: tensor} of an image, as guidance has it: SDXL's text is zeros."""
     for encoder in text_encoders_of(pipe).values():
         encoder.to(device, dtype)
-    cond = family_of(pipe).encode_prompts(pipe, [""], size)
+    family = family_of(pipe)
+    cond = family.encode_prompts(pipe, [family.nothing], size)
     zero = pipe.config.get("force_zeros_for_empty_prompt", False)
     return {name: (c[0] * (not zero or name == "time_ids")).cpu() for name, c in cond.items()}
 
@@ -549,7 +683,8 @@ def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
     encoders, family = text_encoders_of(pipe), family_of(pipe)
     for m in encoders.values():
         m.to(device, dtype)
-    cond, nothing = (family.encode_prompts(pipe, texts, size) for texts in (prompts, [""] * len(prompts)))
+    nothing = [family.nothing] * len(prompts)
+    cond, nothing = (family.encode_prompts(pipe, texts, size) for texts in (prompts, nothing))
     arguments = family.prompt_arguments(pipe, cond, nothing)
     for name in [*encoders, "safety_checker"]:
         if hasattr(pipe, name):

@@ -243,7 +243,7 @@ def complete(cfg, pipe):
     scale = pipelines.scale_of(pipe)
     beta, lr, lr_adapters = SUITS[scale]
     suits = dict(beta=beta, lr=lr_adapters if cfg.lora_rank else lr)
-    suits.update({f"sample_{name}": value for name, value in pipelines.SUITS[scale].items()})
+    suits.update({f"sample_{name}": value for name, value in pipelines.family_of(pipe).suits(pipe).items()})
     return common.fill_in(cfg, suits, f"{scale} model")
 
 
@@ -300,7 +300,7 @@ def encode_lists(cfg, rows, pipe, device, dtype, file_of, todo):
     if missing := [n for n in ("vae", "text_encoder", "tokenizer") if getattr(pipe, n) is None]:
         fail(f"{cfg.model}: has no {', '.join(missing)}, which --data {cfg.data} needs")
     family, first = pipelines.family_of(pipe), f"{cfg.data}/{rows[0]['file_names'][0]}"
-    size, factor = common.read_pixels(first, cfg.resolution).shape, pipelines.vae_factor(pipe)
+    size, factor = common.read_pixels(first, cfg.resolution).shape, pipe.vae_scale_factor * family.patch
     if any(side % factor for side in size[1:]):
         sides = f"{size[2]} x {size[1]} pixels, but sides must be multiples of {factor}"
         fail(f"{first}: {sides}; give another --resolution")
@@ -328,7 +328,7 @@ def dropped_caption(cfg, pipe, item, device, dtype):
         return {}
     if cfg.data == "random":
         return {name: torch.zeros_like(t) for name, t in item.items() if name != "latents"}
-    size = [side * pipelines.vae_factor(pipe) for side in item["latents"].shape[-2:]]
+    size = [side * pipe.vae_scale_factor for side in item["latents"].shape[-2:]]
     return pipelines.encode_nothing(pipe, size, device, dtype)
 
 
@@ -810,10 +810,10 @@ def prepare_samples(cfg, pipe, rows, item, device, dtype, autocast):
     """sample(step), which draws the first prompts every --sample_every steps. They are encoded now."""
     if not cfg.sample_every:
         return lambda step: None
-    size = [side * pipelines.vae_factor(pipe) for side in item["latents"].shape[-2:]]
+    size = [side * pipe.vae_scale_factor for side in item["latents"].shape[-2:]]
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
     arguments = pipelines.encode_and_drop_encoders(pipe, prompts, size, device, dtype)
-    arguments.update(num_inference_steps=cfg.sample_steps, guidance_scale=cfg.sample_guidance)
+    arguments.update(pipelines.family_of(pipe).sampling(pipe, cfg.sample_steps, cfg.sample_guidance))
 
     @torch.no_grad()
     def sample(step):
