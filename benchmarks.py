@@ -496,9 +496,8 @@ def load_vqa(sources, device):
         plain = [plain_question(question) for question in questions]
         ids = [tokenizer(text, truncation=True, max_length=35).input_ids for text in plain]
         lengths, chance = np.array([len(i) for i in ids]), torch.zeros(len(ids), device=device)
-        for length in set(
-            lengths.tolist()
-        ):  # without padding: transformers 5's decoder reads it, mask or not
+        # without padding: transformers 5 drops the mask of it on the way to the decoder's cross-attention
+        for length in set(lengths.tolist()):
             rows = np.flatnonzero(lengths == length)
             text = torch.tensor([[ask, *ids[n][1:]] for n in rows], device=device)  # its own processor: [CLS]
             read = model.text_encoder(input_ids=text, encoder_hidden_states=seen[rows]).last_hidden_state
@@ -797,18 +796,10 @@ def noun_phrases(prompts, file):
 # ----------------------------------------------------------------------------- tables
 
 COLUMNS = {  # as RankDPO's tables call what the files call otherwise
-    "single_object": "Single",
-    "two_object": "Two",
-    "counting": "Counting",
-    "colors": "Colors",
-    "position": "Position",
-    "color_attr": "Color Attribution",
-    "color": "Color",
-    "shape": "Shape",
-    "texture": "Texture",
-    "spatial": "Spatial",
-    "non_spatial": "Non-Spatial",
-    "complex": "Complex",
+    **dict(single_object="Single", two_object="Two", counting="Counting", colors="Colors"),
+    **dict(position="Position", color_attr="Color Attribution"),
+    **dict(color="Color", shape="Shape", texture="Texture", spatial="Spatial"),
+    **dict(non_spatial="Non-Spatial", complex="Complex"),
 }
 
 

@@ -34,7 +34,10 @@ PROMPTS = [
     "a drawing of a square",
     "a circle above a triangle",
 ]
-OURS = r"(common|losses|pipelines|toyworld|rewards|synpic|rankdpo|evaluate|toy\.build|conftest|test_\w+)$"
+OURS = (
+    r"(common|losses|pipelines|toyworld|rewards|synpic|rankdpo|evaluate|benchmarks|toy\.build|conftest"
+    r"|test_\w+)$"
+)
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win
     # diffusers' schedulers call np.array on a tensor, and torch's __array__ does not know numpy 2's copy
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",

@@ -584,6 +584,33 @@ def test_blip_vqa_is_the_first_word_of_its_answer(models, tmp_path):
     assert b.plain_question('Is "A" (Red.) dog there?  ') == "is a red dog there?"
 
 
+def test_vqascore_answers_free_questions(tmp_path):
+    from test_rewards import vqa_folder
+
+    vqa_folder(tmp_path / "t5")
+    spec, image = f"vqascore={tmp_path / 't5'}", tmp_path / "a.png"
+    draw(image, 0)
+    asked = b.load_vqa({"vqa": spec}, "cpu")([image], ['Does this figure show "two squares"?'])
+    assert asked == rewards.load_reward(spec)([image], ["two squares"]).tolist()
+
+
+@torch.no_grad()
+def test_two_processes_answer_as_one_does(models, monkeypatch, tmp_path):
+    files = [f"pictures/{n}.png" for n in range(7)]
+    draw_all(tmp_path, [files])
+    jobs = [(file, q) for file in files for q in ("a red dog?", "is there a cat, a dog?")]
+    ask = lambda: b.measured(tmp_path, "dpg", {"vqa": models["vqa"]}, b.load_vqa, jobs, "cpu", 3)
+    alone = ask()
+    (tmp_path / "measured/dpg.jsonl").unlink()
+    monkeypatch.setattr(b, "wait_for_all", lambda: None)
+    for rank in (1, 0):
+        monkeypatch.setattr(b, "process_rank", lambda: (rank, 2))
+        together = ask()
+    assert together == alone and None not in alone.values()
+    lines = [len((tmp_path / f"measured/dpg@{rank}of2.jsonl").read_text().split("\n")) - 1 for rank in (0, 1)]
+    assert lines == [8, 6]
+
+
 def test_dpg_dependencies_and_compbench_products():
     asked = [[1, "a", []], [2, "b", [1]], [3, "c", [2]], [4, "d", []]]
     assert b.dpg_score(asked, [0.9, 0.9, 0.9, 0.1]) == 0.75
