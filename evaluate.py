@@ -5,10 +5,12 @@
     python evaluate.py --models sdxl=stabilityai/stable-diffusion-xl-base-1.0 mine=out/model other=pictures \\
         --prompts parti.tsv --rewards pickscore hpsv2.1 clip --steps 30 --guidance 5 --resolution 1024
     torchrun --standalone --nproc_per_node 8 evaluate.py ...      # or --shard 3/16, then --stages report
+    python evaluate.py ... --bench geneval --prompts evaluation_metadata.jsonl     # see docs/evaluation.md
     python evaluate.py ... --stages report --study 50             # a blind study of 50 pairs in OUT/study
     python evaluate.py --study_answers answers-*.json             # what the people said
 
-Prompts are a file of any kind that synpic.py reads; a column `tag`, as GenEval has it, makes categories.
+Prompts are a file of any kind that synpic.py reads; a column `tag`, as GenEval has it, makes categories. With
+--bench they are that benchmark's own files, and pictures lie where its official scorer reads them, too.
 
     draw     OUT/NAME/00000/samples/0000.png ...     by synpic.py's own stage: resumed, checked, in parallel;
                                                      prompt and seed, not the model, choose the noise
@@ -46,6 +48,18 @@ from scipy.stats import binomtest, wilcoxon
 from tqdm import tqdm
 
 import synpic
+from benchmarks import (
+    BENCHES,
+    PAPER_TABLES,
+    geneval_keep,
+    geneval_verdict,
+    measure,
+    objects_around,
+    picture_files,
+    read_bench,
+    summarise_bench,
+    write_layout,
+)
 from common import (
     HERE,
     fail,
@@ -71,6 +85,7 @@ from pipelines import check_pipeline, family_of, load_pipeline
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
 from toyworld import COLORS, find_objects, grammar
 
+__all__ = ["geneval_keep", "geneval_verdict"]  # GenEval's rules, to be had from here, too
 STAGES = ("draw", "score", "report")
 TEMPLATES = HERE / "docs/templates"
 
@@ -83,6 +98,8 @@ class Config:
         "two or more, as name=pipeline or name=folder_of_pictures; the first is the baseline of the tables",
     )
     prompts: str = option(f"{HERE}/toy/heldout.jsonl", "held-out prompts; a column tag makes categories")
+    bench: str = option("", f"the benchmark that --prompts belongs to: {', '.join(BENCHES)}, or none")
+    bench_models: tuple = option((), "what judges it, as role=source: detector=DIR colours=DIR vqa=NAME ...")
     limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
     rewards: tuple = option(
         ("toyworld", *TOY_REWARDS), "scorers, name or name=source; toyworld is exact; clip brings diversity"
@@ -171,18 +188,22 @@ def win_rate(mine, base):
 def compare(scores, tags, seed):
     """{model: {reward: (P, S)}} -> {model: means, means by category, spread over all images; against each
     earlier model and reward the gain, the win rate of the best seed and of the mean over seeds}."""
-    results, tests = {}, {"gain": [], "best": [], "mean": []}
+    results, tests, every_tag = {}, {"gain": [], "best": [], "mean": []}, np.array(tags)
+    lacking = {}  # (P,) prompts of a category for which a benchmark has no scorer here
+    for reward in next(iter(scores.values())):
+        lacking[reward] = np.isnan([by_reward[reward] for by_reward in scores.values()]).any((0, 2))
     for name, by_reward in scores.items():
         result = dict(means={}, categories={}, spread={}, against={other: {} for other in results})
         for reward, s in by_reward.items():
+            s, tags = s[~lacking[reward]], every_tag[~lacking[reward]]
             per_prompt = s.mean(1)  # (P,)
-            means = {t: float(per_prompt[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
+            means = {t: float(per_prompt[tags == t].mean()) for t in dict.fromkeys(tags.tolist())}
             result["means"][reward] = float(category_mean(per_prompt, tags))
             result["categories"][reward] = means
             spread = dict(mean=s.mean(), min=s.min(), max=s.max(), std=s.std())
             result["spread"][reward] = {key: float(value) for key, value in spread.items()}
             for other in results:
-                base = scores[other][reward]
+                base = scores[other][reward][~lacking[reward]]
                 pair = {"gain": paired_gain(base.mean(1), per_prompt, tags, seed)}
                 if reward != "diversity":  # there is no best seed of it
                     pair["best"] = win_rate(s.max(1), base.max(1))
@@ -205,20 +226,18 @@ def entropy(share):
     return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
 
 
-def free_colours(models, prompts):
-    """{model: (P', C)}: of each prompt that names no colour, how its pictures' objects are coloured."""
-    free = [i for i, p in enumerate(prompts) if not any(color for _, color in grammar()[p]["objects"])]
-    counts = {}
-    for name, pictures in models.items():
-        counts[name] = np.zeros((len(free), len(COLORS)))
-        for n, i in enumerate(free):
-            for file in pictures.rows[i][1]:
-                seen = Counter(
-                    color for _, color, _, _ in find_objects(read_image(f"{pictures.folder}/{file}"))
-                )
-                for c, color in enumerate(COLORS):
-                    counts[name][n, c] += seen[color] / max(1, seen.total())  # a picture counts once
-    return counts
+def look(pictures, rows):
+    """What the exact object finder sees in a model's pictures: how the objects of each prompt are coloured
+    (P, C), a picture counting once, and the verdicts of GenEval's rules (P, S)."""
+    colours, passed = np.zeros((len(rows), len(COLORS))), np.zeros((len(rows), len(pictures.rows[0][1])))
+    for i, (row, (_, files)) in enumerate(zip(rows, pictures.rows)):
+        for s, file in enumerate(files):
+            found = find_objects(read_image(f"{pictures.folder}/{file}"))
+            seen = Counter(color for _, color, _, _ in found)
+            colours[i] += [seen[color] / max(1, seen.total()) for color in COLORS]
+            if "include" in row:
+                passed[i, s] = geneval_verdict(objects_around(found, 4.5), row)[0]  # radii are 4 to 5
+    return colours, passed
 
 
 def colour_entropy(counts, seed, n=2000):
@@ -254,16 +273,45 @@ def win_text(w):
     return f"{rate}; {w['wins']} : {w['ties']} : {w['losses']}; {p_text(w)}"
 
 
-def accuracy_table(results, tags):
+def accuracy_table(results, metric, title):
     base, rows = next(iter(results)), []
     for name, result in results.items():
-        accuracy, change = result["categories"]["toyworld"], ["", ""]
+        accuracy, change = result["categories"][metric], ["", ""]
         if name != base:
-            gain = result["against"][base]["toyworld"]["gain"]
+            gain = result["against"][base][metric]["gain"]
             change = [interval(gain), p_text(gain)]
-        overall = f"**{result['means']['toyworld']:.3f}**"
-        rows.append([name, overall, *(f"{accuracy[t]:.2f}" for t in dict.fromkeys(tags)), *change])
-    return ["accuracy, exact checker", "overall", *dict.fromkeys(tags), "gain (95 %)", "p"], rows
+        overall = f"**{result['means'][metric]:.3f}**"
+        rows.append([name, overall, *(f"{value:.2f}" for value in accuracy.values()), *change])
+    return [title, "overall", *accuracy, "gain (95 %)", "p"], rows
+
+
+def rules_table(scores, looks, tags):
+    """The exact checker and GenEval's rules on the same objects, and how often they part."""
+    tags, rows = np.array(tags), []
+    categories = list(dict.fromkeys(tags.tolist()))
+    for name, (_, passed) in looks.items():
+        exact = scores[name]["toyworld"]  # (P, S)
+        both = [f"{exact[tags == t].mean():.2f} / {passed[tags == t].mean():.2f}" for t in categories]
+        more, less = int((passed > exact).sum()), int((passed < exact).sum())
+        rows.append([name, *both, str(exact.size), str(more), str(less)])
+    header = ["exact checker / GenEval's rules", *categories, "images"]
+    return [*header, "right by the rules alone", "by the checker alone"], rows
+
+
+def paper_table(bench, results, rows, scores):
+    """Ours above the papers', in the papers' own columns: values, or win rates of the best seed."""
+    paper = PAPER_TABLES[bench]
+    ours = {name: summarise_bench(bench, rows, metrics) for name, metrics in scores.items()}
+    if "win rates" in paper["source"]:
+        names = dict(zip(paper["columns"], ("hpsv2.1", "clip", "pickscore", "aesthetic")))
+        for name, result in results.items():
+            for other, pair in result["against"].items():
+                wins = {column: 100 * pair[r]["best"]["rate"] for column, r in names.items() if r in pair}
+                ours[f"{name} vs {other}"] = wins
+    every = {**ours, **{f"{name} (paper)": values for name, values in paper["rows"].items()}}
+    columns = dict.fromkeys([*paper["columns"], *(column for values in ours.values() for column in values)])
+    cells = lambda values: [f"{values[c]:.2f}" if c in values else "" for c in columns]
+    return [f"{bench}; {paper['source']}", *columns], [[n, *cells(values)] for n, values in every.items()]
 
 
 def diversity_table(results, colours):
@@ -299,11 +347,12 @@ def pair_table(name, other, pair, seeds):
     return header, rows
 
 
-def tables_of(results, tags, colours, seeds):
+def tables_of(results, colours, seeds):
     """[(header, rows)]: accuracy, diversity, means, every pair, spread."""
     rewards, tables = list(next(iter(results.values()))["means"]), []
-    if "toyworld" in rewards:
-        tables.append(accuracy_table(results, tags))
+    for metric, title in (("toyworld", "accuracy, exact checker"), ("geneval", "accuracy, GenEval")):
+        if metric in rewards:
+            tables.append(accuracy_table(results, metric, title))
     if "diversity" in rewards or colours:
         tables.append(diversity_table(results, colours))
     names = [reward for reward in rewards if reward not in ("toyworld", "diversity")]
@@ -327,11 +376,9 @@ def markdown(header, rows):
 
 def html_table(header, rows):
     def line(kind, cells):
-        return (
-            "<tr>"
-            + "".join(f"<{kind}>{html.escape(c.replace('**', ''))}</{kind}>" for c in cells)
-            + "</tr>\n"
-        )
+        paper = ' class="paper"' if cells[0].endswith("(paper)") else ""
+        cells = "".join(f"<{kind}>{html.escape(c.replace('**', ''))}</{kind}>" for c in cells)
+        return f"<tr{paper}>{cells}</tr>\n"
 
     return f"<table>\n{line('th', header)}{''.join(line('td', row) for row in rows)}</table>\n"
 
@@ -364,12 +411,18 @@ def write_html(path, setting, tables, names, rows):
     publish(path, write)
 
 
+def rounded(values, digits=6):
+    """For JSON: nested lists, null where there is no number."""
+    values = np.asarray(values, float).round(digits)
+    return np.where(np.isnan(values), None, values).tolist()
+
+
 def html_rows(models, complete, tags, scores, seeds, budget=1000):
     """What the page shows of each prompt; about `budget` pictures in all, from the first seeds."""
     shown = int(np.clip(budget // (len(complete) * len(models)), 1, seeds))
     for n, i in enumerate(complete):
         row = dict(prompt=next(iter(models.values())).rows[i][0], tag=tags[i])
-        row["scores"] = [[round(float(s[n].mean()), 4) for s in scores[name].values()] for name in models]
+        row["scores"] = [[rounded(s[n].mean(), 4) for s in scores[name].values()] for name in models]
         if all("toyworld" in by_reward for by_reward in scores.values()):
             row["passed"] = [scores[name]["toyworld"][n].astype(int).tolist() for name in models]
         row["pictures"] = [
@@ -411,24 +464,27 @@ def parse_models(specs):
     return models
 
 
-def pictures_of(cfg, name, path, prompts):
+def pictures_of(cfg, name, path, rows):
     """A model's pictures, to be drawn into OUT/NAME, or those of a folder from elsewhere where they lie."""
-    layout = [[f"{i:05d}/samples/{s:04d}.png" for s in range(cfg.seeds)] for i in range(len(prompts))]
-    here = Path(path)
-    if (here / "model_index.json").is_file() or not (
-        (here / "metadata.jsonl").is_file()
-        or any((here / file).is_file() for files in layout for file in files)
-    ):
+    layout, here = picture_files(cfg.bench or "geneval", rows, cfg.seeds), Path(path)
+    drawn = [(row["prompt"], files) for row, files in zip(rows, layout)]
+    described = (here / "metadata.jsonl").is_file()
+    laid_out = any((here / file).is_file() for files in layout for file in files)
+    if (here / "model_index.json").is_file() or not (described or laid_out):
         check_pipeline(path)
-        return Pictures(path, f"{cfg.out}/{name}", list(zip(prompts, layout)))
-    rows = list(zip(prompts, layout))
-    if (here / "metadata.jsonl").is_file():
-        there = {" ".join(row["prompt"].split()): row for row in read_metadata(path)}
-        for i, prompt in enumerate(prompts):
-            if prompt in there:  # pictures beyond --seeds are left aside, missing ones are missed below
-                files = there[prompt]["file_names"][: cfg.seeds]
-                rows[i] = (there[prompt]["prompt"], files + layout[i][len(files) :])
-    return Pictures("", path, rows)
+        return Pictures(path, f"{cfg.out}/{name}", drawn)
+    there = {}
+    for row in read_metadata(path) if described else ():
+        there.setdefault(" ".join(row["prompt"].split()), []).append(row)
+    for i, (prompt, files) in enumerate(drawn):
+        if same := there.get(" ".join(prompt.split())):
+            row = same.pop(0) if len(same) > 1 else same[0]  # a benchmark may ask the same thing twice
+            found = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
+            drawn[i] = (row["prompt"], found + files[len(found) :])
+        note = here / Path(files[0]).parts[0] / "metadata.jsonl"  # GenEval's own
+        if not described and note.is_file() and parse_json(read_text(note)).get("prompt") != prompt:
+            fail(f"--models {name}={path}: {note} is of another prompt than {prompt!r}")
+    return Pictures("", path, drawn)
 
 
 def check_choices(cfg, prompts):
@@ -438,6 +494,8 @@ def check_choices(cfg, prompts):
         if unknown := [prompt for prompt in prompts if prompt not in grammar()]:
             sentence = f"{unknown[0]!r} in {cfg.prompts}"
             fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
+    if cfg.bench not in ("", *BENCHES):
+        fail(f"--bench {cfg.bench}: there are {', '.join(BENCHES)}; a file of your own is named by --prompts")
     if cfg.resolution % 8:
         fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
     synpic.check_shard(cfg.shard)
@@ -562,30 +620,50 @@ def stored(cfg, models):
     return scores, complete, problems
 
 
-def report_stage(cfg, models, rows, tags, device):
+def bench_stage(cfg, models, rows, device):
+    """{model: {metric: (P, S)}} and notes, by the benchmark's judge, whose answers are kept on disk. Every
+    process of torchrun calls this and gives its part."""
+    sources, metrics, notes = dict(spec.partition("=")[::2] for spec in cfg.bench_models), {}, []
+    for name, pictures in models.items() if cfg.bench else ():
+        files = [files for _, files in pictures.rows]
+        how = (device, cfg.batch_size, sources)
+        metrics[name], more = measure(cfg.bench, pictures.folder, rows, files, *how)
+        notes += [note for note in more if note not in notes]
+    return metrics, notes
+
+
+def report_stage(cfg, models, rows, tags, device, measured):
     """report.html, report.md, results.json and grid.png from what lies on disk."""
-    scores, complete, problems = stored(cfg, models)
+    (metrics, notes), (scores, complete, problems) = measured, stored(cfg, models)
+    for name in metrics:
+        scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
+    for name, pictures in models.items() if cfg.bench else ():
+        if pictures.path:
+            write_layout(cfg.bench, pictures.folder, rows, [files for _, files in pictures.rows])
     prompts, kept = [rows[i]["prompt"] for i in complete], [tags[i] for i in complete]
     chosen = {n: Pictures(p.path, p.folder, [p.rows[i] for i in complete]) for n, p in models.items()}
     results, where, colours = compare(scores, kept, cfg.seed), provenance(device), {}
     if "toyworld" in map(reward_name, cfg.rewards):
-        colours = colour_entropy(free_colours(chosen, prompts), cfg.seed)
-    tables = tables_of(results, kept, colours, cfg.seeds)
+        looks = {name: look(pictures, [rows[i] for i in complete]) for name, pictures in chosen.items()}
+        free = [not any(color for _, color in grammar()[prompt]["objects"]) for prompt in prompts]
+        colours = colour_entropy({name: seen[free] for name, (seen, _) in looks.items()}, cfg.seed)
+    tables = tables_of(results, colours, cfg.seeds)
+    if cfg.bench:
+        tables.insert(0, paper_table(cfg.bench, results, [rows[i] for i in complete], scores))
+    if colours and all("include" in rows[i] for i in complete):
+        tables.append(rules_table(scores, looks, kept))
     sampling = f"{cfg.steps} steps, guidance {cfg.guidance:g}; " if cfg.steps else ""
     setting = f"{len(prompts)} held-out prompts x {cfg.seeds} seeds, {sampling}"
     setting += f"{where['device']}; commit {where['commit']}"
     if problems:
-        setting += (
-            f". {len(problems)} prompts are left out for all models, the first: {problems[min(problems)]}"
-        )
-    family = next(reversed(results.values()))["against"][next(iter(results))]
-    count = next(iter(family.values()))["gain"]["comparisons"]
-    note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins, both Holm-adjusted, the gains "
-    note += f"for {count} comparisons."
+        setting += f". {len(problems)} prompts are left out for all models: {problems[min(problems)]}, ..."
+    count = len([test for result in results.values() for pair in result["against"].values() for test in pair])
+    note = "p values: Wilcoxon's signed-rank test of gains and sign test of wins, each Holm-adjusted for the "
+    note = "; ".join([f"{note}{count} comparisons of this report", *notes]) + "."
     text = "\n\n".join([setting, "".join(markdown(*table) for table in tables).strip(), note]) + "\n"
     raw = {}
     for name, by_reward in scores.items():
-        raw[name] = {reward: s.round(6).tolist() for reward, s in by_reward.items()}  # (P, S) each
+        raw[name] = {reward: rounded(s) for reward, s in by_reward.items()}  # (P, S) each
     record = dict(
         config=asdict(cfg), **where, prompts=prompts, tags=kept, models=results, free_colours=colours
     )
@@ -728,11 +806,14 @@ def main(argv=None):
     if cfg.study_answers:
         return study_report(cfg)
     paths = parse_models(cfg.models)
-    rows = read_prompts(cfg.prompts, cfg.limit)
-    prompts = [row["prompt"] for row in rows]
+    rows = (
+        read_bench(cfg.bench, cfg.prompts, cfg.limit)
+        if cfg.bench in BENCHES
+        else read_prompts(cfg.prompts, cfg.limit)
+    )
     tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
-    check_choices(cfg, prompts)
-    models = {name: pictures_of(cfg, name, path, prompts) for name, path in paths.items()}
+    check_choices(cfg, [row["prompt"] for row in rows])
+    models = {name: pictures_of(cfg, name, path, rows) for name, path in paths.items()}
     device, out, stages = pick_device(cfg.device), writable_folder("out", cfg.out), set(cfg.stages)
     cfg = suited(cfg, models)
 
@@ -752,15 +833,15 @@ def main(argv=None):
             if cfg.on_error == "stop" and world == 1:
                 stop_or_skip(cfg, missing_pictures(models), len(rows))
             score_stage(cfg, models, mine, device, part=f"@{index}of{count}" if count > 1 else "")
-        if "report" in stages and world > 1:
-            start_processes("cpu")
-            dist.barrier()
-        if "report" in stages and rank == 0:
-            report_stage(cfg, models, rows, tags, device)
+        if "report" in stages:
+            if world > 1:  # the pictures of all must be there
+                start_processes("cpu")
+                dist.barrier()
+            measured = bench_stage(cfg, models, rows, device)
+            if rank == 0:
+                report_stage(cfg, models, rows, tags, device, measured)
         elif rank == 0:
-            print(
-                f"{out}: {' and '.join(sorted(stages))} done for part {part} of {parts}; then --stages report"
-            )
+            print(f"{out}: {' and '.join(sorted(stages))} done, part {part} of {parts}; then --stages report")
 
 
 if __name__ == "__main__":

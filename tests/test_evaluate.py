@@ -321,3 +321,43 @@ def test_agreement_golden():
     observed = (1 + 1 + 1 / 3 + 0) / 4
     chance = (6 / 12) ** 2 + (1 / 12) ** 2 + (5 / 12) ** 2
     assert evaluate.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
+
+
+# ----------------------------------------------------------------------------- benchmarks
+
+
+def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
+    rows = [dict(tag=toyworld.grammar()[p]["tag"], include=[], prompt=p) for p in PROMPTS]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def judge(bench, folder, rows, files, device, batch_size, sources):
+        values = np.array([[float(Path(folder).name == "other")] * len(of_row) for of_row in files])
+        values[3] = np.nan  # as where a category has no judge
+        return {bench: values}, [f"judged by {sources['detector']}"]
+
+    monkeypatch.setattr(evaluate, "measure", judge)
+    args = command(tiny, tmp_path / "out", models=("base={}/sdxl", "other={}/sd15"))
+    args += ["--bench", "geneval", "--prompts", tmp_path, "--bench_models", "detector=mine", "--limit", 4]
+    evaluate.main([*map(str, args), "--rewards", rewards(tiny)[0]])
+    r, report = results(tmp_path / "out"), (tmp_path / "out/report.md").read_text()
+    pair = r["models"]["other"]["against"]["base"]["geneval"]
+    assert (
+        pair["gain"]["gain"] == 1
+        and pair["best"]["n"] == 3
+        and r["scores"]["base"]["geneval"][3] == [None] * 2
+    )
+    assert "SDXL + RankDPO (paper) | 0.61 | 1.00" in report and "judged by mine" in report
+    assert json.loads((tmp_path / "out/base/00002/metadata.jsonl").read_text()) == rows[2]
+    assert data_of(tmp_path / "out/report.html")["rows"][3]["scores"][0][-1] is None
+    # that folder is the benchmark's layout: it can be named instead of a model, but not for other prompts
+    (tmp_path / "out/other/metadata.jsonl").unlink()
+    again = [*map(str, args), "--rewards", rewards(tiny)[0], "--out", str(tmp_path / "again"), "--models"]
+    again += [f"base={tmp_path}/out/base", f"other={tmp_path}/out/other"]
+    evaluate.main(again)
+    assert results(tmp_path / "again")["scores"] == r["scores"]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    fails(evaluate.main, again, "other=", "of another prompt")
+
+
+def test_the_rules_of_geneval_are_here_too(compared):
+    assert evaluate.geneval_keep([[0, 0, 1, 1, 0.5]], "colors") == [0] and evaluate.geneval_verdict({}, {})[0]
