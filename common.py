@@ -141,7 +141,7 @@ def parse(config, doc, argv=None):
             default = " ".join(default)
         text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
-        parser.add_argument(f"--{f.name}", **more)
+        parser.add_argument(f"--{f.name.rstrip('_')}", dest=f.name, **more)  # from_ is --from
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

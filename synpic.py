@@ -8,7 +8,8 @@
                                                              # the same command with --stages label
     python synpic.py --models sdxl sdxl,seed=1 sdxl,seed=2   # one generator, several seeds (Table 4)
     python synpic.py --stages label --label majority         # phi and rank anew, in seconds
-    python synpic.py --stages label --out my_lists           # lists from elsewhere, see docs/synpic.md
+    python synpic.py --stages import --from pickapic --out synpic    # pairs from people, see docs/synpic.md
+    python synpic.py --stages label --out my_lists           # lists from elsewhere
 
 Every model draws every prompt, every reward scores every image, and phi (the share of pairwise wins over
 images and rewards) ranks the k images of a prompt, in three stages:
@@ -25,17 +26,23 @@ datasets.load_dataset("imagefolder", data_dir=...) reads it.
 """
 
 import hashlib
+import io
 import json
 import os
 import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 from common import (
@@ -44,8 +51,10 @@ from common import (
     ends_of,
     fail,
     in_range,
+    is_number,
     lock,
     one_line_errors,
+    open_image,
     option,
     parse,
     parse_json,
@@ -95,13 +104,17 @@ class Config:
     limit: int = option(0, "use that many prompts; 0 = all", at_least=0)
     offset: int = option(0, "skip that many prompts first", at_least=0)
     models: tuple = option(TOY_MODELS, "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]...")
+    from_: str = option(
+        "", "import: .parquet or .json of Pick-a-Pic, HPDv2, HPDv3 or ImageRewardDB, or a folder"
+    )
+    pictures: str = option("", "import: folder of its pictures or zips of them; empty = where the file lies")
     # how it is scored and ranked
     rewards: tuple = option(TOY_REWARDS, "reward models, as name or name=source; see rewards.py")
     label: str = option("phi", f"what ranks a list: {', '.join(LABELS)} or single:REWARD")
     seed: int = option(0, "of --label random", at_least=0)
     # how it is run
     out: str = option("outputs/synpic", "folder to write")
-    stages: tuple = option(STAGES, "which stages to run", STAGES)
+    stages: tuple = option(STAGES, "which stages to run; import stands alone", ("import", *STAGES))
     batch_size: int = option(64, "images a batch, in every stage", at_least=1)
     shard: str = option("0/1", "i/n: make only part i of n, for job arrays; label when all are done")
     on_error: str = option("stop", "images that cannot be drawn or scored: stop, or skip", ("stop", "skip"))
@@ -193,9 +206,13 @@ def generate_stage(cfg, todo, device, settings, bar):
         began, images = time.time(), sum(len(batch) for batch in missing)
         problems += draw(cfg, pipe, k, model, missing, bar)
         note_time(cfg, "generate", f"{model['name']}_{model['seed']}", images, time.time() - began)
+    show_problems(problems, "images could not be drawn")
+
+
+def show_problems(problems, what):
     if problems:
         print("\n".join(problems[:20]))
-        print(f"{len(problems)} images could not be drawn; at most 20 of them are listed above")
+        print(f"{len(problems)} {what}; at most 20 of them are listed above")
 
 
 def draw(cfg, pipe, k, model, batches, bar):
@@ -224,6 +241,190 @@ def draw(cfg, pipe, k, model, batches, bar):
         for picture in writing:
             picture.result()
     return problems
+
+
+# ----------------------------------------------------------------------------- in place of 1 and 2: import
+
+# Published choices of people: the fields that a format is known by, and what a record of it says as (prompt,
+# pictures as bytes or names, a number a picture, higher is better). Of ImageRewardDB a record is a prompt_id.
+RANKED = lambda r: (r["prompt"], r["image_path"], [-rank for rank in r["rank"]])
+PICKED = lambda r: (r["caption"], [r["jpg_0"], r["jpg_1"]], [r["label_0"], r["label_1"]])
+FORMATS = {
+    "Pick-a-Pic v2": (("caption", "jpg_0", "jpg_1", "label_0", "label_1"), PICKED),
+    "ImageRewardDB": (("prompt_id", "prompt", "image_path", "rank"), RANKED),
+    "HPDv2 test": (("prompt", "image_path", "rank"), RANKED),
+    "HPDv2": (
+        ("prompt", "file_path", "human_preference"),
+        lambda r: (r["prompt"], r["file_path"], r["human_preference"]),
+    ),
+    "HPDv3": (("prompt", "path1", "path2"), lambda r: (r["prompt"], [r["path1"], r["path2"]], [1, 0])),
+}
+
+
+def format_of(path, fields):
+    """The name in FORMATS of a file with these fields."""
+    for name, (wanted, _) in FORMATS.items():
+        if set(wanted) <= set(fields):
+            return name
+    known = "; ".join(f"{name} has {', '.join(wanted)}" for name, (wanted, _) in FORMATS.items())
+    found = ", ".join(map(str, fields)) or "no fields"
+    fail(f"--from {path}: has {found}, which is no known format. {known}")
+
+
+def read_rows(path):
+    """(format, rows as dicts) of a file; those of a parquet come one row group after the other."""
+    if path.suffix != ".parquet":
+        rows = parse_json(read_text(path))
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not a list of objects")
+        return format_of(path, rows[0] if rows else ()), rows
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(path)
+    kind = format_of(path, file.schema_arrow.names)
+    columns = [c for c in file.schema_arrow.names if c in (*FORMATS[kind][0], "has_label")]
+    groups = (file.read_row_group(n, columns) for n in range(file.num_row_groups))  # iter_batches keeps all
+    return kind, (row for group in groups for batch in group.to_batches(64) for row in batch.to_pylist())
+
+
+def read_records(path):
+    """Yield (file, place in it, format, record) of a file."""
+    try:
+        kind, rows = read_rows(path)
+        if kind != "ImageRewardDB":
+            yield from ((path, f"row {n}", kind, row) for n, row in enumerate(rows, 1))
+            return
+        lists = {}  # a row an image, without its pixels
+        for row in rows:
+            lists.setdefault(row["prompt_id"], []).append(row)
+    except Exception as e:  # pyarrow has its own errors
+        fail(f"--from {path}: not a readable file ({' '.join(str(e).split())[:200]})")
+    for name, rows in lists.items():
+        columns = {key: [row[key] for row in rows] for key in ("image_path", "rank")}
+        yield path, f"prompt_id {name}", kind, {"prompt": rows[0]["prompt"], **columns}
+
+
+@lru_cache(maxsize=None)
+def zipped(folder):
+    """{file name: [(zip, member), ...]} of all zips in a folder; publishers cut their paths differently."""
+    members = {}
+    for path in sorted(folder.rglob("*.zip")):
+        archive = ZipFile(path)
+        for member in archive.namelist():
+            members.setdefault(Path(member).name, []).append((archive, member))
+    return members
+
+
+def picture_bytes(picture, folder):
+    """A picture of a record: its bytes, or a file of this name in the folder or in a zip there."""
+    if isinstance(picture, bytes):
+        return picture
+    if not isinstance(picture, str) or not picture or "\0" in picture:
+        raise ValueError(f"no picture ({picture!r})")
+    if (folder / picture).is_file():
+        return (folder / picture).read_bytes()
+    try:
+        found = zipped(folder).get(Path(picture).name, [])
+        if len(found) == 1:
+            return found[0][0].read(found[0][1])
+    except (BadZipFile, zlib.error, EOFError) as e:
+        raise ValueError(f"{picture}: {e}") from None
+    raise ValueError(f"{picture} is {'twice' if found else 'not'} in {folder} and its zips")
+
+
+def keep_picture(out, data):
+    """The name of a picture in the folder, made of its bytes: rows share it, and a second run finds it."""
+    try:
+        image = Image.open(io.BytesIO(data))  # its head alone
+    except Exception as e:  # besides OSError, each format of PIL has its own
+        raise ValueError(f"not a readable image ({e})") from None
+    digest = hashlib.sha256(data).hexdigest()[:32]
+    name = f"images/{digest[:2]}/{digest}.{image.format.lower()}"
+    try:
+        whole = os.stat(f"{out}/{name}").st_size == len(data)
+    except FileNotFoundError:
+        whole = False
+    if not whole:
+        open_image(image)
+        publish(f"{out}/{name}", lambda tmp: tmp.write_bytes(data), sync=False)
+    return name
+
+
+def imported_row(out, kind, record, folder):
+    """A row of metadata.jsonl with the people's choice as the scores `human`, or None without one. ValueError
+    with what is wrong with the record."""
+    if record.get("has_label") is False:
+        return None
+    try:
+        prompt, pictures, scores = FORMATS[kind][1](record)
+        prompt = " ".join(prompt.split())
+        fits = prompt and len(pictures) == len(scores) and all(map(is_number, scores))
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"not the fields of {kind}: a prompt, pictures and as many labels are wanted")
+    if len(pictures) < 2:
+        return None
+    files = []
+    for n, picture in enumerate(pictures):
+        try:
+            files.append(keep_picture(out, picture_bytes(picture, folder)))
+        except ValueError as e:
+            raise ValueError(f"picture {n} of {prompt!r}: {e}") from None
+    if len(set(files)) < len(files):
+        return None  # nothing to choose between
+    phi = preference_labels("phi", [torch.tensor(scores, dtype=torch.float64)[:, None]])[0]
+    labels = dict(scores={"human": scores}, phi=phi.tolist(), rank=preference_rank(phi).tolist())
+    return dict(prompt=prompt, file_names=files, **labels)
+
+
+def import_lists(cfg, paths, metadata):
+    """Write the lists of all files to `metadata`. Returns how many of which kind, and what went wrong."""
+    counts, problems, seen = Counter(lists=0), [], set()
+    records = (record for path in paths for record in read_records(path))
+    with open(metadata, "w", encoding="utf-8") as f:
+        for path, place, kind, record in tqdm(records, desc="import", unit="list"):
+            try:
+                row = imported_row(cfg.out, kind, record, Path(cfg.pictures or path.parent))
+            except ValueError as e:
+                problems.append(f"{path}, {place}: {e}")
+                if cfg.on_error == "stop":
+                    fail(f"{problems[0]}; mend it, or leave such lists out with --on_error skip")
+                continue
+            key = row and hash((row["prompt"], *row["file_names"]))
+            if row is None or key in seen:
+                counts["without a choice" if row is None else "doubled"] += 1
+                continue
+            seen.add(key)
+            human = row["scores"]["human"]
+            counts.update(lists=1, images=len(human), ties=int(len(set(human)) < len(human)))
+            f.write(json.dumps(row) + "\n")
+    return counts, problems
+
+
+def import_stage(cfg):
+    """metadata.jsonl and images/ from what people chose. The pictures are there first, under names that
+    follow from their bytes, so that a run that was killed writes what is missing, and the same rows."""
+    source, out, done = Path(cfg.from_), Path(cfg.out), []
+    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    if not cfg.from_ or not paths or not all(path.is_file() for path in paths):
+        fail(f"--from {source}: name a .parquet or .json file, or a folder of .parquet files")
+    if cfg.pictures and not Path(cfg.pictures).is_dir():
+        fail(f"--pictures {cfg.pictures}: no such folder")
+    now = json.dumps([[path.name, *ends_of(path, 1 << 20)] for path in paths]) + "\n"
+    begun = out / "import.json"
+    if begun.is_file() and read_text(begun) != now:
+        fail(f"--out {out}: was begun from another file than {source}; choose another folder")
+    if not begun.is_file() and ((out / "metadata.jsonl").exists() or (out / "images").exists()):
+        fail(f"--out {out}: holds other pictures; choose another folder")
+    if (out / "metadata.jsonl").is_file():
+        print(f"{out}: was imported already; delete its metadata.jsonl to do it again")
+        return
+    write_text(begun, now)
+    publish(out / "metadata.jsonl", lambda tmp: done.extend(import_lists(cfg, paths, tmp)))
+    counts, problems = done
+    show_problems(problems, "lists could not be read")
+    print(f"{out}/metadata.jsonl: {', '.join(f'{count} {name}' for name, count in counts.items())}")
 
 
 # ----------------------------------------------------------------------------- stage 2: score
@@ -525,6 +726,11 @@ def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     check_choices(cfg)
     out, stages = writable_folder("out", cfg.out), set(cfg.stages)
+    if "import" in stages:
+        if len(stages) > 1:
+            fail("--stages import: stands alone; then rewards.py --score and --stages label")
+        with folder_lock(out, 0, 1):
+            return import_stage(cfg)
     if stages == {"label"} and (out / "metadata.jsonl").is_file():  # needs neither prompts nor models
         with folder_lock(out, 0, 1):
             return label_stage(cfg, lists_from_elsewhere(cfg))
