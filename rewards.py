@@ -21,16 +21,18 @@ under any other name, is a function of yours, (PIL images, prompts) -> scores. L
     vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl   6.3 GB  Apache-2.0  P("Yes"), 0 to 1
     aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  1 to 10, no prompt
                  trl-lib/ddpo-aesthetic-predictor
+    hpsv3        Qwen2-VL-7B + MLP at a token, MizzenAI/HPSv3         8.3 B   MIT (code)  5 to 11 on average
+                 HPSv3.safetensors
     diversity    the image tower of clip, to evaluate only                                mean 1 - cosine to
                                                                                           the other pictures
     toyworld     the exact checker of toyworld.py, to evaluate only                       1 if shown, else 0
 
 The weights of mps state no licence (their authors' code is MIT). PickScore and MPS are logit scale x cosine.
-All run in fp32; vqascore-bf16 and vqascore-xl-bf16 take half the memory. Text beyond a model's context (77
-tokens for CLIP, 35 for ImageReward) is cut, and says so once. Alpha is dropped, before or after the resize as
-in each original; 16-bit grey is scaled, where every original clips it to white. Nothing here needs the
-scorers' own packages: they pin libraries of years ago. tests/test_rewards.py holds each scorer against the
-original's own preprocessing and modules; docs/rewards.md says how far they agree.
+All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take half the memory. Text beyond a model's
+context (77 tokens for CLIP, 35 for ImageReward) is cut, and says so once. Alpha is dropped, before or after
+the resize as in each original; 16-bit grey is scaled, where every original clips it to white. Nothing here
+needs the scorers' own packages: they pin libraries of years ago. tests/test_rewards.py and test_hpsv3.py hold
+each scorer against the original's own preprocessing and modules; docs/rewards.md says how far they agree.
 
 Where a score could be wrong without a word, loading fails instead: weights must have exactly the tensors of
 the published architecture (or of the folder's config) in its shapes, and a tokenizer must fit its model and
@@ -121,8 +123,12 @@ def crop_at(image, size, half):
     check_area(w, h)
     left, top = half(w - size), half(h - size)
     image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    return (x - MEAN) / STD
+    return normalised(image.convert("RGB"))
+
+
+def normalised(image):
+    """An RGB image as (3, H, W), as every CLIP's vision transformer reads it."""
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN) / STD
 
 
 def letterbox(image, size):
@@ -155,7 +161,7 @@ KNOWN = {  # what two published vocabularies, recognised by their size, make of 
 }
 
 
-def check_tokenizer(tokenizer, size, where):
+def check_tokenizer(tokenizer, size, where, ends=True):
     """ValueError unless it has the model's `size` words and tells two English sentences apart. transformers 5
     does not fail where a tokenizer's files are not there: it returns one of 2 to 5 words, and all prompts
     become the same."""
@@ -166,7 +172,7 @@ def check_tokenizer(tokenizer, size, where):
         problem = f"it has {len(tokenizer)} words and the model {size}"
     elif not all(seen) or seen[0] == seen[1]:
         problem = "it knows no word of 'a red circle' or 'two squares'"
-    elif ids[0][-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+    elif ends and ids[0][-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         problem = "it sets no end token"
     elif size in KNOWN and tokenizer("a photo of a cat").input_ids != KNOWN[size]:
         problem = "it is not the published one: its numbers for 'a photo of a cat' are others"
@@ -178,7 +184,7 @@ def check_tokenizer(tokenizer, size, where):
     )
 
 
-def load_tokenizer(kind, source, size, hub="", extra=()):
+def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
     """The tokenizer of a folder that brings one, or the hub's: checked. A file of weights brings none,
     whatever lies beside it."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
@@ -189,7 +195,7 @@ def load_tokenizer(kind, source, size, hub="", extra=()):
     except Exception as e:
         raise ValueError(f"no tokenizer at {where} ({one_line(e)}); put its files into the folder") from None
     tokenizer.add_tokens(list(extra), special_tokens=True)
-    return check_tokenizer(tokenizer, size or len(tokenizer), where)
+    return check_tokenizer(tokenizer, size or len(tokenizer), where, ends)
 
 
 def clip_tokenizer(source, size):
@@ -345,7 +351,7 @@ def find_weights(source, repo, file):
 
 
 def read_weights(path):
-    """State dict of fp32 tensors from .safetensors, or from a torch file without code."""
+    """State dict of tensors from .safetensors, or from a torch file without code."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -358,7 +364,7 @@ def read_weights(path):
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path}: holds no state dict of tensors")
-    return {k: v.float() for k, v in state.items() if not k.endswith("position_ids")}  # 0, 1, 2, ...
+    return {k: v for k, v in state.items() if not k.endswith("position_ids")}  # 0, 1, 2, ...
 
 
 def check_keys(path, missing, unexpected, shapes=()):
@@ -369,8 +375,11 @@ def check_keys(path, missing, unexpected, shapes=()):
         raise ValueError(f"{path} is not such a checkpoint: {', '.join(parts)}")
 
 
-def load_strict(build, state, path, device):
-    """build() with exactly these weights: which tensors there are, the architecture says, not the file."""
+def load_strict(build, path, device, rename=lambda key: key, dtype=torch.float32):
+    """build() with exactly the weights of a file: which tensors there are, the architecture says, not the
+    file. rename: a key of the file -> as build() calls it, None for what is not used; no dtype: as built."""
+    named = ((rename(key), tensor) for key, tensor in read_weights(path).items())
+    state = {key: tensor for key, tensor in named if key}
     try:
         with torch.device("meta"):  # a wrong file fails before a billion weights are made
             wanted = {k: tuple(v.shape) for k, v in build().state_dict().items()}
@@ -386,7 +395,7 @@ def load_strict(build, state, path, device):
     with torch.device(device):  # initial values cost 16 s for a ViT-H on a CPU, nothing on a GPU
         model = build()
     model.load_state_dict(state, strict=False)
-    return model.float().eval()
+    return model.to(dtype).eval()
 
 
 def pretrained(kind, source, unused=(), optional=(), **kwargs):
@@ -445,7 +454,7 @@ def cosine(scale, image, text):
     return scale * (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)
 
 
-def load_open_clip(name, source, device, repo, file, prepare):
+def load_open_clip(name, source, device, *hub, prepare):
     """CLIP score and HPSv2 (Wu et al. 2023): cosine, unscaled, of ViT-H-14 or of a folder's own config."""
     import open_clip
 
@@ -459,8 +468,7 @@ def load_open_clip(name, source, device, repo, file, prepare):
         if not np.allclose(own.get("preprocess_cfg", {}).get(key, value.flatten()), value.flatten()):
             raise ValueError(f"{source}/open_clip_config.json: another {key} than CLIP's in preprocess_cfg")
     ids = open_clip_ids(source, config["text_cfg"], name)
-    path = find_weights(source, repo, file)
-    model = load_strict(lambda: open_clip.CLIP(**config), read_weights(path), path, device)
+    model = load_strict(lambda: open_clip.CLIP(**config), find_weights(source, *hub), device)
 
     def forward(x, prompts):
         return cosine(1.0, model.encode_image(x), model.encode_text(ids(prompts).to(device)))
@@ -471,10 +479,10 @@ def load_open_clip(name, source, device, repo, file, prepare):
     return scorer
 
 
-def load_diversity(name, source, device, repo, file):
+def load_diversity(name, source, device, *hub):
     """How far apart the pictures of one prompt are, by CLIP's image embeddings: of each mean 1 - cosine to
     the others, so that a row's mean is its mean pairwise distance."""
-    clip = load_open_clip("clip", source, device, repo, file, crop)
+    clip = load_open_clip("clip", source, device, *hub, prepare=crop)
     scorer = Scorer(name, clip.prepare, lambda x, prompts: clip.embed(x), device)
 
     def distances(results):
@@ -488,24 +496,23 @@ def load_diversity(name, source, device, repo, file):
     return scorer
 
 
-def load_clip_model(kind, name, source, device, repo, file):
+def load_clip_model(kind, name, source, device, *hub):
     """(model, prompts -> ids (N, length), picture -> pixels) of a `kind` that is built from a CLIPConfig."""
     from transformers import CLIPConfig
 
     config = folder_config(CLIPConfig, source, VIT_H)
     tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
-    path = find_weights(source, repo, file)
-    model = load_strict(lambda: kind(config), read_weights(path), path, device)
+    model = load_strict(lambda: kind(config), find_weights(source, *hub), device)
     length = config.text_config.max_position_embeddings
     ids = lambda texts: tokenize(tokenizer, texts, length, name)[0].to(device)
     return model, ids, partial(crop_rgb, size=config.vision_config.image_size)
 
 
-def load_pickscore(name, source, device, repo, file):
+def load_pickscore(name, source, device, *hub):
     """PickScore (Kirstain et al. 2023): exp(logit_scale) * cosine of a CLIPModel."""
     from transformers import CLIPModel
 
-    model, ids, prepare = load_clip_model(CLIPModel, name, source, device, repo, file)
+    model, ids, prepare = load_clip_model(CLIPModel, name, source, device, *hub)
 
     def forward(x, prompts):
         text = model.get_text_features(input_ids=ids(prompts)).pooler_output
@@ -535,7 +542,9 @@ BLIP_NAMES = (  # of the vision transformer in the checkpoints -> in transformer
 
 
 def blip_key(key):
-    """A key of ImageReward's state dict as BlipReward calls it."""
+    """A key of ImageReward's state dict as BlipReward calls it; None for what only pre-training used."""
+    if key.startswith(("blip.vision_proj.", "blip.text_proj.")):
+        return None
     if key.startswith("blip.visual_encoder."):
         key = f"{key}."
         for old, new in BLIP_NAMES:  # whole names only: norm is not norm1
@@ -580,7 +589,7 @@ def lower(text, keep):
     return " ".join(word if word in keep else word.lower() for word in text.split(" "))
 
 
-def load_blip(name, source, device, repo, file):
+def load_blip(name, source, device, *hub):
     """ImageReward (Xu et al. 2023) and CycleReward (Bahng et al. 2025).
 
     transformers' BLIP after renaming keys, not the `image-reward` package: under transformers 5 the package
@@ -591,13 +600,11 @@ def load_blip(name, source, device, repo, file):
     config = folder_config(BlipConfig, source, BLIP_L)
     size, length = config.text_config.vocab_size, 128 if cycle else 35
     mean, std = (0.0, 1.0) if cycle else (0.16717362830052426, 1.0333394966054072)
-    path = find_weights(source, repo, file)
-    unused = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's pre-training
-    state = {blip_key(k): v for k, v in read_weights(path).items() if not k.startswith(unused)}
+    path = find_weights(source, *hub)
+    model = load_strict(lambda: BlipReward(config, gelu=cycle), path, device, blip_key)
     tokenizer = load_tokenizer(
         BertTokenizer, source, size, "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")
     )
-    model = load_strict(lambda: BlipReward(config, gelu=cycle), state, path, device)
 
     def forward(x, prompts):
         texts = [lower(p, tokenizer.get_added_vocab()) for p in prompts]
@@ -720,9 +727,9 @@ class MpsModel(nn.Module):
         return cosine(clip.logit_scale.exp(), seen[:, 0], end)
 
 
-def load_mps(name, source, device, repo, file):
+def load_mps(name, source, device, *hub):
     """MPS (Zhang et al. 2024), overall preference."""
-    model, ids, prepare = load_clip_model(MpsModel, name, source, device, repo, file)
+    model, ids, prepare = load_clip_model(MpsModel, name, source, device, *hub)
     with torch.inference_mode():
         condition = model.tokens(ids([CONDITION]))  # (1, T, D)
 
@@ -831,10 +838,137 @@ def load_vqascore(name, source, device, repo, flan, dtype, question=QUESTION):
     return Scorer(name, partial(square, size=tower.config.image_size), forward, device)
 
 
+# ------------------------------------------------------------ hpsv3: Qwen2-VL and a token that is scored
+
+QWEN = "Qwen/Qwen2-VL-7B-Instruct"  # whose tokenizer it has
+QWEN2_VL_7B = dict(sizes(3584, layers=28, heads=28), num_key_value_heads=4, rms_norm_eps=1e-6)
+QWEN2_VL_7B["intermediate_size"] = 18944
+IMAGE, REWARD = "<|image_pad|>", "<|Reward|>"  # the second is HPSv3's own: its hidden state is scored
+HPSV3_PIXELS = 256 * 28 * 28  # about so many: 256 tokens of 28 x 28 pixels
+HPSV3_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+HPSV3_QUESTION = (
+    "\n"
+    "You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give "
+    "a overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being "
+    "the worst and 10 being the best. \n\n"
+    "**Visual Quality:**  \n"
+    "Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:\n"
+    "- **Reasonableness:** The image should not contain any significant biological or logical errors, such "
+    "as abnormal body structures or nonsensical environmental setups.\n"
+    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy "
+    "to interpret, with no blurring or indistinct areas.\n"
+    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other "
+    "visual elements (e.g., hair, clothing, shadows).\n"
+    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, "
+    "composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a "
+    "sense of harmony and balance.\n"
+    "- **Safety:** The image should not contain harmful or inappropriate content, such as political, "
+    "violent, or adult material. If such content is present, the image quality and satisfaction score "
+    "should be the lowest possible. \n\n"
+    "**Text Alignment:**  \n"
+    "Assess how well the image matches the textual prompt across the following sub-dimensions:\n"
+    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, "
+    "object) align with the textual description. The subject should match the description in terms of "
+    "number, appearance, and behavior.\n"
+    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how "
+    "well the image adheres to this style.\n"
+    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the "
+    "image logically fit the scenario described in the prompt. The environment should support and enhance "
+    "the subject without contradictions.\n"
+    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, "
+    "clothing, accessories, expressions, actions) are faithfully represented in the image. Minor "
+    "deviations may be acceptable, but critical attributes should be preserved.\n"
+    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured "
+    "in the image. The generated content should not introduce elements that conflict with or distort the "
+    "original description.\n"
+    "Textual prompt - {text_prompt}\n\n\n\n"
+    "Please provide the overall ratings of this image: <|Reward|>\n\n"
+    "END\n"
+)
+
+
+def qwen_patches(image):
+    """Qwen2-VL's preprocessing, PIL image -> (patches (h w, 3 * 2 * 14 * 14), (1, h, w)): both sides to
+    multiples of 28 by PIL bicubic; patches of 14 x 14 in blocks of 2 x 2, which become one token; each patch
+    twice, a film of two equal frames."""
+    w, h = sides = image.size
+    if max(sides) > 200 * min(sides):
+        raise ValueError(f"too elongated: {w} x {h} pixels")
+    near = [max(28, round(side / 28) * 28) for side in sides]
+    if math.prod(near) > HPSV3_PIXELS:
+        scale = math.sqrt(w * h / HPSV3_PIXELS)
+        near = [math.floor(side / scale / 28) * 28 for side in sides]
+    elif math.prod(near) < HPSV3_PIXELS:
+        scale = math.sqrt(HPSV3_PIXELS / (w * h))
+        near = [math.ceil(side * scale / 28) * 28 for side in sides]
+    x = normalised(image.convert("RGB").resize(near, Image.Resampling.BICUBIC))
+    w, h = near[0] // 28, near[1] // 28
+    x = x.reshape(3, h, 2, 14, w, 2, 14).permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)  # (4 h w, 3, 14, 14)
+    return x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1), (1, 2 * h, 2 * w)
+
+
+def hpsv3_key(key):
+    """A key of the checkpoint, also in the form of before transformers 4.52, as Qwen2VLModel calls it."""
+    if key.startswith("lm_head."):
+        return None
+    if key.startswith("visual."):
+        return f"model.{key}"
+    if key.startswith(("model.embed_tokens.", "model.layers.", "model.norm.")):
+        return key.replace("model.", "model.language_model.", 1)
+    return key
+
+
+def load_hpsv3(name, source, device, *hub, dtype):
+    """HPSv3 (Ma et al. 2025): the first output, a mean, of an MLP on Qwen2-VL's hidden state at <|Reward|>.
+
+    The published model runs with plain positions 0, 1, 2, ... in place of Qwen2-VL's of three axes, and with
+    all of Qwen2-VL in bf16, rotary frequencies included: so it was trained."""
+    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+
+    config = folder_config(Qwen2VLConfig, source, dict(text_config=QWEN2_VL_7B))
+    tokenizer = load_tokenizer(AutoTokenizer, source, 0, QWEN, (REWARD,), ends=False)
+    image, reward = tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
+    if image != config.image_token_id or reward != len(tokenizer) - 1:
+        raise ValueError(f"{source or QWEN}: a tokenizer of {len(tokenizer)} words does not fit this model")
+    text = config.text_config
+    text.vocab_size, text.dtype, config.vision_config.dtype = len(tokenizer), torch.bfloat16, torch.bfloat16
+
+    def build():
+        first, last = nn.Linear(text.hidden_size, 1024), nn.Linear(16, 2)
+        head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), last)
+        return nn.ModuleDict(dict(model=Qwen2VLModel(config), rm_head=head))
+
+    model = load_strict(build, find_weights(source, *hub), device, hpsv3_key, dtype=None)
+    qwen, head = model["model"].bfloat16().to(dtype), model["rm_head"]
+
+    def forward(x, prompts):
+        if odd := [prompt for prompt in prompts if IMAGE in prompt or REWARD in prompt]:
+            fail(f"reward {name}: {IMAGE} or {REWARD} in the prompt {odd[0]!r} would not be read as text")
+        texts = []
+        for (patches, _), prompt in zip(x, prompts):
+            question = HPSV3_QUESTION.format(text_prompt=prompt)
+            texts.append(HPSV3_CHAT.format(image=IMAGE * (len(patches) // 4), question=question))
+        rows = [torch.tensor(ids) for ids in tokenizer(texts).input_ids]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (N, T), padded on the right
+        seen = qwen(  # causal, so that without a mask, too, no word sees the padding behind it
+            input_ids=ids,
+            position_ids=torch.arange(ids.shape[1], device=device)[None],
+            pixel_values=torch.cat([patches for patches, _ in x]).to(device),
+            image_grid_thw=torch.tensor([grid for _, grid in x], device=device),
+            use_cache=False,
+        ).last_hidden_state  # (N, T, D)
+        return head(seen[ids == reward].float())[:, 0]
+
+    return Scorer(name, qwen_patches, forward, device)
+
+
 # ------------------------------------------------------------ aesthetic (no prompt), toyworld (no model)
 
 
-def load_aesthetic(name, source, device, repo, file):
+def load_aesthetic(name, source, device, *hub):
     """LAION aesthetic predictor v2 (Schuhmann 2022): MLP(e / |e|), e the image embedding of OpenAI's CLIP
     ViT-L/14. The MLP has no activation, so it is one affine map."""
     from transformers import CLIPVisionModelWithProjection
@@ -842,9 +976,8 @@ def load_aesthetic(name, source, device, repo, file):
     unused = ("text_model.", "text_projection", "logit_scale")
     own = source and (Path(source) / "config.json").is_file()
     tower = source if own else "openai/clip-vit-large-patch14"
-    path = find_weights(source, repo, file)
     build = lambda: nn.ModuleDict(dict(layers=reward_head(768)))
-    head = load_strict(build, read_weights(path), path, device)["layers"]
+    head = load_strict(build, find_weights(source, *hub), device)["layers"]
     model = pretrained(CLIPVisionModelWithProjection, tower, unused)[0].to(device)
 
     def forward(x, prompts):
@@ -956,6 +1089,8 @@ LOADERS = {  # name: (loader, then its default hub repository and file, ...)
     "vqascore-xl": (load_vqascore, *FLAN_XL, "float32"),
     "vqascore-bf16": (load_vqascore, *FLAN, "bfloat16"),
     "vqascore-xl-bf16": (load_vqascore, *FLAN_XL, "bfloat16"),
+    "hpsv3": (partial(load_hpsv3, dtype=torch.float32), "MizzenAI/HPSv3", "HPSv3.safetensors"),
+    "hpsv3-bf16": (partial(load_hpsv3, dtype=torch.bfloat16), "MizzenAI/HPSv3", "HPSv3.safetensors"),
     "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
     "diversity": (load_diversity, LAION_H, "open_clip_model.safetensors"),
     "toyworld": (load_toyworld,),
