@@ -81,13 +81,11 @@ def read_bench(name, path, limit=0):
     """Rows of a benchmark's own file or folder, in its order, repeated prompts included: dicts of `prompt`,
     `tag` (its category or None) and what else the file holds. A bad file, row or prompt ends the program with
     one line that names it."""
-    readers = dict(
-        zip(BENCHES, (read_geneval, read_compbench, read_dpg, read_parti, read_hpdv2, read_pickapic))
-    )
-    if name not in readers:
+    if name not in BENCHES:
         fail(f"--bench {name}: there are {', '.join(BENCHES)}")
+    readers = (read_geneval, read_compbench, read_dpg, read_parti, read_hpdv2, read_pickapic)
     rows = []
-    for where, row in readers[name](Path(path)):
+    for where, row in readers[BENCHES.index(name)](Path(path)):
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             fail(f"{where}: no prompt there; is it {name}'s own file?")
         rows.append(row)
@@ -141,9 +139,8 @@ def read_compbench(path):
     for category, file in files.items():
         for n, line in enumerate(read_text(file).splitlines()):
             prompt, where = line.split("\t")[0], f"{file}, line {n + 1}"
-            if (
-                re.search("[/_\0]", prompt) or len(prompt.encode()) > 240
-            ):  # a file name, read back up to its _
+            # it becomes a file name, which the official scorer reads back up to its first _
+            if re.search("[/_\0]", prompt) or len(prompt.encode()) > 240:
                 fail(f"{where}: a prompt with / or _, or of over 240 bytes, has no official file name")
             yield where, dict(prompt=prompt, tag=category, index=n)
 
@@ -210,9 +207,7 @@ def read_pickapic(path):
     seen = set()
     for file in files:
         try:
-            captions = pandas.read_parquet(file, columns=["caption"])[
-                "caption"
-            ]  # not the pictures: gigabytes
+            captions = pandas.read_parquet(file, columns=["caption"]).caption  # not gigabytes of pictures
         except Exception as e:  # pandas and pyarrow have their own
             fail(f"{file}: no parquet file with a column caption ({one_line(e)[:200]})")
         for n, caption in enumerate(captions, 1):
@@ -335,8 +330,7 @@ def wrong_number_or_colour(item, found):
 
 
 def wrong_relation(name, found, expected, targets):
-    """The first pair that does not stand as expected, or ""; targets None: the target itself was not
-    there."""
+    """The first pair that does not stand as expected, or ""; targets None: the target itself failed."""
     if targets is None:
         return f"no target for {name} to be {expected}"
     for box, _ in found:
@@ -502,10 +496,8 @@ def load_vqa(sources, device):
             text = torch.tensor([[ask, *ids[n][1:]] for n in rows], device=device)  # its own processor: [CLS]
             read = model.text_encoder(input_ids=text, encoder_hidden_states=seen[rows]).last_hidden_state
             first = torch.full((len(rows), 1), start, device=device)
-            logits = model.text_decoder(input_ids=first, encoder_hidden_states=read).logits[
-                :, 0
-            ]  # (n, words)
-            chance[rows] = (logits[:, yes] - logits[:, no]).sigmoid()  # P(yes) / (P(yes) + P(no))
+            logits = model.text_decoder(input_ids=first, encoder_hidden_states=read).logits  # (n, 1, words)
+            chance[rows] = (logits[:, 0, yes] - logits[:, 0, no]).sigmoid()  # P(yes) / (P(yes) + P(no))
         return chance
 
     return scores_of(Scorer("vqa", prepare, forward, device))
@@ -561,8 +553,7 @@ def load_detector(source, device):
 
 
 def instances(classes, masks, padded, size, full):
-    """Instances by class, as mmdet's MaskFormerFusionHead makes them of classes (Q, C + 1) and masks (Q, h,
-    w).
+    """Instances by class of classes (Q, C + 1) and masks (Q, h, w), as mmdet's MaskFormerFusionHead has them.
 
     The 100 best pairs of query and class; confidence = softmax(class) x mean sigmoid(mask) inside the mask;
     the box of a mask ends one pixel after it. Masks are those of the `padded` input, of which `size` is the
@@ -703,11 +694,9 @@ def geneval_summary(results):
         by_prompt.setdefault(result["metadata"], []).append(result["correct"])
         by_tag.setdefault(result["tag"], []).append(result["correct"])
     correct = np.mean([result["correct"] for result in results])
+    any_correct = np.mean([any(of_prompt) for of_prompt in by_prompt.values()])
     lines = ["Summary", "=======", f"Total images: {len(results)}", f"Total prompts: {len(by_prompt)}"]
-    lines += [
-        f"% correct images: {correct:.2%}",
-        f"% correct prompts: {np.mean([*map(any, by_prompt.values())]):.2%}",
-    ]
+    lines += [f"% correct images: {correct:.2%}", f"% correct prompts: {any_correct:.2%}"]
     lines += ["", "Task breakdown", "=============="]
     lines += [f"{tag:<16} = {np.mean(c):.2%} ({sum(c)} / {len(c)})" for tag, c in by_tag.items()]
     overall = np.mean([np.mean(c) for c in by_tag.values()])
@@ -818,7 +807,8 @@ def summarise_bench(name, rows, metrics):
         found = by_tag(metrics[name])
         return {"Mean": mean([*found.values()]), **{COLUMNS.get(tag, tag): v for tag, v in found.items()}}
     if name == "t2i-compbench":
-        return {COLUMNS.get(tag, tag): 100 * v for tag, v in by_tag(metrics[name]).items()}
+        there = {tag: v for tag, v in by_tag(metrics[name]).items() if not np.isnan(v)}
+        return {COLUMNS.get(tag, tag): 100 * v for tag, v in there.items()}
     if name == "dpg":
         vqa = {"VQA Score": 100 * mean(v) for reward, v in metrics.items() if reward.startswith("vqascore")}
         return {"DSG Score": 100 * mean(metrics[name]), **vqa}

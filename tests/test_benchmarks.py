@@ -661,7 +661,7 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
         notes[0].startswith("answers by") and notes[1] == "spatial: not run, the official scorers need UniDet"
     )
     table = b.summarise_bench("t2i-compbench", rows, metrics)
-    assert [*table] == ["Color", "Spatial", "Non-Spatial"] and np.isnan(table["Spatial"])
+    assert [*table] == ["Color", "Non-Spatial"]  # a column that was not run is not there
     phrases.write_text("{}")
     refuses(
         "phrases.json: no JSON .* with 'a red dog and",
