@@ -148,10 +148,9 @@ def read_lists(cfg):
     if cfg.data == "random":
         phi = [1.0, 2 / 3, 1 / 3, 0.0]
         return [{"prompt": "", "phi": phi, "scores": {"random": phi}}] * cfg.global_batch_size
-    if cfg.loss == "balanced" and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
-        fail(
-            f"--loss balanced votes on the scores and looks at no phi: take --label {cfg.label} with another"
-        )
+    votes = ("balanced", "direct", "random_scorer")
+    if cfg.loss in votes and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
+        fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
     stored = cfg.label in ("given", "reversed")
     rows = common.read_metadata(cfg.data, lists=True, labelled=stored)
     if cfg.label_rewards or not stored:

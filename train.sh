@@ -4,13 +4,15 @@
 # PROMPTS=prompts.txt EVAL_PROMPTS=heldout.txt bash train.sh sdxl
 #                       the paper's recipe for SDXL on all GPUs of this machine (8 x A100 80 GB)
 # PROMPTS=... EVAL_PROMPTS=... bash train.sh sd3        the same for SD3-Medium
+# PICKAPIC=parquets EVAL_PROMPTS=heldout.txt bash train.sh sd15
+#                       BalancedDPO's setting: people's pairs, four rewards' votes, SD 1.5 at 512 px
 #   OUT=outputs/sdxl    folder of the run    BETA, LR, STEPS, REF_REFRESH    what the papers leave open
 #   GPUS=8              processes            DRY_RUN=1                       only print the commands
 set -euo pipefail
 cd "$(dirname "$0")"
 task=${1:-toy}
 
-usage() { sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; }
 
 fail() {  # message [status]
   echo "train.sh: $1" >&2
@@ -68,15 +70,28 @@ case "$task" in
     beta=50
     sampling="--steps 28 --guidance 7"
     ;;
-  *) fail "unknown task '$task'; use one of: toy (default), test, sdxl, sd3" 2 ;;
+  sd15)  # arXiv 2503.12575, Sec. IV: 2000 steps of 128 pairs, the reference refreshed every 100
+    model=stable-diffusion-v1-5/stable-diffusion-v1-5
+    beta=2500
+    sampling="--steps 50 --guidance 7.5"
+    : "${REWARDS:=pickscore hpsv2.1 clip aesthetic}" "${LOSS:=balanced}" "${REF_REFRESH:=100}"
+    : "${STEPS:=2000}" "${BATCH:=128}" "${DEVICE_BATCH:=16}" "${RESOLUTION:=512}"
+    : "${LR:=1.3e-6}" "${SAVE_EVERY:=100}" "${TRAIN_OPTIONS:=--sample_every 500}"  # 1e-8 times the batch
+    ;;
+  *) fail "unknown task '$task'; use one of: toy (default), test, sdxl, sd3, sd15" 2 ;;
 esac
 
 # ---- the paper's recipe: four generators, lists of four, 400 steps (arXiv 2410.18013, Sec. 4 and A.3).
 # It gives no beta, learning rate or optimiser: BETA and LR are the usual values of public DPO trainers.
 # VQAScore's 11 B model needs 46 GB in fp32, 23 GB as vqascore-bf16 (computed); the weights of MPS are a port
 # that states no licence.
-[ -n "${PROMPTS:-}" ] || fail "set PROMPTS to a file with a prompt a line (the paper: 58 k of Pick-a-Pic v2)"
-[ -f "$PROMPTS" ] || fail "PROMPTS=$PROMPTS: no such file"
+if [ "$task" = sd15 ]; then
+  [ -n "${PICKAPIC:-}" ] || fail "set PICKAPIC to a parquet of Pick-a-Pic v2, or a folder of its shards"
+  [ -e "$PICKAPIC" ] || fail "PICKAPIC=$PICKAPIC: no such file"
+else
+  [ -n "${PROMPTS:-}" ] || fail "set PROMPTS to a file with a prompt a line (the paper: 58 k of Pick-a-Pic v2)"
+  [ -f "$PROMPTS" ] || fail "PROMPTS=$PROMPTS: no such file"
+fi
 [ -n "${EVAL_PROMPTS:-}" ] || fail "set EVAL_PROMPTS to held-out prompts, one a line, or GenEval's .jsonl"
 [ -f "$EVAL_PROMPTS" ] || fail "EVAL_PROMPTS=$EVAL_PROMPTS: no such file"
 gpus=${GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | grep -c . || true)}
@@ -90,11 +105,19 @@ bin=${BIN-.venv/bin/}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
 [ -n "${DRY_RUN:-}" ] || setup
 
-run "${bin}torchrun" --nproc_per_node "$gpus" synpic.py \
-  --prompts "$PROMPTS" --out "$out/synpic" \
-  --models ${MODELS:-sdxl sd3 pixart cascade} \
-  --rewards ${REWARDS:-hpsv2.1 mps pickscore vqascore imagereward} \
-  --batch_size "${GEN_BATCH:-8}" ${SYNPIC_OPTIONS:-}
+if [ "$task" = sd15 ]; then  # people drew and chose; the rewards judge beside them, on one GPU
+  run "${bin}python" synpic.py --stages import --from "$PICKAPIC" --out "$out/synpic" --on_error skip
+  run "${bin}python" rewards.py --score "$out/synpic" --rewards $REWARDS
+  run "${bin}python" synpic.py --stages label --out "$out/synpic" --rewards $REWARDS
+else
+  run "${bin}torchrun" --nproc_per_node "$gpus" synpic.py \
+    --prompts "$PROMPTS" --out "$out/synpic" \
+    --models ${MODELS:-sdxl sd3 pixart cascade} \
+    --rewards ${REWARDS:-hpsv2.1 mps pickscore vqascore imagereward} \
+    --batch_size "${GEN_BATCH:-8}" ${SYNPIC_OPTIONS:-}
+fi
+voters=()  # names of rewards, without =source: not what people chose
+[ "$task" != sd15 ] || for spec in $REWARDS; do voters+=("${spec%%=*}"); done
 
 run "${bin}torchrun" --nproc_per_node "$gpus" rankdpo.py \
   --data "$out/synpic" --model "$model" --out "$out/rankdpo" \
@@ -102,10 +125,11 @@ run "${bin}torchrun" --nproc_per_node "$gpus" rankdpo.py \
   --warmup_steps "${WARMUP:-40}" --ref_refresh "${REF_REFRESH:-0}" \
   --global_batch_size "${BATCH:-1024}" --device_batch_size "${DEVICE_BATCH:-1}" \
   --resolution "${RESOLUTION:-1024}" --gradient_checkpointing true --save_every "${SAVE_EVERY:-20}" \
+  ${voters[@]:+--label_rewards "${voters[@]}"} \
   ${TRAIN_OPTIONS:---sample_every 100 --sample_steps 28 --sample_guidance 5}
 
 run "${bin}python" evaluate.py \
   --models "base=$model" "tuned=$out/rankdpo/model" \
   --prompts "$EVAL_PROMPTS" --limit "${EVAL_LIMIT:-500}" \
   --rewards ${EVAL_REWARDS:-${REWARDS:-hpsv2.1 pickscore imagereward vqascore}} --out "$out/evaluation" \
-  ${EVAL_OPTIONS:-$sampling --resolution 1024 --batch_size 8 --seeds 5}
+  ${EVAL_OPTIONS:-$sampling --resolution "${RESOLUTION:-1024}" --batch_size 8 --seeds 5}

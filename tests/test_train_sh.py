@@ -44,6 +44,8 @@ def test_the_toy_task_prints_its_three_commands():
         (["sdxl"], {"PROMPTS": "none.txt", "EVAL_PROMPTS": "README.md"}, "PROMPTS=none.txt"),
         (["sd3"], {"PROMPTS": "README.md"}, "EVAL_PROMPTS"),
         (["sd3"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "none.txt"}, "EVAL_PROMPTS=none.txt"),
+        (["sd15"], {"EVAL_PROMPTS": "README.md"}, "PICKAPIC"),
+        (["sd15"], {"PICKAPIC": "none.parquet", "EVAL_PROMPTS": "README.md"}, "PICKAPIC=none.parquet"),
         (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "GPUS": "0"}, "GPUS=0"),
         (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "GPUS": "all"}, "GPUS=all"),
     ],
@@ -52,6 +54,22 @@ def test_train_sh_refuses_what_it_does_not_know(args, env, says):
     done = train_sh(*args, **env)
     assert done.returncode != 0 and says in done.stderr and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_balanced_recipe_is_the_papers(tmp_path):
+    """BalancedDPO: 2000 steps of 128 pairs, four rewards vote, refresh 100, SD 1.5 at 512 px."""
+    env = dict(
+        BIN="", GPUS="8", PICKAPIC="README.md", EVAL_PROMPTS="README.md", OUT="o", REWARDS="clip=x mps"
+    )
+    commands = commands_of(train_sh("sd15", check=True, **env))
+    assert scripts_of(commands) == ["synpic.py", "rewards.py", "synpic.py", "rankdpo.py", "evaluate.py"]
+    assert commands[1][2:] == "--score o/synpic --rewards clip=x mps".split()
+    options = " ".join(commands[3])
+    wanted = "--loss balanced|--steps 2000|--ref_refresh 100|--global_batch_size 128|--resolution 512"
+    assert all(option in options for option in wanted.split("|")) and "--label_rewards clip mps" in options
+    del env["REWARDS"]
+    options = " ".join(commands_of(train_sh("sd15", check=True, **env))[3])
+    assert "--label_rewards pickscore hpsv2.1 clip aesthetic" in options
 
 
 @pytest.mark.parametrize("task", ["sdxl", "sd3"])
