@@ -79,7 +79,7 @@ from common import (
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
-    for name, folder in (("clip", "clip"), ("hpsv2.1", "hps"), ("pickscore", "pick"))
+    for name, folder in (("clip", "clip"), ("hpsv2.1", "hps"), ("pickscore", "pick"), ("imagereward", "blip"))
 )
 
 

@@ -9,6 +9,7 @@
     toy/models/sd15    StableDiffusionPipeline, v-prediction: the strongest, good at colours and pairs
     toy/rewards/clip   open_clip's CLIP, toy/rewards/hps: the same scored in HPSv2's manner,
     toy/rewards/pick   transformers CLIPModel in PickScore's manner
+    toy/rewards/blip   BLIP with ImageReward's head: it reads the words against the picture, relations too
 
 Nothing here imitates photographs. What is imitated is how the models come to fail: each generator learned
 from captions that are wrong in its own way (SLIPS, as web captions are), each reward model saw hard negatives
@@ -49,9 +50,24 @@ from pipelines import (
     save_pipeline,
     text_encoders_of,
 )
-from rewards import MEAN, STD, TOY_REWARDS, load_reward
+from rewards import MEAN, STD, TOY_REWARDS, BlipReward, load_reward, sizes
 from synpic import TOY_MODELS, parse_model
-from toyworld import CATEGORIES, SIZE, WORDS, check, grammar, held_out, prompts_of, render, slip
+from toyworld import (
+    CATEGORIES,
+    COLORS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    WORDS,
+    check,
+    grammar,
+    held_out,
+    plural,
+    prompts_of,
+    render,
+    slip,
+)
 
 STAGES = {  # training steps
     "prompts": 0,
@@ -62,6 +78,7 @@ STAGES = {  # training steps
     "clip": 700,
     "hps": 700,
     "pick": 1100,
+    "blip": 5000,
 }
 SLIPS = {  # how often the caption of a training picture is wrong, by generator and category
     "sdxl": dict(
@@ -74,6 +91,7 @@ HARD = {  # categories of which a reward saw hard negatives: the others it knows
     "clip": ("colors", "two_object"),
     "hps": ("counting", "two_object", "color_attr"),
     "pick": ("position", "color_attr"),
+    "blip": ("position", "color_attr"),
 }
 
 
@@ -177,6 +195,14 @@ def make_tokenizer():
     return transformers.CLIPTokenizer(
         vocab={w: i for i, w in enumerate(vocab)}, merges=merges, model_max_length=16
     )
+
+
+def make_bert_tokenizer():
+    """A BertTokenizer of this world's words, with BERT's special ones and BLIP's two."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "[DEC]", "[ENC]"]
+    tokenizer = transformers.BertTokenizer(vocab={w: i for i, w in enumerate(words)}, model_max_length=35)
+    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    return tokenizer
 
 
 def special_ids(tokenizer):
@@ -289,7 +315,10 @@ OPEN_CLIP = dict(
 
 
 def build_reward(name, tokenizer):
-    """An untrained CLIP for 32 px: open_clip's class for clip and hps, transformers' CLIPModel for pick."""
+    """An untrained reward for 32 px: open_clip's CLIP for clip and hps, transformers' CLIPModel for pick, for
+    blip BLIP and a head."""
+    if name == "blip":
+        return BlipReward(blip_config(tokenizer), gelu=False)
     if name != "pick":
         import open_clip  # here, because it warns as it is imported, and bad options end in one line
 
@@ -303,6 +332,15 @@ def build_reward(name, tokenizer):
     return transformers.CLIPModel(config)
 
 
+def blip_config(tokenizer):
+    tower = dict(sizes(64, layers=3, heads=4), intermediate_size=128)
+    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=35, encoder_hidden_size=64)
+    text |= dict(bos_token_id=len(tokenizer) - 2, sep_token_id=tokenizer.sep_token_id)
+    return transformers.BlipConfig(
+        text_config=text, vision_config=dict(tower, image_size=SIZE, patch_size=4, layer_norm_eps=1e-6)
+    )
+
+
 def save_reward(name, model, tokenizer, folder):
     """In fp16, as a hub repository of that kind holds it."""
     model = model.half()
@@ -314,6 +352,10 @@ def save_reward(name, model, tokenizer, folder):
             model.save_pretrained(folder)
             return
         weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+        if name == "blip":
+            blip_config(tokenizer).save_pretrained(folder)
+            save_file(weights, folder / "ImageReward.safetensors")
+            return
         save_file(weights, folder / "open_clip_model.safetensors")
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}, indent=1))
 
@@ -427,6 +469,53 @@ def train_reward(name, vae, device, steps, samples=24_000):
     return model, tokenizer
 
 
+def train_blip(vae, device, steps, samples=40_000):
+    """ImageReward's loss, -log sigmoid(s_better - s_worse), on a right picture against its slip and against
+    the picture of another meaning. BLIP's own pre-training beside it, to name a masked word of the caption
+    from the picture, is what relations are learned from."""
+    seed = list(HARD).index("blip")
+    torch.manual_seed(seed)
+    tokenizer = make_bert_tokenizer()
+    model = build_reward("blip", tokenizer).to(device)
+    eye, text, head = model.blip["visual_encoder"], model.blip["text_encoder"], model.mlp["layers"]
+    data = reward_data("blip", vae, device, tokenizer, samples)
+    shown = {*COLORS, *NUMBERS, *SHAPES, *map(plural, SHAPES), *(r.split()[0] for r in RELATIONS)}
+    shown = torch.tensor(tokenizer.convert_tokens_to_ids(sorted(shown)))  # words that a picture can tell
+
+    def look(x):
+        """(N, 3, H, W) in [-1, 1] -> (N, 1 + patches, D)"""
+        x = x / 2 + 0.5
+        return eye(pixel_values=((x + 0.02 * torch.randn_like(x) - MEAN) / STD).to(device)).last_hidden_state
+
+    def read(ids, seen):
+        """(N, L), (N, 1 + patches, D) -> (N, L, D)"""
+        return text(
+            input_ids=ids, attention_mask=ids != 0, encoder_hidden_states=seen, is_decoder=False
+        ).last_hidden_state
+
+    for (x, y, ids, c, h), update in batches(data, 64, steps, 1e-3, list(model.parameters()), "blip", seed):
+        n = len(x)
+        right, wrong = look(torch.cat([x, y])).chunk(2)
+        at = torch.isin(ids, shown).float().multinomial(1)  # (B, 1): one of those words each
+        masked = ids.scatter(1, at, tokenizer.mask_token_id).to(device)
+        ids, word = ids.to(device), ids.gather(1, at)[:, 0].to(device)
+        out = read(torch.cat([ids, ids, ids, masked]), torch.cat([right, wrong, right.roll(1, 0), right]))
+        scores = head(out[: 3 * n, 0]).view(3, n)
+        against_slip = F.softplus(scores[1] - scores[0])[h]
+        against_other = F.softplus(scores[2] - scores[0])[c != c.roll(1)]
+        named = (
+            out[3 * n :][torch.arange(n), at[:, 0]] @ text.embeddings.word_embeddings.weight.T
+        )  # (B, words)
+        update(torch.cat([against_slip, against_other]).mean() + F.cross_entropy(named, word))
+    with torch.no_grad():  # scores of mean 0 and deviation 1, as ImageReward's are
+        ids = data[2][:1000].to(device)
+        scores = torch.cat([head(read(ids, look(x[:1000]))[:, 0]) for x in data[:2]])
+        head[-1].bias -= scores.mean()
+        head[-1].weight /= scores.std()
+        head[-1].bias /= scores.std()
+    return model, tokenizer
+
+
 # ----------------------------------------------------------------------------- python toy/build.py
 
 
@@ -481,6 +570,8 @@ def build_stage(stage, steps, device, folder, vae_folder):
         fail(f"{vae_folder}: missing; run --only vae first")
     vae = diffusers.AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32)
     vae = vae.to(device).eval().requires_grad_(False)
+    if stage == "blip":
+        return save_reward(stage, *train_blip(vae, device, steps), folder)
     if stage in HARD:
         return save_reward(stage, *train_reward(stage, vae, device, steps), folder)
     save_pipeline(train_generator(stage, vae, device, steps).to("cpu", torch.float16), folder)
