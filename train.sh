@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash train.sh         set up .venv, then the toy pipeline: synpic -> rankdpo -> evaluate (CPU, minutes)
 # bash train.sh test    set up .venv, then lint and every test
+# bash train.sh study   what each objective buys in the toy world: docs/study.md (hours; resumes)
 # PROMPTS=prompts.txt EVAL_PROMPTS=heldout.txt bash train.sh sdxl
 #                       the paper's recipe for SDXL on all GPUs of this machine (8 x A100 80 GB)
 # PROMPTS=... EVAL_PROMPTS=... bash train.sh sd3        the same for SD3-Medium
@@ -12,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 task=${1:-toy}
 
-usage() { sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; }
 
 fail() {  # message [status]
   echo "train.sh: $1" >&2
@@ -60,6 +61,13 @@ case "$task" in
     fi
     exit
     ;;
+  study)
+    [ -n "${DRY_RUN:-}" ] || setup
+    run .venv/bin/python synpic.py
+    run .venv/bin/python toy/study.py
+    run .venv/bin/python toy/study.py --report
+    exit
+    ;;
   sdxl)
     model=stabilityai/stable-diffusion-xl-base-1.0
     beta=2500
@@ -78,7 +86,7 @@ case "$task" in
     : "${STEPS:=2000}" "${BATCH:=128}" "${DEVICE_BATCH:=16}" "${RESOLUTION:=512}"
     : "${LR:=1.3e-6}" "${SAVE_EVERY:=100}" "${TRAIN_OPTIONS:=--sample_every 500}"  # 1e-8 times the batch
     ;;
-  *) fail "unknown task '$task'; use one of: toy (default), test, sdxl, sd3, sd15" 2 ;;
+  *) fail "unknown task '$task'; use one of: toy (default), test, study, sdxl, sd3, sd15" 2 ;;
 esac
 
 # ---- the paper's recipe: four generators, lists of four, 400 steps (arXiv 2410.18013, Sec. 4 and A.3).
