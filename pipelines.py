@@ -361,26 +361,39 @@ def scale_of(pipe):
 # ----------------------------------------------------------------------------- noise and target
 
 
-def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
-    """x_t, the model's timestep and its target, for u (N,) uniform in [0, 1). x, noise: (N, C, h, w).
+def noise_levels(scheduler, u, timesteps="logit_normal"):
+    """alpha, sigma and the model's timestep t, each (N,), for u (N,) in [0, 1): x_t = alpha x + sigma eps.
 
-    Diffusion: t = floor(1000 u), x_t = alpha x + sigma eps, target eps or v = alpha eps - sigma x.
-    Rectified flow: sigma = u or logit-normal, then the scheduler's shift, x_t = (1 - sigma) x + sigma eps,
-    target eps - x. A shift that depends on the resolution is of sampling alone."""
-    shape = (-1,) + (1,) * (x.dim() - 1)
+    Diffusion: t = floor(1000 u). Rectified flow: sigma = u or logit-normal, then the scheduler's shift,
+    alpha = 1 - sigma, t = 1000 sigma. A shift that depends on the resolution is of sampling alone."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if timesteps == "logit_normal":  # (0, 1), as SD3 was trained; mps lacks ndtri
             u = torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)
         shift = 1.0 if scheduler.config.use_dynamic_shifting else scheduler.config.shift
-        sigma = shift * u / (1 + (shift - 1) * u)  # (N,)
-        s = sigma.view(shape)
-        return (1 - s) * x + s * noise, 1000 * sigma, noise - x
-    t = (u * scheduler.config.num_train_timesteps).long()  # (N,)
-    alpha_bar = scheduler.alphas_cumprod.to(x.device)[t].view(shape)
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    v = scheduler.config.prediction_type == "v_prediction"
-    target = alpha * noise - sigma * x if v else noise
+        sigma = shift * u / (1 + (shift - 1) * u)
+        return 1 - sigma, sigma, 1000 * sigma
+    t = (u * scheduler.config.num_train_timesteps).long()
+    alpha_bar = scheduler.alphas_cumprod.to(u.device)[t]
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), t
+
+
+def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
+    """x_t, the model's timestep and its target, for u (N,) uniform in [0, 1). x, noise: (N, C, h, w).
+
+    The target of diffusion is eps or v = alpha eps - sigma x, that of rectified flow eps - x."""
+    alpha, sigma, t = noise_levels(scheduler, u, timesteps)
+    alpha, sigma = (level.view((-1,) + (1,) * (x.dim() - 1)) for level in (alpha, sigma))
+    kind = scheduler.config.get("prediction_type", "flow")
+    target = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "flow": noise - x}[kind]
     return alpha * x + sigma * noise, t, target
+
+
+def clean_latents(scheduler, x_t, prediction, alpha, sigma):
+    """The latents x that a prediction of eps, v or velocity at x_t stands for; alpha, sigma fit x_t."""
+    kind = scheduler.config.get("prediction_type", "flow")
+    if kind == "epsilon":
+        return (x_t - sigma * prediction) / alpha
+    return alpha * x_t - sigma * prediction if kind == "v_prediction" else x_t - sigma * prediction
 
 
 # ----------------------------------------------------------------------------- load and save

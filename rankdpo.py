@@ -1,8 +1,9 @@
-"""RankDPO, BalancedDPO and their baselines on ranked lists of images: one file, read it top to bottom.
+"""RankDPO, BalancedDPO, Diffusion-DRO and their baselines on ranked lists: one file, read it top to bottom.
 
     python rankdpo.py                                    # the toy world: toy/models/sdxl on outputs/synpic
     python rankdpo.py --loss dpo --beta 500              # another objective of the family
     python rankdpo.py --loss balanced --ref_refresh 50   # BalancedDPO: majority vote, reference refresh
+    python rankdpo.py --loss dro --sampler_refresh 20    # Diffusion-DRO: experts against its own pictures
     torchrun --nproc_per_node 8 rankdpo.py --data synpic --model stabilityai/stable-diffusion-xl-base-1.0 \\
         --resolution 1024 --beta 2500 --lr 2e-5 --steps 400 --global_batch_size 1024 --device_batch_size 1 \\
         --gradient_checkpointing true --save_every 20    # the paper's size; bash train.sh sdxl is the recipe
@@ -14,12 +15,24 @@ Input is a folder that synpic.py wrote (metadata.jsonl and images), output a pip
 with --sample_every, samples.png. A run that was killed goes on from its newest checkpoint when the same
 command is given again. Model families differ in pipelines.py; losses.py holds losses and the scale of beta.
 
-Where this departs from the paper (arXiv 2410.18013), which gives no beta, rate, optimiser or schedule:
+Where this departs from the papers, or they say nothing:
+  RankDPO (arXiv 2410.18013) gives no beta, rate, optimiser or schedule
   - one noise is shared by the k images of a list, as public DPO trainers share it over a pair;
     Algorithm 2 draws one each: --noise independent
-  - rectified flow has logit-normal timesteps, as SD3 was trained: --timesteps uniform
+  - rectified flow has logit-normal timesteps, as SD3 was trained; Algorithm 2: --timesteps uniform
   - errors are means over C, H, W, so beta is ~65,000 times the beta of a summed SDXL error
   - AdamW with a linear decay to zero: a constant rate ruins small models while loss and accuracy look fine
+  - weighted fine-tuning (Table 5) weighs by the score itself, score / k; one below 0 weighs 0
+  - --rank_by model takes the rank in Eq. 6 from the model (LambdaLoss); where s ties, the labels decide
+  BalancedDPO (2503.12575)
+  - its printed p_theta / p_theta is read as p_theta / p_ref; an even vote has no gradient: --ties literal
+  - Eq. 10 has unknown weights: equal ones; lists of any length, where the paper has pairs
+  Diffusion-DRO (2510.18353)
+  - its sampler is a copy of the policy every --sampler_refresh steps; its public defaults copy at each step,
+    where the negatives' gradient is exactly zero
+  - rectified flow: the same solver at alpha = 1 - sigma, the same twenty levels before the scheduler's shift
+  - a dropped caption is what guidance leads away from, of SDXL zeros; the same AdamW and decay as above
+  in none of them: --label_smoothing, --sft_weight, --caption_dropout of the pairwise losses, --ema
 The curve is the same on 1 and on N processes, for any --device_batch_size and --images_per_forward: noise and
 timestep depend on (seed, step, list) alone. One process runs plain, several shard what is trained (FSDP2).
 """
@@ -99,6 +112,11 @@ class Method:
     )
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
     timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
+    experts: int = option(500, "--loss dro: best images of --data, against the policy's own", above=0)
+    expert_by: str = option("phi", "what they are best by: phi or a reward")
+    margin: float = option(0.001, "of its hinge", at_least=0)
+    sampler_steps: int = option(20, "steps of its sampling path, a divisor of 1000", above=1)
+    sampler_refresh: int = option(20, "steps between copies of the policy into its sampler", above=0)
     caption_dropout: float = option(
         None, "share of lists without caption (default: 0, .2 for dro)", at_least=0, below=1
     )
@@ -208,12 +226,36 @@ def stack_labels(cfg, rows):
     return Labels(torch.stack([pad(w) for w in weights]), phi, phi >= 0)
 
 
+def expert_rows(cfg, rows):
+    """--loss dro: a row for each of the best images of all lists. Its phi (1, 0) is the expert's and that of
+    a negative, which the policy draws while it trains."""
+    if cfg.data == "random":
+        return [dict(row, phi=[1.0, 0.0]) for row in rows]
+    by = cfg.expert_by
+    if by != "phi" and (lacking := [n for n, row in enumerate(rows, 1) if by not in row["scores"]]):
+        fail(
+            f"--expert_by {by}: {cfg.data}/metadata.jsonl, list {lacking[0]} has no such scores; phi is there"
+        )
+    images = []
+    for row in rows:
+        for name, value in zip(row["file_names"], row["phi"] if by == "phi" else row["scores"][by]):
+            images.append((value, dict(row, file_names=[name], phi=[1.0, 0.0], scores={})))
+    best = sorted(images, key=lambda image: -image[0])[: cfg.experts]  # stable: ties in the order of the file
+    if process_rank()[0] == 0:
+        print(f"experts: {len(best)} of {len(images)} images, {by} {best[0][0]:g} to {best[-1][0]:g}")
+    return [row for _, row in best]
+
+
 def check_objective(cfg, rows):
     """The options fit --loss, and the scores that it looks at are there."""
     if cfg.rank_by == "model" and cfg.loss != "rankdpo":
         fail(f"--rank_by model is of --loss rankdpo; {cfg.loss} has no rank in its weights")
     if cfg.label_smoothing and cfg.loss not in PAIRWISE:
         fail(f"--label_smoothing needs pairs: --loss {', '.join(PAIRWISE)}")
+    if cfg.loss == "dro" and 1000 % cfg.sampler_steps:
+        fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
+    if cfg.loss == "dro" and cfg.sampler_refresh == 1 and process_rank()[0] == 0:
+        print("--sampler_refresh 1: the negatives' gradient is always exactly zero, they only gate the hinge")
     names = {frozenset(row["scores"]) for row in rows}
     if cfg.loss in ("balanced", "direct", "random_scorer") and (len(names) > 1 or not rows[0]["scores"]):
         fail(
@@ -230,8 +272,10 @@ def check_objective(cfg, rows):
             fail(f"--weight_by {cfg.weight_by}: {share}; name another reward (there are {there})")
 
 
-def even_votes(rows):
-    """Share of the pairs of all lists for whose images equally many rewards vote."""
+def even_votes(cfg, rows):
+    """--loss balanced: share of the pairs of all lists for whose images equally many rewards vote."""
+    if cfg.loss != "balanced":
+        return None
     votes = [losses.majority_vote(torch.tensor(list(row["scores"].values())).T) for row in rows]  # (K, K)
     even = sum((vote == 0).sum().item() - len(vote) for vote in votes)  # each pair twice; not the diagonal
     return even / sum(len(vote) * (len(vote) - 1) for vote in votes)
@@ -331,8 +375,8 @@ def dropped_caption(cfg, pipe, item, device, dtype):
     return pipelines.encode_nothing(pipe, size, device, dtype)
 
 
-def random_lists(shapes, k=4):
-    """read(n) of --data random: lists of four, to measure with."""
+def random_lists(shapes, k):
+    """read(n) of --data random: lists of k, to measure with."""
 
     def read(n):
         g = torch.Generator().manual_seed(n)
@@ -360,7 +404,9 @@ def draw(cfg, position, n, shape):
     return u, noise.expand(shape)
 
 
-Batch = namedtuple("Batch", "x_t t target cond mask weights phi time")  # N = B K images; B lists from mask on
+Batch = namedtuple(
+    "Batch", "x_t t target cond mask weights phi u time"
+)  # N = B K images; B lists from mask on
 
 
 def load_batch(cfg, read, scheduler, labels, nothing, device, dtype, lists):
@@ -380,15 +426,18 @@ def load_batch(cfg, read, scheduler, labels, nothing, device, dtype, lists):
     x = torch.cat([fill(item["latents"]) for item in items]).to(device, wide)  # (N, C, h, w)
     noise = torch.cat([fill(noise) for _, noise in draws]).to(device, wide)  # (N, C, h, w)
     u = torch.stack([u for u, _ in draws]).to(device)  # (B,), one timestep a list
+    if cfg.loss == "dro":  # one that a sampling path passes
+        u = ((1000 * u).floor() + 0.5) / 1000
     names = [name for name in items[0] if name != "latents"]
     cond = {name: torch.stack([item[name] for item in items]).to(device) for name in names}
     cond = {name: c.repeat_interleave(K, 0) for name, c in cond.items()}  # (N, ...)
-    x_t, t, target = pipelines.add_noise(scheduler, x, noise, u.repeat_interleave(K), cfg.timesteps)
+    spread = "uniform" if cfg.loss == "dro" else cfg.timesteps
+    x_t, t, target = pipelines.add_noise(scheduler, x, noise, u.repeat_interleave(K), spread)
     weights, phi, mask = (values[index] for values in labels)
     if cfg.loss == "random_scorer":  # (B, R, K, K)
         weights = torch.stack([w[int(coin * len(w))] for w, (_, coin) in zip(weights, coins)])
     time = t[::K] / scheduler.config.num_train_timesteps  # (B,); of rectified flow: sigma
-    return Batch(x_t, t, target, cond, mask.to(device), weights.to(device), phi.to(device), time)
+    return Batch(x_t, t, target, cond, mask.to(device), weights.to(device), phi.to(device), u, time)
 
 
 def lists_of_step(cfg, step, seen):
@@ -405,11 +454,15 @@ def lists_of_step(cfg, step, seen):
 # ----------------------------------------------------------------------------- objective
 
 
-def image_errors(family, autocast, network, batch, images):
-    """Errors (n,), fp32, of some images (a slice) of a batch; the network may be policy or reference."""
-    cond = {name: c[images] for name, c in batch.cond.items()}
+def predict(family, autocast, network, x_t, t, cond, images):
+    """What a network predicts of some images (a slice)."""
     with autocast:
-        prediction = family.predict(network, batch.x_t[images], batch.t[images], cond)
+        return family.predict(network, x_t[images], t[images], {name: c[images] for name, c in cond.items()})
+
+
+def image_errors(predict, network, batch, images):
+    """Errors (n,), fp32, of some images (a slice) of a batch; the network may be policy or reference."""
+    prediction = predict(network, batch.x_t, batch.t, batch.cond, images)
     return losses.denoising_error(prediction[None], batch.target[None, images])[0]
 
 
@@ -418,8 +471,9 @@ def batch_errors(errors, network, batch, parts):
     return torch.cat([errors(network, batch, images) for images in parts]).view(batch.mask.shape)
 
 
-def parts_of(batch, images_per_forward):
-    n = len(batch.x_t)
+def parts_of(x, images_per_forward):
+    """Slices of x (N, ...), as many images as memory holds."""
+    n = len(x)
     m = images_per_forward or n
     return [slice(i, min(i + m, n)) for i in range(0, n, m)]
 
@@ -429,6 +483,9 @@ def list_loss(cfg, policy_err, ref_err, batch):
     weights, phi, mask = batch.weights, batch.phi, batch.mask
     if cfg.loss in ("sft", "weighted"):
         loss, metrics = losses.finetuning_loss(policy_err, ref_err, weights, mask)
+    elif cfg.loss == "dro":  # each list is an expert and a negative
+        errs = (err[:, i] for i in (0, 1) for err in (policy_err, ref_err))
+        loss, metrics = losses.dro_loss(*errs, cfg.margin)
     else:
         if cfg.rank_by == "model":  # padding comes last
             s = (policy_err.detach() - ref_err).nan_to_num().masked_fill(~mask, float("inf"))
@@ -455,10 +512,10 @@ def summarise(rows):
     return {**mean, "accuracy_by_time": [accuracy[bins == i].nanmean().item() for i in range(10)]}
 
 
-def accumulate_gradient(cfg, errors, policy, engine, batch, scale, images_kept=slice(None)):
+def accumulate_gradient(cfg, errors, policy, engine, scale, batch, images_kept=slice(None)):
     """Adds to .grad that of `scale` times the sum of a batch's losses; returns rows (B, M) of metrics.
     `images_kept`: which of the K images' part of it."""
-    parts = parts_of(batch, cfg.images_per_forward)
+    parts = parts_of(batch.x_t, cfg.images_per_forward)
 
     # ---- errors, (B, K): a single pass keeps its graph, several are computed once more below
     with torch.no_grad(), reference_network(policy, *engine) as network:
@@ -486,13 +543,83 @@ def held_out_accuracy(cfg, held, micro, load, errors, policy, engine):
     for begin in range(0, len(share), micro):
         some = share[begin : begin + micro]
         batch = load([(UNSEEN, held[i % len(held)]) for i in some])
-        parts = parts_of(batch, cfg.images_per_forward)
+        parts = parts_of(batch.x_t, cfg.images_per_forward)
         with reference_network(policy, *engine) as network:
             ref_err = batch_errors(errors, network, batch, parts)
         _, metrics = list_loss(cfg, batch_errors(errors, policy, batch, parts), ref_err, batch)
         metrics[[i >= len(held) for i in some]] = float("nan")
         rows.append(metrics)
     return summarise(common.gather(torch.cat(rows)))["accuracy"]
+
+
+# ----------------------------------------------------------------------------- Diffusion-DRO's negatives
+
+
+@torch.no_grad()
+def sampling_path(cfg, scheduler, denoise, x, u):
+    """Pure noise x (B, C, h, w) -> the states that DPM-Solver++ (2M) passes at the timesteps 1000 u (B,).
+
+    An image's path goes down from the highest of its levels t, t + 1000 / steps, ... below 1000, without
+    guidance. denoise(x, t): what the sampler predicts. On rectified flow alpha is 1 - sigma, and the solver's
+    first step Euler's."""
+    stride, shape, before = 1000 // cfg.sampler_steps, (-1, 1, 1, 1), None
+    t = (1000 * u).long()  # (B,)
+    place = t // stride  # of t on its path, 0 = the last step
+    lowest = place.min()
+    if process_rank()[1] > 1:  # as many passes on each process: the sampler may be sharded
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    for i in range(cfg.sampler_steps - 1, int(lowest), -1):
+        levels = [(t % stride + stride * k + 0.5) / 1000 for k in (i, i - 1)]
+        (a, s, time), (a_next, s_next, _) = (pipelines.noise_levels(scheduler, u, "uniform") for u in levels)
+        a, s, a_next, s_next = (level.view(shape) for level in (a, s, a_next, s_next))  # (B, 1, 1, 1)
+        clean = pipelines.clean_latents(scheduler, x, denoise(x, time), a, s)
+        h = (a_next / s_next).log() - (a / s).log()  # lambda = log(alpha / sigma)
+        slope = 0 if before is None else (clean - before[0]) * h / before[1] / 2
+        x_next = s_next / s * x - a_next * torch.expm1(-h) * (clean + slope)
+        x = torch.where(place.view(shape) < i, x_next, x)  # those at their t stay there
+        before = clean, h
+    return x
+
+
+@torch.no_grad()
+def add_negatives(cfg, scheduler, predict, policy, trained, sampler, batch, lists):
+    """--loss dro: the second image of each list becomes a state on the sampling path of a copy of the policy,
+    at the expert's timestep and caption; its target is what the copy predicts there, without gradient."""
+    if cfg.loss != "dro":
+        return batch
+    shape, wide = batch.x_t.shape[1:], batch.x_t.dtype
+    noise = [torch.randn(shape, generator=generator_of(cfg, position, n, 2)) for position, n in lists]
+    cond = {name: c[::2] for name, c in batch.cond.items()}
+
+    def denoise(x, t):
+        parts = parts_of(x, cfg.images_per_forward)
+        return torch.cat([predict(policy, x, t, cond, images) for images in parts]).to(wide)
+
+    with exchanged(trained, sampler):
+        x_t = batch.x_t.clone()
+        x_t[1::2] = sampling_path(cfg, scheduler, denoise, torch.stack(noise).to(x_t), batch.u)
+        # of the batch as the errors take it: they are exactly 0 where the copy is the policy
+        parts = parts_of(x_t, cfg.images_per_forward)
+        predicted = torch.cat([predict(policy, x_t, batch.t, batch.cond, images) for images in parts])
+    target = batch.target.clone()
+    target[1::2] = predicted[1::2].to(wide)
+    return batch._replace(x_t=x_t, target=target)
+
+
+def term_norms(step, batches, accumulate, parameters):
+    """Norms of the gradients of the experts' errors and of the negatives', over all lists of a step. This
+    costs another step."""
+    norms, batches = {}, list(batches)
+    for image, name in enumerate(("expert", "negative")):
+        for batch in batches:
+            accumulate(batch=batch, images_kept=image)
+        norms[f"{name}_grad_norm"] = clip_grad_norm(parameters, 0).item()
+        for p in parameters:
+            p.grad = None
+    if norms["expert_grad_norm"] > norms["negative_grad_norm"] == 0 and process_rank()[0] == 0:
+        problem = f"step {step}: the negatives' gradient is exactly zero, since their sampler is the policy"
+        tqdm.write(f"{problem}; they only gate the hinge: raise --sampler_refresh")
+    return norms
 
 
 # ----------------------------------------------------------------------------- engine
@@ -633,24 +760,27 @@ def cost_of_list(cfg, family, denoiser, item, K, dtype):
     except Exception as e:  # where nothing is computed: only sizes and kinds can be wrong
         fail(f"{cfg.model}: the parts of the pipeline do not fit together ({' '.join(str(e).split())[:200]})")
     rank, world = process_rank()
+    passes = 4 * K + (cfg.sampler_steps + 1 if cfg.loss == "dro" else 0)  # forwards; a backward takes two
     # fp32 weights, gradients, AdamW's two moments and the reference; frozen weights in the compute type
-    memory = 20 * trained / (1 if cfg.lora_rank else world) + dtype.itemsize * frozen
+    each = 20 + 4 * (cfg.ema > 0) + 4 * (cfg.loss == "dro")  # the average, the sampler
+    memory = each * trained / (1 if cfg.lora_rank else world) + dtype.itemsize * frozen
     if rank == 0:
-        cost = f"a list of {K} takes {K * flops / 1e12:.1f} TFLOP"
+        cost = f"a list of {K} takes {passes * flops / 4e12:.1f} TFLOP"
         print(f"{cfg.loss}: {trained / 1e6:.1f} M parameters are trained in {dtype}, {cost}")
         print(f"{memory / 1e9:.1f} GB a device ({world}) for weights and optimiser, then activations")
-    return K * flops
+    return passes * flops / 4
 
 
 # ----------------------------------------------------------------------------- checkpoints
 
 
-def training_state(policy, optimizer, trained, anchors, average):
+def training_state(policy, optimizer, trained, anchors, average, sampler):
     """All that the next step depends on, as one flat {name: tensor} that torch.distributed.checkpoint saves,
     and loads in place on any number of processes. Data, noise and rate follow from the step."""
     moments = get_optimizer_state_dict(policy, optimizer)["state"]  # made here where no step was taken yet
     state = {f"optimizer.{n}.{key}": t for n, values in moments.items() for key, t in values.items()}
-    for name, values in {"weights": trained, "reference": anchors, "average": average}.items():
+    named = {"weights": trained, "reference": anchors, "average": average, "sampler": sampler}
+    for name, values in named.items():
         state.update({f"{name}.{n}": p.detach() for n, p in values.items()})
     return state
 
@@ -853,6 +983,7 @@ def write_samples(out, prompts, images, step):
 @common.one_line_errors
 def main(argv=None):
     cfg = common.parse(Config, __doc__, argv)
+    cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
@@ -863,7 +994,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
     # ---- data and model
-    rows = read_lists(cfg)
+    rows = expert_rows(cfg, read_lists(cfg)) if cfg.loss == "dro" else read_lists(cfg)
     labels = stack_labels(cfg, rows)
     seen, held = split_lists(cfg, len(rows))
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
@@ -881,30 +1012,33 @@ def main(argv=None):
     common.wait_for_all(hours=True)
     read = lambda n: load_file(file_of(n))
     if cfg.data == "random":
-        read = random_lists(family.shapes(policy.config))
+        read = random_lists(family.shapes(policy.config), k=1 if cfg.loss == "dro" else 4)
     flops = cost_of_list(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype)
     if device.type == "meta":
         return
     nothing = dropped_caption(cfg, pipe, read(seen[0]), device, dtype)
     sample = prepare_samples(cfg, pipe, rows, read(seen[0]), device, dtype, autocast)
-    load = partial(load_batch, cfg, read, pipe.scheduler, labels, nothing, device, dtype)
-    errors = partial(image_errors, family, autocast)
+    scheduler, network_predicts = pipe.scheduler, partial(predict, family, autocast)
+    load = partial(load_batch, cfg, read, scheduler, labels, nothing, device, dtype)
+    errors = partial(image_errors, network_predicts)
     pipe = None  # VAE and text encoders have done their work, but for the samples
 
     # ---- policy, reference, optimiser
     policy, *engine = build_engine(cfg, policy, device, dtype, sharded)
     _, trained, anchors = engine
     average = {n: p.detach().clone() for n, p in trained.items()} if cfg.ema else {}
+    sampler = {n: p.detach().clone() for n, p in trained.items()} if cfg.loss == "dro" else {}
+    negatives = partial(add_negatives, cfg, scheduler, network_predicts, policy, trained, sampler)
+    batch_of = lambda lists: negatives(load(lists), lists)
+    accumulate = partial(accumulate_gradient, cfg, errors, policy, engine, scale)
     parameters = list(trained.values())  # a list: a generator would be used up by the optimiser
     optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    state = partial(training_state, policy, optimizer, trained, anchors, average)
+    state = partial(training_state, policy, optimizer, trained, anchors, average, sampler)
     begun_with = load_checkpoint(checkpoint, state()) if checkpoint else parameters
     common.check_finite(begun_with, device, f"{checkpoint or cfg.model}: holds weights that are not finite")
     if rank == 0:
         head = dict(world=world, precision=str(dtype), lists=len(seen), held_out=len(held))
-        head.update(config=asdict(cfg), **common.provenance(device))
-        if cfg.loss == "balanced":
-            head.update(even_votes=even_votes(rows))
+        head.update(even_votes=even_votes(cfg, rows), config=asdict(cfg), **common.provenance(device))
         log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
     if not start_step:
         sample(0)
@@ -917,12 +1051,16 @@ def main(argv=None):
         # ---- reference and rate
         if cfg.ref_refresh and step and step % cfg.ref_refresh == 0:
             copy_values(anchors, trained)  # BalancedDPO: ref <- theta
+        if cfg.loss == "dro" and step % cfg.sampler_refresh == 0:
+            copy_values(sampler, trained)
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
 
-        mine, metrics = lists_of_step(cfg, step, seen), []
-        for begin in range(0, local_batch, micro):
-            batch = load(mine[begin : begin + micro])
-            metrics.append(accumulate_gradient(cfg, errors, policy, engine, batch, scale))
+        # ---- gradient
+        mine, row = lists_of_step(cfg, step, seen), {"step": step}
+        micro_batches = [mine[begin : begin + micro] for begin in range(0, local_batch, micro)]
+        if cfg.loss == "dro" and (step + 1) % cfg.eval_every == 0:
+            row.update(term_norms(step, map(batch_of, micro_batches), accumulate, parameters))
+        metrics = [accumulate(batch_of(some)) for some in micro_batches]
 
         # ---- update
         grad_norm = clip_grad_norm(parameters, cfg.max_grad_norm)
@@ -938,11 +1076,13 @@ def main(argv=None):
             fail(f"{problem}; lower --lr or --beta, or try --precision fp32. The last checkpoint is kept")
 
         # ---- record
-        row = {"step": step, **summarise(common.gather(torch.cat(metrics)))}
+        row.update(summarise(common.gather(torch.cat(metrics))))
         row.update(grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"])
         if held and (step + 1) % cfg.eval_every == 0:
             with exchanged(trained, average):  # of what will be saved
-                row["held_out_accuracy"] = held_out_accuracy(cfg, held, micro, load, errors, policy, engine)
+                row["held_out_accuracy"] = held_out_accuracy(
+                    cfg, held, micro, batch_of, errors, policy, engine
+                )
         if rank == 0:
             bar.set_postfix(log.write(row, skipped=bad_steps > 0))
         with exchanged(trained, average):

@@ -4,11 +4,13 @@ pytest -q tests/test_objectives.py
 """
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, log_of, rows_of, train
+from conftest import HERE, fails, log_of, rows_of, train
 
 import losses
 import pipelines
@@ -64,7 +66,7 @@ def test_what_an_objective_lacks_is_said_before_anything_is_loaded(lists):
 def test_even_votes_are_counted_and_logged(lists, tiny, tmp_path):
     two = lambda a, b: {"scores": {"a": a, "b": b}}
     rows = [two([1, 0], [0, 1]), two([2, 1, 0], [0, 1, 2]), two([1, 0], [1, 0])]
-    assert rankdpo.even_votes(rows) == pytest.approx(4 / 5)
+    assert rankdpo.even_votes(config(loss="balanced"), rows) == pytest.approx(4 / 5)
     log = train(lists, tiny, tmp_path, "--loss", "balanced", "--ties", "literal", *ALL)
     assert 0 <= log[0]["even_votes"] < 1 and log[1]["unweighted"] == 0  # literal: every pair has a side
 
@@ -77,7 +79,7 @@ def test_the_models_order_weighs_padding_last():
     phi = torch.tensor([[1.0, 0.5, 0.0, -1.0]])
     mask = phi >= 0
     policy, ref = torch.tensor([[0.3, 0.2, 0.1, 0.3]]), torch.zeros(1, 4)
-    batch = rankdpo.Batch(None, None, None, None, mask, losses.dcg_weights(phi), phi, torch.zeros(1))
+    batch = rankdpo.Batch(None, None, None, None, mask, losses.dcg_weights(phi), phi, None, torch.zeros(1))
     loss, _ = rankdpo.list_loss(cfg, policy, ref, batch)
     weights = losses.dcg_weights(phi[:, :3], torch.tensor([[3.0, 2.0, 1.0]]))
     assert loss.item() == pytest.approx(
@@ -89,7 +91,7 @@ def test_smoothing_and_the_winners_term_are_what_their_formulas_say():
     phi = torch.tensor([[1.0, 1.0, 0.0, -1.0]])  # two winners share the term, the last is padding
     policy, ref = torch.tensor([[0.3, 0.2, 0.1, 9.0]]).requires_grad_(), torch.zeros(1, 4)
     weights = losses.dpo_weights(phi)
-    batch = rankdpo.Batch(None, None, None, None, phi >= 0, weights, phi, torch.zeros(1))
+    batch = rankdpo.Batch(None, None, None, None, phi >= 0, weights, phi, None, torch.zeros(1))
     slope = lambda **more: torch.autograd.grad(
         rankdpo.list_loss(config(loss="dpo", beta=2.0, **more), policy, ref, batch)[0].sum(), policy
     )[0]
@@ -158,3 +160,111 @@ def test_held_out_accuracy_is_the_averages(lists, tiny, tmp_path, monkeypatch, m
     assert plain[-1]["held_out_accuracy"] != 0.5
     drop = lambda rows: [{k: r[k] for k in ("loss", "best_s", "grad_norm")} for r in rows[1:]]
     assert drop(log) == drop(plain) == drop(log_of(tmp_path / "ema"))
+
+
+# ----------------------------------------------------------------------------- Diffusion-DRO
+
+DRO = ("--loss", "dro", "--experts", 12, "--sampler_steps", 4, "--lr", "1e-3", "--precision", "fp64")
+DRO += ("--margin", 10)  # every hinge stays active
+
+
+def two_processes(lists, tiny, out, *more):
+    paths = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", out]
+    short = ["--global_batch_size", 4, "--warmup_steps", 0, "--device", "cpu"]
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    command = [*torchrun, "rankdpo.py", *map(str, (*paths, *short, *more))]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return log_of(out)
+
+
+def norms(log):
+    """Loss, errors and gradient norms of a run, those of the two terms where they were measured."""
+    keys = ("loss", "accuracy", "best_s", "worst_s", "grad_norm", "expert_grad_norm", "negative_grad_norm")
+    return np.array([[row.get(key, 0) for key in keys] for row in log[1:]])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_sampling_path_is_dpm_solvers(kind):
+    """Timesteps 950 + 7, 900 + 7, ... down to each image's own, as diffusers' scheduler goes through them."""
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+    scheduler = DDPMScheduler(**pipelines.BETAS, prediction_type=kind)
+    solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    levels = list(range(957, 0, -50))
+    solver.set_timesteps(timesteps=levels)
+    denoise = lambda x, t: torch.tanh(x) * (0.5 + t.view(-1, 1, 1, 1) / 2000)
+    x = start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = []
+    for t in levels:
+        states.append(x)
+        x = solver.step(denoise(x, torch.tensor([t])), t, x).prev_sample
+    u = (torch.tensor([957, 857, 407, 7]) + 0.5) / 1000
+    path = rankdpo.sampling_path(config(sampler_steps=20), scheduler, denoise, start.expand(4, -1, -1, -1), u)
+    for i, place in enumerate((0, 2, 11, 19)):
+        assert torch.allclose(path[i], states[place][0].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_path_of_rectified_flow_follows_its_velocity():
+    """The first step is Euler's; straight paths end where they lead, whatever the shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler, cfg = FlowMatchEulerDiscreteScheduler(shift=3.0), config(sampler_steps=4)
+    start, x = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    sigmas = pipelines.noise_levels(scheduler, (torch.tensor([1, 251, 501, 751]) + 0.5) / 1000, "uniform")[1]
+    u = (torch.tensor([501, 1]) + 0.5) / 1000
+    path = rankdpo.sampling_path(cfg, scheduler, lambda z, t: torch.sin(z), start, u)
+    assert torch.allclose(path[0], start[0] + (sigmas[2] - sigmas[3]) * torch.sin(start[0]), atol=1e-5)
+    straight = rankdpo.sampling_path(cfg, scheduler, lambda z, t: start - x, start, u)
+    clean = start - sigmas[3] * (start - x)  # where this velocity leads from the highest level
+    assert torch.allclose(straight[1], clean[1] + sigmas[0] * (start - x)[1], atol=1e-5)
+
+
+def test_experts_are_the_best_images_with_their_captions(capsys):
+    rows = [
+        {"prompt": p, "file_names": [f"{p}{i}" for i in range(3)], "phi": phi, "scores": {"clip": scores}}
+        for p, phi, scores in (("a", [0.1, 1.0, 0.5], [3, 2, 1]), ("b", [1.0, 0.0, 0.6], [0, 9, 2]))
+    ]
+    names = lambda **more: [r["file_names"] for r in rankdpo.expert_rows(config(**more), rows)]
+    assert names(experts=3) == [["a1"], ["b0"], ["b2"]] and "3 of 6 images" in capsys.readouterr().out
+    assert names(experts=2, expert_by="clip") == [["b1"], ["a0"]]
+    assert rankdpo.expert_rows(config(experts=1), rows)[0]["prompt"] == "a"
+    fails(lambda _: names(expert_by="mps"), [], "--expert_by mps", "list 1")
+
+
+@pytest.mark.parametrize("model,lora", [("sdxl", 0), ("sd3", 0), ("sd15", 2)])
+def test_negatives_have_no_gradient_while_their_sampler_is_the_policy(
+    lists, tiny, tmp_path, model, lora, capsys
+):
+    args = ("--sampler_refresh", 2, "--eval_every", 1, "--lora_rank", lora, "--images_per_forward", 3)
+    log = train(lists, tiny, tmp_path, *DRO, *args, model=model)
+    first, second, third = norms(log)
+    assert log[1]["loss"] == pytest.approx(10, abs=1e-12) and log[1]["accuracy"] == 0.5
+    for row in (first, third):  # right after a refresh
+        assert row[6] == 0 and row[5] == pytest.approx(row[4], rel=1e-12) and row[4] > 0
+    assert second[6] > 0 and second[5] > 0 and second[3] != 0
+    assert second[4] <= second[5] + second[6] + 1e-12
+    says = capsys.readouterr()
+    assert (says.out + says.err).count("exactly zero") == 2
+
+
+def test_dro_trains_a_model_that_predicts_v(lists, tiny, tmp_path):
+    pipe = pipelines.load_pipeline(tiny / "sd15")
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe.save_pretrained(tmp_path / "v")
+    log = train(lists, tmp_path, tmp_path / "out", *DRO, "--sampler_refresh", 9, model="v")
+    assert log[1]["loss"] == pytest.approx(10, abs=1e-12) and log[1]["worst_s"] == 0
+    assert log[2]["worst_s"] != 0 and all(np.isfinite(r["loss"]) for r in log[1:])
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_dro_has_one_curve_and_resumes_exactly(lists, tiny, tmp_path, lora):
+    more = ("--sampler_refresh", 3, "--eval_every", 2, "--steps", 5, "--lora_rank", lora, "--holdout", 0.2)
+    args = (*DRO, *more)
+    whole = train(lists, tiny, tmp_path / "whole", *args)
+    train(lists, tiny, tmp_path / "part", *args, "--save_every", 4)
+    again = train(lists, tiny, tmp_path / "part", *args)  # from step 4, a copy one step old
+    assert np.array_equal(norms(again), norms(whole)) and norms(whole)[1, 6] > 0
+    two = two_processes(lists, tiny, tmp_path / "two", *args)
+    assert np.allclose(norms(two), norms(whole), rtol=1e-9, atol=1e-9)
+    assert [r.get("held_out_accuracy") for r in two[1:]] == [r.get("held_out_accuracy") for r in whole[1:]]
