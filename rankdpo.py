@@ -549,7 +549,7 @@ def held_out_accuracy(cfg, held, micro, load, errors, policy, engine):
         _, metrics = list_loss(cfg, batch_errors(errors, policy, batch, parts), ref_err, batch)
         metrics[[i >= len(held) for i in some]] = float("nan")
         rows.append(metrics)
-    return summarise(common.gather(torch.cat(rows)))["accuracy"]
+    return {"held_out_accuracy": summarise(common.gather(torch.cat(rows)))["accuracy"]}
 
 
 # ----------------------------------------------------------------------------- Diffusion-DRO's negatives
@@ -876,6 +876,12 @@ CURVES = {
 }
 
 
+def head_of(cfg, rows, dtype, device):
+    """What the log begins with."""
+    told = dict(world=process_rank()[1], precision=str(dtype), even_votes=even_votes(cfg, rows))
+    return dict(told, config=asdict(cfg), **common.provenance(device))
+
+
 class Log:
     """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. tensorboard
     gets the same numbers where it is installed. `flops`: of a list on one device; `peak`: FLOP/s of it."""
@@ -1018,9 +1024,8 @@ def main(argv=None):
         return
     nothing = dropped_caption(cfg, pipe, read(seen[0]), device, dtype)
     sample = prepare_samples(cfg, pipe, rows, read(seen[0]), device, dtype, autocast)
-    scheduler, network_predicts = pipe.scheduler, partial(predict, family, autocast)
+    scheduler, predicts = pipe.scheduler, partial(predict, family, autocast)
     load = partial(load_batch, cfg, read, scheduler, labels, nothing, device, dtype)
-    errors = partial(image_errors, network_predicts)
     pipe = None  # VAE and text encoders have done their work, but for the samples
 
     # ---- policy, reference, optimiser
@@ -1028,8 +1033,9 @@ def main(argv=None):
     _, trained, anchors = engine
     average = {n: p.detach().clone() for n, p in trained.items()} if cfg.ema else {}
     sampler = {n: p.detach().clone() for n, p in trained.items()} if cfg.loss == "dro" else {}
-    negatives = partial(add_negatives, cfg, scheduler, network_predicts, policy, trained, sampler)
+    negatives = partial(add_negatives, cfg, scheduler, predicts, policy, trained, sampler)
     batch_of = lambda lists: negatives(load(lists), lists)
+    errors = partial(image_errors, predicts)
     accumulate = partial(accumulate_gradient, cfg, errors, policy, engine, scale)
     parameters = list(trained.values())  # a list: a generator would be used up by the optimiser
     optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
@@ -1037,8 +1043,7 @@ def main(argv=None):
     begun_with = load_checkpoint(checkpoint, state()) if checkpoint else parameters
     common.check_finite(begun_with, device, f"{checkpoint or cfg.model}: holds weights that are not finite")
     if rank == 0:
-        head = dict(world=world, precision=str(dtype), lists=len(seen), held_out=len(held))
-        head.update(even_votes=even_votes(cfg, rows), config=asdict(cfg), **common.provenance(device))
+        head = dict(head_of(cfg, rows, dtype, device), lists=len(seen), held_out=len(held))
         log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
     if not start_step:
         sample(0)
@@ -1078,22 +1083,17 @@ def main(argv=None):
         # ---- record
         row.update(summarise(common.gather(torch.cat(metrics))))
         row.update(grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"])
-        if held and (step + 1) % cfg.eval_every == 0:
-            with exchanged(trained, average):  # of what will be saved
-                row["held_out_accuracy"] = held_out_accuracy(
-                    cfg, held, micro, batch_of, errors, policy, engine
-                )
+        with exchanged(trained, average):  # of what will be saved
+            if held and (step + 1) % cfg.eval_every == 0:
+                row.update(held_out_accuracy(cfg, held, micro, batch_of, errors, policy, engine))
+            sample(step + 1)
         if rank == 0:
             bar.set_postfix(log.write(row, skipped=bad_steps > 0))
-        with exchanged(trained, average):
-            sample(step + 1)
 
         # ---- save
         stopping = common.any_process(bool(stop), device)
         if stopping or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            common.check_finite(
-                parameters, device, f"step {step}: weights are not finite and not saved; lower --lr"
-            )
+            common.check_finite(parameters, device, f"step {step}: weights not finite, not saved; lower --lr")
             save_checkpoint(cfg, state(), now, step + 1)
         if stopping:
             fail(f"a SIGTERM came: stopped after step {step}; the same command goes on from there", 143)
