@@ -396,9 +396,10 @@ def write_html(path, setting, tables, names, rows):
     """report.html, a row at a time: it may hold a thousand pictures, memory holds those of one prompt."""
     text = read_text(TEMPLATES / "report.html")
     legend = "Green below: right by the exact checker, red: wrong." if "toyworld" in names["rewards"] else ""
-    text = text.replace("SETTING", html.escape(setting)).replace("LEGEND", legend)
-    text = text.replace("TABLES", "".join(html_table(*table) for table in tables))
-    before, after = text.split("DATA")
+    tables = "".join(html_table(*table) for table in tables)
+    for mark, content in (("SETTING", html.escape(setting)), ("LEGEND", legend), ("TABLES", tables)):
+        text = text.replace(f"<!-- {mark} -->", content)
+    before, after = text.split("<!-- DATA -->")
     safe = lambda value: json.dumps(value).replace("<", "\\u003c")  # a prompt may say </script>
 
     def write(tmp):
@@ -579,11 +580,12 @@ def is_readable(path):
     return False
 
 
-def missing_pictures(models):
-    """{prompt index: what is wrong}, of all models."""
+def missing_pictures(models, indices):
+    """{prompt index: what is wrong with its pictures}, of all models."""
     problems = {}
     for name, pictures in models.items():
-        for i, (prompt, files) in enumerate(pictures.rows):
+        for i in indices:
+            prompt, files = pictures.rows[i]
             bad = [file for file in files if not is_readable(f"{pictures.folder}/{file}")]
             if bad:
                 problems.setdefault(i, f"{name}: {pictures.folder}/{bad[0]} is missing or torn ({prompt!r})")
@@ -604,8 +606,8 @@ def stop_or_skip(cfg, problems, count):
 def stored(cfg, models):
     """Scores from disk: ({model: {reward: (P, S)}} of the prompts of which nothing is missing, their indices,
     {index: what is missing} of the others)."""
-    problems, found = missing_pictures(models), {}
-    count = len(next(iter(models.values())).rows)
+    count, found = len(next(iter(models.values())).rows), {}
+    problems = missing_pictures(models, range(count))
     for name, pictures in models.items():
         for spec in with_diversity(cfg):
             found[name, spec] = read_scores(pictures.folder, spec, pictures.rows)
@@ -830,8 +832,8 @@ def main(argv=None):
         if "draw" in stages:
             draw_stage(cfg, models, mine, device)
         if "score" in stages:
-            if cfg.on_error == "stop" and world == 1:
-                stop_or_skip(cfg, missing_pictures(models), len(rows))
+            if cfg.on_error == "stop":
+                stop_or_skip(cfg, missing_pictures(models, [i for batch in mine for i in batch]), len(rows))
             score_stage(cfg, models, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "report" in stages:
             if world > 1:  # the pictures of all must be there

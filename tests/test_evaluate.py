@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import PROMPTS, fails, rewards
 from PIL import Image
+from test_kills_synpic import killed_at
 
 import evaluate
 import rewards as scorers
@@ -202,6 +203,36 @@ def test_more_models_and_seeds_draw_only_what_is_new(tiny, compared, tmp_path, m
     drawn.clear()
     evaluate.main(command(tiny, out, models=models[:2], seeds=3))
     assert set(drawn) == {("base", 1236), ("other", 1236)}
+
+
+REPORT = ("report.md", "report.html", "grid.png")
+
+
+def content(out):
+    """All that a report is made of, but for the folder's own name."""
+    return [(out / name).read_bytes() for name in REPORT], {**results(out), "config": None}
+
+
+def test_killed_at_many_moments_it_comes_to_the_same_report(tiny, tmp_path):
+    args = command(tiny, tmp_path / "whole", "--limit", 3, models=("base={}/sdxl", "other={}/sd15"))
+    evaluate.main(args)
+    out, last, kills = tmp_path / "out", 1, 0
+    args = [str(out) if a == str(tmp_path / "whole") else a for a in args]
+    while killed_at(last, args, out, evaluate.main):
+        kills += 1
+        last += 17  # every 17th moment: within a picture, between rows of scores, within the report
+        evaluate.main(args)
+        assert content(out) == content(tmp_path / "whole")
+        shutil.rmtree(out)
+    assert kills >= 5
+
+
+def test_parts_draw_and_score_what_one_process_does(tiny, compared, tmp_path):
+    args = command(tiny, tmp_path / "out")
+    for part in (1, 0, 2):
+        evaluate.main([*args, "--shard", f"{part}/3"])
+    evaluate.main([*args, "--stages", "report"])
+    assert content(tmp_path / "out") == content(compared)
 
 
 # ----------------------------------------------------------------------------- what goes wrong

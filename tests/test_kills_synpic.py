@@ -44,8 +44,8 @@ class DyingFile:
         self.file.close()
 
 
-def killed_at(last, args, folder):
-    """Run synpic in a child that is gone at its `last`-th moment: half of a write done, or before or after a
+def killed_at(last, args, folder, main=synpic.main):
+    """Run it in a child that is gone at its `last`-th moment: half of a write done, or before or after a
     rename. False if it came to its end."""
     if child := os.fork():
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -71,7 +71,7 @@ def killed_at(last, args, folder):
         builtins.open = io.open = dying_open
         os.replace = dying_replace
         sys.stdout = sys.stderr = true_open(os.devnull, "w")
-        synpic.main(args)
+        main(args)
         os._exit(0)
     finally:
         os._exit(1)
