@@ -85,6 +85,7 @@ MODELS = {
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 7.5, 512, "fp16"),
     "flux": ("black-forest-labs/FLUX.1-dev", 50, 3.5, 1024, "bf16"),
     "flux-schnell": ("black-forest-labs/FLUX.1-schnell", 4, 0.0, 1024, "bf16"),
+    "qwen": ("Qwen/Qwen-Image", 50, 4.0, 1328, "bf16"),
 }
 TOY_MODELS = (
     f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=3",
