@@ -76,8 +76,9 @@ METHODS = {
     "normalised sum, refresh": Method(
         "BalancedDPO", "84 43 60", "balanced", "--loss dpo --label normalized_sum --ref_refresh 50"
     ),
-    "direct (Eq. 10)": Method("BalancedDPO", "", "direct", "--loss direct --ref_refresh 50"),
+    "direct": Method("BalancedDPO", "", "direct", "--loss direct --ref_refresh 50"),
     "random scorer": Method("BalancedDPO", "84 56 49", "balanced", "--loss random_scorer --ref_refresh 50"),
+    "dro": Method("Diffusion-DRO", "", "dro", "--loss dro --global_batch_size 40 --device_batch_size 40"),
 }
 
 
