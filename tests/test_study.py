@@ -52,9 +52,9 @@ def small(lists, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PAGE", tmp_path / "study.md")
     monkeypatch.setattr(study, "RATES", (2e-4,))
     monkeypatch.setattr(study, "SEEDS", 1)
-    monkeypatch.setattr(study, "METHODS", {name: study.METHODS[name] for name in ("base", "rankdpo")})
+    monkeypatch.setattr(study, "METHODS", {name: study.METHODS[name] for name in ("base", "gain")})
     out = ["--data", lists, "--out", tmp_path / "out", "--results", tmp_path / "study.jsonl"]
-    return [str(a) for a in ("--only", "rankdpo", "--steps", 2, "--lists", 4, *out)], tmp_path
+    return [str(a) for a in ("--only", "gain", "--steps", 2, "--lists", 4, *out)], tmp_path
 
 
 def test_a_study_runs_resumes_and_reports(small):
@@ -62,8 +62,7 @@ def test_a_study_runs_resumes_and_reports(small):
     study.main(args)
     lines = [json.loads(line) for line in (folder / "study.jsonl").read_text().splitlines()]
     ran = [(line["kind"], line["method"], line["seed"]) for line in lines]
-    pilot = [("grid", "rankdpo", seed) for seed in range(2)]  # for what the design resolves
-    assert ran == [*pilot, ("study", "base", 0), ("study", "rankdpo", 0)]
+    assert ran == [("grid", "gain", 0), ("study", "base", 0), ("study", "gain", 0)]
     assert all(len(line["passes"]) == 6 and "problem" not in line for line in lines)
     assert all(set(line["wins"]) == set(study.REWARDS) for line in lines[-1:])
     torn = (folder / "study.jsonl").read_text()[:-20]  # killed while it wrote the last line: that run again
@@ -74,5 +73,5 @@ def test_a_study_runs_resumes_and_reports(small):
     assert [[a[k] for k in same if k in a] for a in again] == [[b[k] for k in same if k in b] for b in lines]
     study.main([*args, "--report"])
     text = (folder / "study.md").read_text()
-    assert "| rankdpo | 1 |" in text and (folder / "study.png").is_file()
+    assert "| gain | 1 |" in text and (folder / "study.png").is_file()
     fails(study.main, [*args[:-1], folder / "none.jsonl", "--report"], "none.jsonl")

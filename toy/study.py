@@ -13,7 +13,8 @@ docs/study.md names the commit, and said before the first run what the design ca
 """
 
 import json
-import signal
+import resource
+import subprocess
 import sys
 import time
 from collections import Counter, namedtuple
@@ -27,7 +28,6 @@ import torch
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
-import rankdpo
 import synpic
 from common import (
     fail,
@@ -212,46 +212,47 @@ def one_generator(cfg):
     return str(folder)
 
 
+def cpu_seconds():
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return of_children.ru_utime + of_children.ru_stime
+
+
 def train(cfg, method, lr, seed, out):
-    """One run of rankdpo.py in this process -> what its line says of the training."""
-    options = METHODS[method].options.split()
-    options = [one_generator(cfg) if o == "ONE" else o for o in options]
+    """One run of rankdpo.py -> what its line says of the training; a problem, if that is how it ended."""
+    options = [one_generator(cfg) if o == "ONE" else o for o in METHODS[method].options.split()]
     size = ["--steps", cfg.steps, "--global_batch_size", cfg.lists, "--device_batch_size", cfg.lists]
     how = ["--lr", lr, "--seed", seed, "--out", out, "--resume", "false", "--device", "cpu", *size]
-    wall, cpu = time.time(), time.process_time()
-    rankdpo.main([str(a) for a in ("--data", cfg.data, *how, *options)])
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's waits for the end of a step
-    wall, cpu = time.time() - wall, time.process_time() - cpu
+    command = [sys.executable, TOY.parent / "rankdpo.py", "--model", BASE, "--data", cfg.data, *how, *options]
+    wall, cpu = time.time(), cpu_seconds()
+    done = subprocess.run([str(a) for a in command], stderr=subprocess.PIPE, text=True)
+    if done.returncode == 1:  # not stopped from outside: that is its result
+        return dict(problem=done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        fail(f"{out}: the trainer was stopped; the same command goes on", done.returncode)
     log = [row for _, row in read_jsonl(Path(out) / "log.jsonl")]
-    norms = np.array([row["grad_norm"] for row in log[1:]])
-    largest = log[0]["config"]["max_grad_norm"]
+    norms, largest = np.array([row["grad_norm"] for row in log[1:]]), log[0]["config"]["max_grad_norm"]
     return dict(
         steps=cfg.steps,
         lists=cfg.lists,
         clipped=round(float((norms > largest).mean()), 3),
-        loser_s=log[-1]["worst_s"],
         winner_s=log[-1]["best_s"],
-        seconds=round(wall, 1),
-        cpu_seconds=round(cpu, 1),
+        loser_s=log[-1]["worst_s"],
+        seconds=round(time.time() - wall, 1),
+        cpu_seconds=round(cpu_seconds() - cpu, 1),
     )
 
 
 def run(cfg, job, base):
-    """Train and measure -> a line for study.jsonl. What ends a run is its result, too."""
+    """Train and measure -> a line for study.jsonl."""
     kind, method, lr, seed = job
-    line, out = dict(kind=kind, method=method, lr=lr, seed=seed), f"{cfg.out}/{kind}-{method}-{lr:g}-{seed}"
-    out = out.replace(" ", "_")
-    try:
-        trained = {} if method == "base" else train(cfg, method, lr, seed, out)
-    except SystemExit as e:
-        if isinstance(e.code, int):  # stopped from outside: to be run again
-            raise
-        return dict(line, problem=str(e.code))
+    out = f"{cfg.out}/{kind}-{method}-{lr:g}-{seed}".replace(" ", "_")
+    line = dict(kind=kind, method=method, lr=lr, seed=seed)
+    line.update({} if method == "base" else train(cfg, method, lr, seed, out))
+    if "problem" in line:
+        return line
     path = BASE if method == "base" else f"{out}/model"
     rows, rewards = (study_prompts(), TOY_REWARDS) if kind == "study" else (grid_prompts(), ())
-    line.update(
-        trained, **measure(path, rows, base, rewards), commit=provenance(torch.device("cpu"))["commit"]
-    )
+    line.update(measure(path, rows, base, rewards), commit=provenance(torch.device("cpu"))["commit"])
     remove(f"{out}/model")
     return line
 
