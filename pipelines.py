@@ -529,6 +529,8 @@ def random_pipeline(name, device, dtype):
     family = TRAINABLE[name]
     with torch.device(device):
         parts = family.random_parts()
+    scheduler = parts["scheduler"]  # its levels are looked at, which have no values on the meta device
+    parts["scheduler"] = type(scheduler).from_config(scheduler.config)
     wanted = signature(family.pipeline).parameters.values()
     missing = {p.name: None for p in wanted if p.default is p.empty and p.name not in parts}
     pipe = family.pipeline(**parts, **missing)

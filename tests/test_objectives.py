@@ -4,13 +4,15 @@ pytest -q tests/test_objectives.py
 """
 
 import math
-import subprocess
+import multiprocessing
+import os
+import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, fails, log_of, rows_of, train
+from conftest import fails, log_of, rows_of, train
 
 import losses
 import pipelines
@@ -155,8 +157,10 @@ def test_held_out_accuracy_is_the_averages(lists, tiny, tmp_path, monkeypatch, m
     monkeypatch.setattr(rankdpo, "update_average", lambda *_: None)
     args = ("--holdout", 0.5, "--eval_every", 1, "--lr", "1e-2", "--global_batch_size", 5, *more)
     log = train(lists, tiny, tmp_path / "ema", "--ema", 0.9, *args)
-    plain = train(lists, tiny, tmp_path / "plain", *args)
     assert [r["held_out_accuracy"] for r in log[1:]] == [0.5] * 3
+    if more:
+        return
+    plain = train(lists, tiny, tmp_path / "plain", *args)
     assert plain[-1]["held_out_accuracy"] != 0.5
     drop = lambda rows: [{k: r[k] for k in ("loss", "best_s", "grad_norm")} for r in rows[1:]]
     assert drop(log) == drop(plain) == drop(log_of(tmp_path / "ema"))
@@ -168,14 +172,29 @@ DRO = ("--loss", "dro", "--experts", 12, "--sampler_steps", 4, "--lr", "1e-3", "
 DRO += ("--margin", 10)  # every hinge stays active
 
 
-def two_processes(lists, tiny, out, *more):
-    paths = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", out]
-    short = ["--global_batch_size", 4, "--warmup_steps", 0, "--device", "cpu"]
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    command = [*torchrun, "rankdpo.py", *map(str, (*paths, *short, *more))]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return log_of(out)
+def one_of_two(rank, port, args):
+    """What torchrun would start."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    train(*args)
+
+
+def two_processes(*args):
+    """The log of `train` under two processes, which are forked after the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_objectives"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=one_of_two, args=(rank, port, args)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return log_of(args[2])
 
 
 def norms(log):
@@ -259,11 +278,11 @@ def test_dro_trains_a_model_that_predicts_v(lists, tiny, tmp_path):
 
 @pytest.mark.parametrize("lora", [0, 2])
 def test_dro_has_one_curve_and_resumes_exactly(lists, tiny, tmp_path, lora):
-    more = ("--sampler_refresh", 3, "--eval_every", 2, "--steps", 5, "--lora_rank", lora, "--holdout", 0.2)
+    more = ("--sampler_refresh", 2, "--eval_every", 2, "--steps", 4, "--lora_rank", lora, "--holdout", 0.2)
     args = (*DRO, *more)
     whole = train(lists, tiny, tmp_path / "whole", *args)
-    train(lists, tiny, tmp_path / "part", *args, "--save_every", 4)
-    again = train(lists, tiny, tmp_path / "part", *args)  # from step 4, a copy one step old
+    train(lists, tiny, tmp_path / "part", *args, "--save_every", 3)
+    again = train(lists, tiny, tmp_path / "part", *args)  # from step 3, a copy one step old
     assert np.array_equal(norms(again), norms(whole)) and norms(whole)[1, 6] > 0
     two = two_processes(lists, tiny, tmp_path / "two", *args)
     assert np.allclose(norms(two), norms(whole), rtol=1e-9, atol=1e-9)
