@@ -282,6 +282,7 @@ def test_dro_has_one_curve_and_resumes_exactly(lists, tiny, tmp_path, lora):
     args = (*DRO, *more)
     whole = train(lists, tiny, tmp_path / "whole", *args)
     train(lists, tiny, tmp_path / "part", *args, "--save_every", 3)
+    assert [p.name for p in (tmp_path / "part/checkpoints").iterdir()] == ["step-000003"]
     again = train(lists, tiny, tmp_path / "part", *args)  # from step 3, a copy one step old
     assert np.array_equal(norms(again), norms(whole)) and norms(whole)[1, 6] > 0
     two = two_processes(lists, tiny, tmp_path / "two", *args)
