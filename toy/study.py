@@ -386,7 +386,7 @@ def resolution(lines, tags):
 
 
 def draw_intervals(runs, tags, path):
-    """docs/study.png: accuracy of every method with its interval, by table."""
+    """docs/study.png: accuracy of every method with its interval, coloured by table, and its seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -401,7 +401,7 @@ def draw_intervals(runs, tags, path):
         axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", ms=4, capsize=2, color=colour)
     axis.set_yticks(range(len(names)), [f"{name} ({len(runs[name])})" for name in names])
     axis.axvline(overall(runs["base"][0], tags), color="k", lw=0.5)
-    axis.set_xlabel("accuracy on held-out prompts, exact checker; 95 % over prompts and training seeds")
+    axis.set_xlabel("accuracy, exact checker (95 % over prompts and training seeds)")
     publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
     plt.close(figure)
 
