@@ -1,16 +1,14 @@
-"""The trainer's engine: start-up, cache, lost peers, communication, memory; what a run costs.
+"""The trainer's engine: start-up, cache, communication, memory; what a run costs.
 
 pytest -q tests/test_engine.py
 """
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HERE, log_of, train
+from conftest import train
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -106,41 +104,6 @@ def test_other_processes_read_no_weights(tiny):
     pipe = pipelines.load_pipeline(tiny / "sd3", denoiser=False, encoders=False)
     assert pipe.vae is None and pipe.text_encoder is None and pipe.tokenizer is not None
     assert all(p.is_meta for p in pipe.transformer.parameters())
-
-
-# ----------------------------------------------------------------------------- lost peers
-
-
-DIES = """
-import os, signal, sys, torch, rankdpo
-step, calls = torch.optim.AdamW.step, []
-
-def dies(self, *args, **kwargs):
-    calls.append(1)
-    if len(calls) == 4 and os.environ["RANK"] == "1" and not os.path.exists(sys.argv[1]):
-        open(sys.argv[1], "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args, **kwargs)
-
-torch.optim.AdamW.step = dies
-rankdpo.main(sys.argv[2:])
-"""
-
-
-def test_a_lost_process_is_started_again_from_the_checkpoint(lists, tiny, tmp_path):
-    """torchrun starts all of them again when one dies; they go on from the last checkpoint."""
-    script = tmp_path / "dies.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{DIES}")
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --max_restarts 1".split()
-    paths = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", tmp_path / "out", "--device", "cpu"]
-    short = "--steps 4 --global_batch_size 2 --save_every 2 --warmup_steps 0 --precision fp64".split()
-    command = [sys.executable, *torchrun, script, tmp_path / "died", *paths, *short]
-    done = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "died").exists() and (tmp_path / "out/model").is_dir()
-    one = train(lists, tiny, tmp_path / "one", *short, "--save_every", 0)
-    for a, b in zip(one[1:], log_of(tmp_path / "out")[1:], strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-9)
 
 
 # ----------------------------------------------------------------------------- what is saved
