@@ -205,6 +205,23 @@ def gather(rows):
     return torch.cat(whole)
 
 
+def to_device(t, device):
+    """A tensor of the CPU, without waiting for the copy on a GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
+
+
+def free_bytes(device, share=0.92):
+    """Memory of a GPU that may be used, the least of all processes; `share` of what is free, the rest is for
+    fragments, NCCL and kernels. Infinite elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
+    if process_rank()[1] > 1:
+        dist.all_reduce(free, dist.ReduceOp.MIN)
+    return share * free.item()
+
+
 def any_process(flag, device):
     """Is the flag set on any process? The same answer on all of them."""
     value = torch.tensor(float(flag), device=device)
@@ -257,7 +274,7 @@ def matrix_rate(device, n=8192, times=50):
 def pick_dtype(precision, device):
     """The compute type that --precision names; auto is bf16 on a GPU, fp32 elsewhere."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = "bf16" if device.type in ("cuda", "meta") else "fp32"
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     return names[precision]
 

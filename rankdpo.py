@@ -40,14 +40,16 @@ timestep depend on (seed, step, list) alone. One process runs plain, several sha
 import copy
 import hashlib
 import json
+import math
 import os
 import signal
 import time
 import warnings
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -142,9 +144,12 @@ class Config(Method):
 
     # memory
     device: str = option("auto", "cuda, mps or cpu; meta counts FLOPs and memory, and ends")
-    device_batch_size: int = option(32, "lists a forward pass on one device; accumulation follows", above=0)
-    images_per_forward: int = option(0, "images a pass, where memory is short; 0 = all", at_least=0)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    # the fastest that fits a GPU is taken where these four are not given
+    device_batch_size: int = option(None, "lists a forward pass on one device; accumulation follows", above=0)
+    images_per_forward: int = option(None, "images a pass, where memory is short; 0 = all", at_least=0)
+    gradient_checkpointing: bool = option(None, "recompute activations in the backward pass")
+    keep_gathered: bool = option(None, "sharded: weights are gathered, gradients reduced once a step")
+    compile: bool = option(False, "compile the repeated blocks")
     # record
     out: str = option("outputs/rankdpo", "where the tuned pipeline, log.jsonl and curves.png go")
     eval_every: int = option(50, "steps between measurements on the held-out lists", above=0)
@@ -340,6 +345,8 @@ def lists_to_encode(cfg, rows, dtype):
 def encode_lists(cfg, rows, pipe, device, dtype, file_of, todo):
     """Latents (k, C, h, w) of the lists `todo` and what the denoiser is conditioned on, a file a list, which
     all processes read. Threads decode the next lists' images meanwhile."""
+    if not todo:
+        return
     if missing := [n for n in ("vae", "text_encoder", "tokenizer") if getattr(pipe, n) is None]:
         fail(f"{cfg.model}: has no {', '.join(missing)}, which --data {cfg.data} needs")
     family, first = pipelines.family_of(pipe), f"{cfg.data}/{rows[0]['file_names'][0]}"
@@ -423,13 +430,14 @@ def load_batch(cfg, read, scheduler, labels, nothing, device, dtype, lists):
         if position < UNSEEN and coin < (cfg.caption_dropout or 0):
             item.update(nothing)
     fill = lambda t: torch.cat([t, t[:1].expand(K - len(t), *t.shape[1:])])
-    x = torch.cat([fill(item["latents"]) for item in items]).to(device, wide)  # (N, C, h, w)
-    noise = torch.cat([fill(noise) for _, noise in draws]).to(device, wide)  # (N, C, h, w)
-    u = torch.stack([u for u, _ in draws]).to(device)  # (B,), one timestep a list
+    move = partial(common.to_device, device=device)
+    x = move(torch.cat([fill(item["latents"]) for item in items])).to(wide)  # (N, C, h, w)
+    noise = move(torch.cat([fill(noise) for _, noise in draws])).to(wide)  # (N, C, h, w)
+    u = move(torch.stack([u for u, _ in draws]))  # (B,), one timestep a list
     if cfg.loss == "dro":  # one that a sampling path passes
         u = ((1000 * u).floor() + 0.5) / 1000
     names = [name for name in items[0] if name != "latents"]
-    cond = {name: torch.stack([item[name] for item in items]).to(device) for name in names}
+    cond = {name: move(torch.stack([item[name] for item in items])) for name in names}
     cond = {name: c.repeat_interleave(K, 0) for name, c in cond.items()}  # (N, ...)
     spread = "uniform" if cfg.loss == "dro" else cfg.timesteps
     x_t, t, target = pipelines.add_noise(scheduler, x, noise, u.repeat_interleave(K), spread)
@@ -449,6 +457,12 @@ def lists_of_step(cfg, step, seen):
     epochs = {p // len(seen) for p in positions}
     order = {e: np.random.default_rng([cfg.seed, e]).permutation(seen) for e in epochs}
     return [(p, int(order[p // len(seen)][p % len(seen)])) for p in positions]
+
+
+def micro_batches(cfg, step, seen):
+    """The same in pieces: lists of a pass each."""
+    mine, size = lists_of_step(cfg, step, seen), cfg.device_batch_size
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
 # ----------------------------------------------------------------------------- objective
@@ -512,9 +526,9 @@ def summarise(rows):
     return {**mean, "accuracy_by_time": [accuracy[bins == i].nanmean().item() for i in range(10)]}
 
 
-def accumulate_gradient(cfg, errors, policy, engine, scale, batch, images_kept=slice(None)):
+def accumulate_gradient(cfg, errors, policy, engine, scale, batch, last=True, images_kept=slice(None)):
     """Adds to .grad that of `scale` times the sum of a batch's losses; returns rows (B, M) of metrics.
-    `images_kept`: which of the K images' part of it."""
+    `last`: of the step. `images_kept`: which of the K images' part of it."""
     parts = parts_of(batch.x_t, cfg.images_per_forward)
 
     # ---- errors, (B, K): a single pass keeps its graph, several are computed once more below
@@ -530,15 +544,17 @@ def accumulate_gradient(cfg, errors, policy, engine, scale, batch, images_kept=s
     slope[:, images_kept] = torch.autograd.grad(loss.sum() * scale, policy_err)[0][:, images_kept]  # (B, K)
     for images in parts:
         with_graph = err.flatten() if len(parts) == 1 else errors(policy, batch, images)
+        if cfg.keep_gathered:  # gradients stay whole on each process until the step's last
+            policy.set_requires_gradient_sync(last and images is parts[-1])
         with_graph.backward(slope.flatten()[images])
     return metrics
 
 
 @torch.no_grad()
-def held_out_accuracy(cfg, held, micro, load, errors, policy, engine):
+def held_out_accuracy(cfg, held, load, errors, policy, engine):
     """Implicit accuracy on the held-out lists, at noise and timesteps that stay the same. Every process takes
     equally many; lists that are taken twice for that count once."""
-    (rank, world), rows = process_rank(), []
+    (rank, world), rows, micro = process_rank(), [], cfg.device_batch_size
     share = range(rank, -(-len(held) // world) * world, world)
     for begin in range(0, len(share), micro):
         some = share[begin : begin + micro]
@@ -595,7 +611,7 @@ def add_negatives(cfg, scheduler, predict, policy, trained, sampler, batch, list
         parts = parts_of(x, cfg.images_per_forward)
         return torch.cat([predict(policy, x, t, cond, images) for images in parts]).to(wide)
 
-    with exchanged(trained, sampler):
+    with exchanged(policy, trained, sampler):
         x_t = batch.x_t.clone()
         x_t[1::2] = sampling_path(cfg, scheduler, denoise, torch.stack(noise).to(x_t), batch.u)
         # of the batch as the errors take it: they are exactly 0 where the copy is the policy
@@ -625,7 +641,7 @@ def term_norms(step, batches, accumulate, parameters):
 # ----------------------------------------------------------------------------- engine
 
 
-def shard(model, dtype, device):
+def shard(model, dtype, device, keep_gathered):
     """FSDP2: every block that diffusers names as a unit, then the rest. Master weights and reductions are
     fp32, gathered weights `dtype`. Inputs stay fp32 until autocast: bf16 would round SDXL's time ids."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -635,9 +651,17 @@ def shard(model, dtype, device):
     precision = MixedPrecisionPolicy(half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
     for module in reversed(list(model.modules())):  # children before parents
         if module is model or type(module).__name__ in (model._no_split_modules or ()):
-            # the root too, which FSDP would leave gathered: a refreshed reference would be stale
-            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+            # said for the root, too, which FSDP would leave gathered
+            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep_gathered)
+            module.set_reshard_after_backward(not keep_gathered)
     return model
+
+
+def release(model):
+    """FSDP: let go of gathered weights. They are stale where the shards that they came from change."""
+    for module in model.modules() if model else ():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def build_engine(cfg, policy, device, dtype, sharded):
@@ -648,25 +672,41 @@ def build_engine(cfg, policy, device, dtype, sharded):
         policy.to(dtype)
     if cfg.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    policy.requires_grad_(not cfg.lora_rank)
-    if sharded:
-        weights = to_meta(policy)
-        reference = copy.deepcopy(policy).requires_grad_(False)  # of the meta device: no memory
-        policy, reference = shard(policy, dtype, device), shard(reference, dtype, device)
-        receive(policy, weights, device)
-        receive(reference, weights, device)
-        return policy, reference, dict(policy.named_parameters()), dict(reference.named_parameters())
-    if process_rank()[1] > 1:
-        receive(policy, to_meta(policy), device)
-    policy.to(device)
-    if device.type == "cuda":  # faster convolutions; FSDP2 wants contiguous weights
-        policy.to(memory_format=torch.channels_last)
+    values, reference = to_meta(policy) if process_rank()[1] > 1 else None, None
+    if not sharded:
+        if values:
+            receive(policy, values, device)
+        policy.to(device)
+        if device.type == "cuda":  # faster convolutions; FSDP2 wants contiguous weights
+            policy.to(memory_format=torch.channels_last)
     if cfg.lora_rank:  # small enough to be whole on each process
-        policy = pipelines.add_adapters(policy, cfg.lora_rank, dtype)
-        trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        pipelines.add_adapters(policy, cfg.lora_rank, dtype)
+    else:
+        policy.requires_grad_(True)
+        reference = copy.deepcopy(policy).requires_grad_(False)  # if sharded, of the meta device: no memory
+    for model in filter(None, (policy, reference) if cfg.compile else ()):
+        for module in model.modules():  # diffusers names no repeated blocks of SD3
+            if type(module).__name__ in (model._repeated_blocks or model._no_split_modules):
+                module.compile()
+    if sharded:
+        shard(policy, dtype, device, cfg.keep_gathered)
+        receive(policy, values, device)
+        shard(reference, dtype, device, cfg.keep_gathered)
+        receive(reference, values, device, like=policy)
+    elif reference:
+        in_compute_type(reference, dtype)
+    trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    if reference is None:
         return policy, None, trained, {n: p.detach().clone() for n, p in trained.items()}
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    return policy, reference, dict(policy.named_parameters()), dict(reference.named_parameters())
+    return policy, reference, trained, dict(reference.named_parameters())
+
+
+def in_compute_type(model, dtype):
+    """A frozen model's weights that autocast would round to bf16 at every pass: rounded once. Norms compute
+    in fp32 and stay, so the model predicts what it did."""
+    for module in model.modules() if dtype == torch.bfloat16 else ():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(dtype)
 
 
 def to_meta(model):
@@ -683,12 +723,16 @@ def to_meta(model):
     return state, constants
 
 
-def receive(model, values, device):
-    """Onto the device, each process its shards of what the first one has: nobody else holds a whole copy."""
+def receive(model, values, device, like=None):
+    """Onto the device, each process its shards of what the first one has: nobody else holds a whole copy. Or
+    its shards of the model `like`."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state, constants = dict(values[0]), [values[1]]  # a copy: torch puts its shards into it
     model.to_empty(device=device)
-    set_model_state_dict(model, state, options=options)
+    if like:
+        model.load_state_dict(like.state_dict())
+    else:
+        set_model_state_dict(model, state, options=options)
     dist.broadcast_object_list(constants)
     for (path, name), value in constants[0].items():
         module = model.get_submodule(path)
@@ -706,12 +750,13 @@ def copy_values(into, values):
 
 
 @contextmanager
-def exchanged(trained, values):
+def exchanged(policy, trained, values):
     """The trained parameters take other values for a while, and these are kept for them: {} changes nothing.
     In place, since FSDP2 knows its shards by their memory."""
 
     @torch.no_grad()
     def exchange():
+        release(policy if values else None)
         for name, value in values.items():
             own = trained[name].clone()
             trained[name].copy_(value)
@@ -734,7 +779,7 @@ def update_average(average, trained, decay):
 def reference_network(policy, reference, trained, anchors):
     """The network that gives reference errors: a copy, or the policy itself with its adapters' values
     exchanged. They are back before any backward pass: gradient checkpointing recomputes the forward there."""
-    with exchanged(trained, {} if reference else anchors):
+    with exchanged(policy, trained, {} if reference else anchors):
         yield reference or policy
 
 
@@ -753,22 +798,81 @@ def clip_grad_norm(parameters, largest):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def cost_of_list(cfg, family, denoiser, item, K, dtype):
-    """FLOPs of a list of K images, recomputation not counted; prints them, and the memory of weights."""
+def suits_device(cfg, family, denoiser, item, K, dtype, device):
+    """(the options with the fastest of the memory settings that fits the device, FLOPs of a list of K images,
+    recomputation not counted). Prints the arithmetic; for --device meta, of several GPUs."""
     try:
-        flops, trained, frozen = pipelines.count_flops(family, denoiser, item, cfg.lora_rank)
+        flops, *sizes = pipelines.count_flops(family, denoiser, item, cfg.lora_rank)
     except Exception as e:  # where nothing is computed: only sizes and kinds can be wrong
         fail(f"{cfg.model}: the parts of the pipeline do not fit together ({' '.join(str(e).split())[:200]})")
-    rank, world = process_rank()
     passes = 4 * K + (cfg.sampler_steps + 1 if cfg.loss == "dro" else 0)  # forwards; a backward takes two
-    # fp32 weights, gradients, AdamW's two moments and the reference; frozen weights in the compute type
-    each = 20 + 4 * (cfg.ema > 0) + 4 * (cfg.loss == "dro")  # the average, the sampler
-    memory = each * trained / (1 if cfg.lora_rank else world) + dtype.itemsize * frozen
-    if rank == 0:
-        cost = f"a list of {K} takes {passes * flops / 4e12:.1f} TFLOP"
-        print(f"{cfg.loss}: {trained / 1e6:.1f} M parameters are trained in {dtype}, {cost}")
-        print(f"{memory / 1e9:.1f} GB a device ({world}) for weights and optimiser, then activations")
-    return passes * flops / 4
+    (rank, world), trained = process_rank(), sizes[0]
+    say = print if rank == 0 else lambda *_: None
+    cost = f"a list of {K} takes {passes * flops / 4e12:.1f} TFLOP"
+    say(f"{cfg.loss}: {trained / 1e6:.1f} M parameters are trained in {dtype}, {cost}")
+    images = dict.fromkeys((False, True), 0)
+    if device.type in ("cuda", "meta"):
+        count = partial(pipelines.count_bytes, family, denoiser, item, cfg.lora_rank, dtype)
+        images = {recompute: count(recompute) for recompute in images}
+        say("an image's pass: {:.2f} GB, recomputed {:.2f} GB".format(*(n / 1e9 for n in images.values())))
+    for gpus, room in (
+        [(g, gb * 0.92e9) for g in (1, 8) for gb in (24, 40, 80)] if device.type == "meta" else ()
+    ):
+        weights = partial(weight_bytes, cfg, *sizes, dtype, gpus)
+        say(f"{gpus} x {room / 0.92e9:.0f} GB:", describe(fastest(cfg, K, images, weights, room, gpus)))
+    weights, room = partial(weight_bytes, cfg, *sizes, dtype, world), common.free_bytes(device)
+    setting = fastest(cfg, K, images, weights, room, world)
+    if device.type == "cuda":
+        say(f"{room / 1e9:.1f} GB to use on each of {world}:", describe(setting))
+    return replace(
+        cfg, **{name: value for name, value in setting.items() if hasattr(cfg, name)}
+    ), passes * flops / 4
+
+
+def weight_bytes(cfg, trained, frozen, dtype, world, keep_gathered):
+    """Of weights, gradients and optimiser on each of `world` devices."""
+    wide, half = max(4, dtype.itemsize), dtype.itemsize
+    # weights, gradients, AdamW's two moments, an average, a sampler
+    own = (4 + (cfg.ema > 0) + (cfg.loss == "dro")) * wide * trained
+    if cfg.lora_rank:
+        return own + wide * trained + half * frozen  # values of the reference; frozen weights
+    if world == 1:
+        copy = half if half < wide else 0  # of the policy, in the compute type
+        return own + (half + copy) * trained
+    gathered = (2 * half + wide) * trained if keep_gathered else 0  # policy, reference, whole gradients
+    return (own + wide * trained) / world + gathered
+
+
+def fastest(cfg, K, images, weights, room, world):
+    """{option: value} of the fastest memory setting in `room` bytes, or of the smallest; options that are
+    given stay. `images`: {recompute: bytes an image}, `weights`: keep_gathered -> bytes."""
+    local, sharded = max(1, cfg.global_batch_size // world), world > 1 and not cfg.lora_rank
+    machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world)) or 1
+    keeps = [sharded and cfg.keep_gathered] if cfg.keep_gathered is not None else {sharded, False}
+    recomputes = (False, True) if cfg.gradient_checkpointing is None else [cfg.gradient_checkpointing]
+    settings = []
+    for keep, recompute in product(keeps, recomputes):
+        fit = 10**6  # images
+        if room < math.inf:
+            fit = max(1, int((room - weights(keep)) / images[recompute]))
+        lists = min(cfg.device_batch_size or min(32, max(1, fit // K)), local)
+        together = cfg.images_per_forward
+        if together is None:
+            together = 0 if lists * K <= fit else fit
+        needed = weights(keep) + images[recompute] * (min(together, lists * K) or lists * K)
+        # both networks' forward and the backward take 4, recomputing .8; gathering in every pass a fifth,
+        # between machines twice the time
+        passes = 4 + 0.8 * recompute + (0 < together < lists * K)
+        factor = passes / 4 * (1 if keep or not sharded else 1.2 if machines == 1 else 2)
+        setting = dict(device_batch_size=lists, images_per_forward=together, gradient_checkpointing=recompute)
+        settings.append(dict(setting, keep_gathered=keep, gb=needed / 1e9, time=factor, fits=needed <= room))
+    return min(settings, key=lambda s: (not s["fits"], s["time"] if s["fits"] else s["gb"]))
+
+
+def describe(setting):
+    options = [f"--{name} {str(value).lower()}" for name, value in list(setting.items())[:4]]
+    fits = "" if setting["fits"] else ", DOES NOT FIT"
+    return f"{' '.join(options)}: {setting['gb']:.1f} GB, {setting['time']:.2f} x the time{fits}"
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -777,6 +881,7 @@ def cost_of_list(cfg, family, denoiser, item, K, dtype):
 def training_state(policy, optimizer, trained, anchors, average, sampler):
     """All that the next step depends on, as one flat {name: tensor} that torch.distributed.checkpoint saves,
     and loads in place on any number of processes. Data, noise and rate follow from the step."""
+    release(policy)  # torch finds parameters by their shards
     moments = get_optimizer_state_dict(policy, optimizer)["state"]  # made here where no step was taken yet
     state = {f"optimizer.{n}.{key}": t for n, values in moments.items() for key, t in values.items()}
     named = {"weights": trained, "reference": anchors, "average": average, "sampler": sampler}
@@ -993,11 +1098,11 @@ def main(argv=None):
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
-    local_batch, sharded = cfg.global_batch_size // world, world > 1 and not cfg.lora_rank
-    micro = min(cfg.device_batch_size, local_batch)
+    sharded = world > 1 and not cfg.lora_rank
     scale = (world if sharded else 1) / cfg.global_batch_size  # mean over lists; FSDP averages over processes
     dtype = common.pick_dtype(cfg.precision, device)
-    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+    mixed = dtype == torch.bfloat16 and device.type != "meta"
+    autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
 
     # ---- data and model
     rows = expert_rows(cfg, read_lists(cfg)) if cfg.loss == "dro" else read_lists(cfg)
@@ -1013,13 +1118,12 @@ def main(argv=None):
     cfg = complete(cfg, pipe)
     now = identity(cfg, rows)
     checkpoint, start_step = find_checkpoint(cfg, now)
-    if todo:
-        encode_lists(cfg, rows, pipe, device, dtype, file_of, todo)
+    encode_lists(cfg, rows, pipe, device, dtype, file_of, todo)
     common.wait_for_all(hours=True)
     read = lambda n: load_file(file_of(n))
     if cfg.data == "random":
         read = random_lists(family.shapes(policy.config), k=1 if cfg.loss == "dro" else 4)
-    flops = cost_of_list(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype)
+    cfg, flops = suits_device(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype, device)
     if device.type == "meta":
         return
     nothing = dropped_caption(cfg, pipe, read(seen[0]), device, dtype)
@@ -1052,26 +1156,29 @@ def main(argv=None):
     bad_steps, stop = 0, []  # steps in a row without a finite gradient; a SIGTERM
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     todo = range(start_step, cfg.steps)
+    pieces = (lists for step in todo for lists in micro_batches(cfg, step, seen))
+    batches = common.ahead(load, pieces, depth=1)  # the next one is prepared while one trains
     for step in (bar := tqdm(todo, "train", cfg.steps, initial=start_step, disable=rank > 0)):
         # ---- reference and rate
         if cfg.ref_refresh and step and step % cfg.ref_refresh == 0:
+            release(engine[0])
             copy_values(anchors, trained)  # BalancedDPO: ref <- theta
         if cfg.loss == "dro" and step % cfg.sampler_refresh == 0:
             copy_values(sampler, trained)
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
 
         # ---- gradient
-        mine, row = lists_of_step(cfg, step, seen), {"step": step}
-        micro_batches = [mine[begin : begin + micro] for begin in range(0, local_batch, micro)]
+        mine, row = micro_batches(cfg, step, seen), {"step": step}
         if cfg.loss == "dro" and (step + 1) % cfg.eval_every == 0:
-            row.update(term_norms(step, map(batch_of, micro_batches), accumulate, parameters))
-        metrics = [accumulate(batch_of(some)) for some in micro_batches]
+            row.update(term_norms(step, map(batch_of, mine), accumulate, parameters))
+        metrics = [accumulate(negatives(next(batches), some), last=some is mine[-1]) for some in mine]
 
         # ---- update
         grad_norm = clip_grad_norm(parameters, cfg.max_grad_norm)
         if step == 0 and grad_norm == 0:
             fail("step 0: the gradient is zero; do these lists prefer anything? Raise --global_batch_size")
         bad_steps = 0 if torch.isfinite(grad_norm) else bad_steps + 1
+        release(policy)
         if bad_steps == 0:  # a step that would ruin the weights is not taken
             optimizer.step()
             update_average(average, trained, min(cfg.ema, (1 + step) / (10 + step)))  # a young one forgets
@@ -1083,9 +1190,9 @@ def main(argv=None):
         # ---- record
         row.update(summarise(common.gather(torch.cat(metrics))))
         row.update(grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"])
-        with exchanged(trained, average):  # of what will be saved
+        with exchanged(policy, trained, average):  # of what will be saved
             if held and (step + 1) % cfg.eval_every == 0:
-                row.update(held_out_accuracy(cfg, held, micro, batch_of, errors, policy, engine))
+                row.update(held_out_accuracy(cfg, held, batch_of, errors, policy, engine))
             sample(step + 1)
         if rank == 0:
             bar.set_postfix(log.write(row, skipped=bad_steps > 0))

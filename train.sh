@@ -83,7 +83,7 @@ case "$task" in
     beta=2500
     sampling="--steps 50 --guidance 7.5"
     : "${REWARDS:=pickscore hpsv2.1 clip aesthetic}" "${LOSS:=balanced}" "${REF_REFRESH:=100}"
-    : "${STEPS:=2000}" "${BATCH:=128}" "${DEVICE_BATCH:=16}" "${RESOLUTION:=512}"
+    : "${STEPS:=2000}" "${BATCH:=128}" "${RESOLUTION:=512}"
     : "${LR:=1.3e-6}" "${SAVE_EVERY:=100}" "${TRAIN_OPTIONS:=--sample_every 500}"  # 1e-8 times the batch
     ;;
   *) fail "unknown task '$task'; use one of: toy (default), test, study, sdxl, sd3, sd15" 2 ;;
@@ -131,8 +131,8 @@ run "${bin}torchrun" --nproc_per_node "$gpus" rankdpo.py \
   --data "$out/synpic" --model "$model" --out "$out/rankdpo" \
   --loss "${LOSS:-rankdpo}" --beta "${BETA:-$beta}" --lr "${LR:-2e-5}" --steps "${STEPS:-400}" \
   --warmup_steps "${WARMUP:-40}" --ref_refresh "${REF_REFRESH:-0}" \
-  --global_batch_size "${BATCH:-1024}" --device_batch_size "${DEVICE_BATCH:-1}" \
-  --resolution "${RESOLUTION:-1024}" --gradient_checkpointing true --save_every "${SAVE_EVERY:-20}" \
+  --global_batch_size "${BATCH:-1024}" ${DEVICE_BATCH:+--device_batch_size "$DEVICE_BATCH"} \
+  --resolution "${RESOLUTION:-1024}" --save_every "${SAVE_EVERY:-20}" \
   ${voters[@]:+--label_rewards "${voters[@]}"} \
   ${TRAIN_OPTIONS:---sample_every 100 --sample_steps 28 --sample_guidance 5}
 

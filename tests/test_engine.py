@@ -3,12 +3,16 @@
 pytest -q tests/test_engine.py
 """
 
+import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import train
+from conftest import HERE, log_of, train
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -104,6 +108,105 @@ def test_other_processes_read_no_weights(tiny):
     pipe = pipelines.load_pipeline(tiny / "sd3", denoiser=False, encoders=False)
     assert pipe.vae is None and pipe.text_encoder is None and pipe.tokenizer is not None
     assert all(p.is_meta for p in pipe.transformer.parameters())
+
+
+# ----------------------------------------------------------------------------- communication
+
+
+COUNTS = """
+import atexit, json, rankdpo, torch.distributed as dist
+counts = {}
+
+def counted(name, collective):
+    def call(*args, **kwargs):
+        counts[name] = counts.get(name, 0) + 1
+        return collective(*args, **kwargs)
+    return call
+
+for name, older in (("all_gather_single", "all_gather_into_tensor"),
+                    ("reduce_scatter_single", "reduce_scatter_tensor")):
+    name = name if hasattr(dist, name) else older
+    setattr(dist, name, counted(name[:6], getattr(dist, name)))
+atexit.register(lambda: open(sys.argv[1], "w").write(json.dumps(counts)))
+rankdpo.main(sys.argv[2:])
+"""
+
+
+def test_gathered_and_reduced_is_once_a_step(lists, tiny, tmp_path):
+    """The policy once a step, the reference once a run, for all micro-batches; the losses of one process."""
+    script = tmp_path / "counts.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{COUNTS}")
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    paths = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", tmp_path / "out", "--device", "cpu"]
+    short = "--steps 2 --global_batch_size 4 --warmup_steps 0 --precision fp64".split()
+    micro = "--device_batch_size 1 --images_per_forward 3".split()
+    command = [sys.executable, *torchrun, script, tmp_path / "counts", *paths, *short, *micro]
+    done = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = train(lists, tiny, tmp_path / "one", *short)
+    for a, b in zip(one[1:], log_of(tmp_path / "out")[1:], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-9)
+    counts = json.loads((tmp_path / "counts").read_text())
+    units = counts["reduce"] // 2
+    assert units > 3 and counts == {"reduce": 2 * units, "all_ga": 3 * units}
+
+
+# ----------------------------------------------------------------------------- memory and speed
+
+
+def test_the_rounded_reference_changes_nothing(lists, tiny, tmp_path, monkeypatch):
+    """bf16: weights that autocast rounds at each pass are rounded once; s is exactly 0 at the start and after
+    a refresh, and the curve is the same bit for bit."""
+    more = ("--precision", "bf16", "--ref_refresh", 2, "--lr", 1e-3)
+    rounded = train(lists, tiny, tmp_path / "a", *more)[1:]
+    monkeypatch.setattr(rankdpo, "in_compute_type", lambda model, dtype: None)
+    plain = train(lists, tiny, tmp_path / "b", *more)[1:]
+    for a, b in zip(rounded, plain, strict=True):
+        assert all(a[k] == b[k] for k in ("loss", "accuracy", "best_s", "worst_s", "grad_norm"))
+    assert [r["best_s"] == r["worst_s"] == 0 for r in rounded] == [True, False, True]
+
+
+@pytest.mark.parametrize("more", [(), ("--lora_rank", 2)])
+def test_compiled_blocks_have_the_same_curve(lists, tiny, tmp_path, monkeypatch, more):
+    """The graphs that torch.compile takes, run as they are: its code generator would take a minute."""
+    compiled, graphs = torch.nn.Module.compile, []
+    backend = lambda graph, inputs: graphs.append(1) or graph.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=backend))
+    args = ("--steps", 2, "--lr", 1e-3, "--global_batch_size", 2, *more)
+    curves = [train(lists, tiny, tmp_path / c, *args, "--compile", c, model="sd3") for c in ("false", "true")]
+    for a, b in zip(*(curve[1:] for curve in curves), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["best_s"] == pytest.approx(
+            a["best_s"], abs=1e-5
+        )
+    assert graphs
+
+
+def test_the_fastest_setting_that_fits_is_taken():
+    """Full SDXL's bytes: on one GPU of 80 GB a list goes image by image or is computed again."""
+    images, pick = {False: 8.7e9, True: 1.0e9}, rankdpo.fastest
+    cfg = rankdpo.Config(global_batch_size=64)
+    weights = lambda cfg, gpus: lambda keep: rankdpo.weight_bytes(cfg, 2.567e9, 0, torch.bfloat16, gpus, keep)
+    one = pick(cfg, 4, images, weights(cfg, 1), 74e9, 1)
+    assert one["fits"] and one["gradient_checkpointing"] and one["images_per_forward"] == 0
+    eight = pick(cfg, 4, images, weights(cfg, 8), 74e9, 8)
+    assert eight["keep_gathered"] and not eight["gradient_checkpointing"] and eight["device_batch_size"] == 1
+    assert not pick(cfg, 4, images, weights(cfg, 1), 22e9, 1)["fits"]
+    given = rankdpo.Config(global_batch_size=64, images_per_forward=1, keep_gathered=False)
+    eight = pick(given, 4, images, weights(given, 8), 22e9, 8)
+    assert eight["fits"] and eight["images_per_forward"] == 1 and not eight["keep_gathered"]
+    cpu = pick(cfg, 4, dict.fromkeys(images, 0), weights(cfg, 1), float("inf"), 1)
+    assert cpu["device_batch_size"] == 32 and cpu["images_per_forward"] == 0 and cpu["time"] == 1
+
+
+def test_memory_of_a_pass_is_counted(tmp_path, capsys):
+    """SD3-Medium at 1024 px: what one image's pass keeps, and the table of what to run on which GPUs."""
+    rankdpo.main(["--model", "random:sd3", "--out", str(tmp_path), "--data", "random", "--device", "meta"])
+    said = capsys.readouterr().out
+    kept, recomputed = map(float, re.findall(r"pass: ([\d.]+) GB, recomputed ([\d.]+) GB", said)[0])
+    assert 4 < kept < 12 and recomputed < kept / 5
+    assert all(f"{n} x {gb} GB: --device_batch_size" in said for n in (1, 8) for gb in (24, 40, 80))
+    table = {line.split(":")[0]: line for line in said.splitlines()}
+    assert "DOES NOT FIT" in table["1 x 24 GB"] and "DOES NOT FIT" not in table["8 x 40 GB"]
 
 
 # ----------------------------------------------------------------------------- what is saved
