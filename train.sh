@@ -111,6 +111,8 @@ model=${MODEL:-$model}
 bin=${BIN-.venv/bin/}
 # torchrun kills 30 s after a SIGTERM; a step and a checkpoint take longer
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
+# torch 2.14 else calls, in a restart, the addresses of processes that are gone
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 [ -n "${DRY_RUN:-}" ] || setup
 
 if [ "$task" = sd15 ]; then  # people drew and chose; the rewards judge beside them, on one GPU

@@ -110,12 +110,19 @@ def test_other_processes_read_no_weights(tiny):
     assert all(p.is_meta for p in pipe.transformer.parameters())
 
 
-# ----------------------------------------------------------------------------- communication
+# ----------------------------------------------------------------------------- lost peers, communication
 
 
 COUNTS = """
-import atexit, json, rankdpo, torch.distributed as dist
-counts = {}
+import atexit, json, os, signal, rankdpo, torch, torch.distributed as dist
+counts, step, calls = {}, torch.optim.AdamW.step, []
+
+def dies(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == "1" and not os.path.exists(sys.argv[2]):
+        open(sys.argv[2], "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
 
 def counted(name, collective):
     def call(*args, **kwargs):
@@ -128,25 +135,30 @@ for name, older in (("all_gather_single", "all_gather_into_tensor"),
     name = name if hasattr(dist, name) else older
     setattr(dist, name, counted(name[:6], getattr(dist, name)))
 atexit.register(lambda: open(sys.argv[1], "w").write(json.dumps(counts)))
-rankdpo.main(sys.argv[2:])
+torch.optim.AdamW.step = dies
+rankdpo.main(sys.argv[3:])
 """
 
 
-def test_gathered_and_reduced_is_once_a_step(lists, tiny, tmp_path):
-    """The policy once a step, the reference once a run, for all micro-batches; the losses of one process."""
-    script = tmp_path / "counts.py"
+def test_a_lost_process_is_started_again_and_each_step_gathers_once(lists, tiny, tmp_path, monkeypatch):
+    """torchrun starts all again when one dies; they go on from the checkpoint, with one process's losses.
+    The policy is gathered and reduced once a step, the reference gathered once, for all micro-batches."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # or the dead one's address is called again
+    script = tmp_path / "dies.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{COUNTS}")
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --max_restarts 1".split()
     paths = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", tmp_path / "out", "--device", "cpu"]
-    short = "--steps 2 --global_batch_size 4 --warmup_steps 0 --precision fp64".split()
-    micro = "--device_batch_size 1 --images_per_forward 3".split()
-    command = [sys.executable, *torchrun, script, tmp_path / "counts", *paths, *short, *micro]
-    done = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=900)
+    short = "--steps 4 --global_batch_size 4 --warmup_steps 0 --precision fp64".split()
+    micro = "--device_batch_size 1 --images_per_forward 3 --save_every 2".split()
+    files = [script, tmp_path / "counts", tmp_path / "died"]
+    command = [str(a) for a in (sys.executable, *torchrun, *files, *paths, *short, *micro)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "died").exists()
     one = train(lists, tiny, tmp_path / "one", *short)
     for a, b in zip(one[1:], log_of(tmp_path / "out")[1:], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-9)
-    counts = json.loads((tmp_path / "counts").read_text())
+    counts = json.loads((tmp_path / "counts").read_text())  # of the second start: two steps
     units = counts["reduce"] // 2
     assert units > 3 and counts == {"reduce": 2 * units, "all_ga": 3 * units}
 
