@@ -45,8 +45,6 @@ from common import (
 )
 from rewards import (
     LOADERS,
-    MEAN,
-    STD,
     Scorer,
     clip_tokenizer,
     cosine,
@@ -54,6 +52,7 @@ from rewards import (
     files_version,
     load_tokenizer,
     load_vqascore,
+    normalised,
     one_line,
     picture_version,
     pretrained,
@@ -482,8 +481,7 @@ def load_vqa(sources, device):
     yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
 
     def prepare(image):
-        image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-        return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN) / STD
+        return normalised(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
     def forward(x, questions):
         seen = model.vision_model(pixel_values=x).last_hidden_state  # (N, 1 + patches, D)

@@ -25,7 +25,7 @@ import textwrap
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -211,15 +211,17 @@ def to_device(t, device):
     return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
 
 
-def free_bytes(device, share=0.92):
-    """Memory of a GPU that may be used, the least of all processes; `share` of what is free, the rest is for
-    fragments, NCCL and kernels. Infinite elsewhere."""
+USABLE = 0.92  # share of a GPU's free memory; the rest is for fragments, NCCL and kernels
+
+
+def free_bytes(device):
+    """Memory of a GPU that may be used, the least of all processes. Infinite elsewhere."""
     if device.type != "cuda":
         return math.inf
     free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
     if process_rank()[1] > 1:
         dist.all_reduce(free, dist.ReduceOp.MIN)
-    return share * free.item()
+    return USABLE * free.item()
 
 
 def any_process(flag, device):
@@ -607,8 +609,8 @@ def open_image(image):
     """A file or a PIL image, read to its end, in its own mode. 16-bit grey becomes 8-bit by its high byte,
     where PIL's own conversion would clip it to white. ValueError if it cannot be read."""
     try:
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        image.load()
+        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as image:
+            image.load()
         if image.mode.startswith(("I", "F")):
             deep = np.asarray(image)
             if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:

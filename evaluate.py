@@ -518,7 +518,7 @@ def suited(cfg, models):
     if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
         began = next(iter(synpic.read_settings(drawn.folder)[0]["models"].values()))
         return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
-    pipe = load_pipeline(drawn.path)
+    pipe = load_pipeline(drawn.path, denoiser=False)  # its size says enough
     return fill_in(cfg, family_of(pipe).suits(pipe), "sampling")
 
 

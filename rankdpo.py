@@ -551,9 +551,11 @@ def accumulate_gradient(cfg, errors, policy, engine, scale, batch, last=True, im
 
 
 @torch.no_grad()
-def held_out_accuracy(cfg, held, load, errors, policy, engine):
-    """Implicit accuracy on the held-out lists, at noise and timesteps that stay the same. Every process takes
-    equally many; lists that are taken twice for that count once."""
+def held_out_accuracy(cfg, step, held, load, errors, policy, engine):
+    """Implicit accuracy on the held-out lists every --eval_every steps, at noise and timesteps that stay the
+    same. Every process takes equally many; lists that are taken twice for that count once."""
+    if not held or not due(cfg.eval_every, step):
+        return {}
     (rank, world), rows, micro = process_rank(), [], cfg.device_batch_size
     share = range(rank, -(-len(held) // world) * world, world)
     for begin in range(0, len(share), micro):
@@ -783,6 +785,11 @@ def reference_network(policy, reference, trained, anchors):
         yield reference or policy
 
 
+def due(every, step):
+    """Does this step end one of `every` steps? 0 = never."""
+    return every > 0 and (step + 1) % every == 0
+
+
 def learning_rate(cfg, step):
     """Linear warm-up, then linear decay to zero."""
     return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * (1 - step / cfg.steps)
@@ -815,18 +822,19 @@ def suits_device(cfg, family, denoiser, item, K, dtype, device):
         count = partial(pipelines.count_bytes, family, denoiser, item, cfg.lora_rank, dtype)
         images = {recompute: count(recompute) for recompute in images}
         say("an image's pass: {:.2f} GB, recomputed {:.2f} GB".format(*(n / 1e9 for n in images.values())))
-    for gpus, room in (
-        [(g, gb * 0.92e9) for g in (1, 8) for gb in (24, 40, 80)] if device.type == "meta" else ()
-    ):
-        weights = partial(weight_bytes, cfg, *sizes, dtype, gpus)
-        say(f"{gpus} x {room / 0.92e9:.0f} GB:", describe(fastest(cfg, K, images, weights, room, gpus)))
-    weights, room = partial(weight_bytes, cfg, *sizes, dtype, world), common.free_bytes(device)
-    setting = fastest(cfg, K, images, weights, room, world)
+
+    def setting_in(room, gpus):
+        return fastest(cfg, K, images, partial(weight_bytes, cfg, *sizes, dtype, gpus), room, gpus)
+
+    if device.type == "meta":
+        for gpus, gb in product((1, 8), (24, 40, 80)):
+            say(f"{gpus} x {gb} GB:", describe(setting_in(common.USABLE * gb * 1e9, gpus)))
+    room = common.free_bytes(device)
+    setting = setting_in(room, world)
     if device.type == "cuda":
         say(f"{room / 1e9:.1f} GB to use on each of {world}:", describe(setting))
-    return replace(
-        cfg, **{name: value for name, value in setting.items() if hasattr(cfg, name)}
-    ), passes * flops / 4
+    chosen = {name: value for name, value in setting.items() if hasattr(cfg, name)}
+    return replace(cfg, **chosen), passes * flops / 4
 
 
 def weight_bytes(cfg, trained, frozen, dtype, world, keep_gathered):
@@ -1169,7 +1177,7 @@ def main(argv=None):
 
         # ---- gradient
         mine, row = micro_batches(cfg, step, seen), {"step": step}
-        if cfg.loss == "dro" and (step + 1) % cfg.eval_every == 0:
+        if cfg.loss == "dro" and due(cfg.eval_every, step):
             row.update(term_norms(step, map(batch_of, mine), accumulate, parameters))
         metrics = [accumulate(negatives(next(batches), some), last=some is mine[-1]) for some in mine]
 
@@ -1190,16 +1198,16 @@ def main(argv=None):
         # ---- record
         row.update(summarise(common.gather(torch.cat(metrics))))
         row.update(grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"])
-        with exchanged(policy, trained, average):  # of what will be saved
-            if held and (step + 1) % cfg.eval_every == 0:
-                row.update(held_out_accuracy(cfg, held, batch_of, errors, policy, engine))
+        looked_at = due(cfg.eval_every, step) or due(cfg.sample_every, step)
+        with exchanged(policy, trained, average if looked_at else {}):  # of what will be saved
+            row.update(held_out_accuracy(cfg, step, held, batch_of, errors, policy, engine))
             sample(step + 1)
         if rank == 0:
             bar.set_postfix(log.write(row, skipped=bad_steps > 0))
 
         # ---- save
         stopping = common.any_process(bool(stop), device)
-        if stopping or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+        if stopping or due(cfg.save_every, step):
             common.check_finite(parameters, device, f"step {step}: weights not finite, not saved; lower --lr")
             save_checkpoint(cfg, state(), now, step + 1)
         if stopping:

@@ -46,8 +46,6 @@ import os
 import sys
 import traceback
 import types
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -62,6 +60,7 @@ from tqdm import tqdm
 
 from common import (
     HERE,
+    ahead,
     ends_of,
     fail,
     lock,
@@ -294,14 +293,11 @@ class Scorer:
 
     def stream(self, images, prompts, batch_size=32):
         """Yield (score, None), or (None, what is wrong with it), of each pair in order."""
-        pairs, ahead = list(zip(images, prompts)), deque()
-        batches = [pairs[n : n + batch_size] for n in range(0, len(pairs), batch_size)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            for batch in batches + [[], []]:
-                ahead.append([(prompt, threads.submit(self.load, image, prompt)) for image, prompt in batch])
-                if len(ahead) > 2:
-                    ready = ahead.popleft()
-                    yield from self.score_batch([f.result() for _, f in ready], [p for p, _ in ready])
+        pairs, threads = list(zip(images, prompts)), min(8, os.cpu_count() or 1)
+        loaded = ahead(lambda pair: self.load(*pair), pairs, depth=2 * batch_size, threads=threads)
+        for n in range(0, len(pairs), batch_size):
+            texts = [prompt for _, prompt in pairs[n : n + batch_size]]
+            yield from self.score_batch([next(loaded) for _ in texts], texts)
 
     def __call__(self, images, prompts, batch_size=32):
         if len(images) != len(prompts):

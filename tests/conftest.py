@@ -60,22 +60,9 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Random-weight pipelines of three families, three rewards and a prompt file, in the real layouts."""
-    from diffusers import AutoencoderKL
-
     root = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        sample_size=32,
-        force_upcast=False,
-        shift_factor=0.1,
-        scaling_factor=2.0,
-    )
+    vae = tiny_vae(force_upcast=False, shift_factor=0.1, scaling_factor=2.0)
     for name in ("sdxl", "sd3", "sd15"):
         build.build_pipeline(name, vae).save_pretrained(root / name)
     tokenizer = build.make_tokenizer()
@@ -109,6 +96,22 @@ def uneven(lists, tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------- helpers
+
+
+def tiny_vae(**more):
+    """A random AutoencoderKL, 3 x 32 x 32 -> 4 x 8 x 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=32,
+        **more,
+    )
 
 
 def rewards(tiny):

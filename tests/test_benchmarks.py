@@ -663,32 +663,13 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
     table = b.summarise_bench("t2i-compbench", rows, metrics)
     assert [*table] == ["Color", "Non-Spatial"]  # a column that was not run is not there
     phrases.write_text("{}")
-    refuses(
-        "phrases.json: no JSON .* with 'a red dog and",
-        b.measure,
-        "t2i-compbench",
-        tmp_path,
-        rows,
-        files,
-        "cpu",
-        32,
-        sources,
-    )
+    again = (b.measure, "t2i-compbench", tmp_path, rows, files, "cpu", 32, sources)
+    refuses("phrases.json: no JSON .* with 'a red dog and", *again)
     try:
         import spacy  # noqa: F401
     except ImportError:
         del sources["phrases"]
-        refuses(
-            "spaCy .* not here; install",
-            b.measure,
-            "t2i-compbench",
-            tmp_path,
-            rows,
-            files,
-            "cpu",
-            32,
-            sources,
-        )
+        refuses("spaCy .* not here; install", *again)
 
 
 def test_models_that_are_none_are_named(models, tmp_path):

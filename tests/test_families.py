@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from conftest import HERE, PROMPTS, fails, log_of, rows_of, t5_tokenizer, train
+from conftest import HERE, PROMPTS, fails, log_of, rows_of, t5_tokenizer, tiny_vae, train
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -43,18 +43,8 @@ def flux_pipeline(folder, dev):
     shift = dict(shift=3.0, use_dynamic_shifting=True) if dev else dict(shift=1.0)
     return diffusers.FluxPipeline(
         transformer=diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, **pooled, **TINY),
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            latent_channels=4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            sample_size=32,
-            shift_factor=0.1159,
-            scaling_factor=0.3611,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
+        vae=tiny_vae(
+            shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
         ),
         text_encoder=build.text_encoder(clip, False),
         tokenizer=clip,

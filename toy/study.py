@@ -140,9 +140,10 @@ def draw(path, rows, batch_size=64):
 
 def distance(images, prompts):
     """Mean over rows of 1 - cosine between two pictures of a row, as the toy CLIP sees them."""
-    e = load_reward(f"diversity={TOY}/rewards/clip")(images, prompts).view(-1, NOISES, 64)
-    others = (e @ e.mT).sum((1, 2)) - NOISES  # (P,), without each picture and itself
-    return 1 - (others / (NOISES * (NOISES - 1))).mean().item()
+    scorer = load_reward(f"diversity={TOY}/rewards/clip")
+    seen = list(scorer.stream(images, prompts))  # an embedding a picture
+    rows = (scorer.of_row(seen[i : i + NOISES]) for i in range(0, len(seen), NOISES))
+    return float(np.mean([apart for row in rows for apart, _ in row]))
 
 
 def colour_bits(images, prompts):
