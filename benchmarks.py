@@ -871,7 +871,7 @@ PAPERS = {  # benchmark: source and columns, then a line a model; win rates in p
 }
 
 
-def paper_table(text):
+def parse_paper(text):
     """dict(source, columns, rows {model: {column: number}}) of a table above."""
     (source, header), *lines = (line.strip().rsplit(": ", 1) for line in text.split("\n"))
     columns = header.split(", ")
@@ -879,4 +879,4 @@ def paper_table(text):
     return dict(source=source, columns=columns, rows=rows)
 
 
-PAPER_TABLES = {bench: paper_table(text) for bench, text in PAPERS.items()}
+PAPER_TABLES = {bench: parse_paper(text) for bench, text in PAPERS.items()}

@@ -41,6 +41,7 @@ class StableDiffusion:
 
     patch = 1  # the sides of latents are multiples of this
     nothing = ""  # what classifier-free guidance leads away from
+    encoders = ("vae", "text_encoder", "tokenizer")  # those that it cannot do without
 
     def encode_prompts(self, pipe, prompts, size):
         """All that the denoiser is conditioned on: {name: (N, ...)}. `size` is (height, width) in pixels."""
@@ -96,6 +97,8 @@ class StableDiffusion:
 
 class StableDiffusionXL(StableDiffusion):
     """SDXL: two text encoders, a pooled embedding, and the picture's size and crop as "time ids"."""
+
+    encoders = (*StableDiffusion.encoders, "text_encoder_2", "tokenizer_2")
 
     def encode_prompts(self, pipe, prompts, size):
         device = pipe.text_encoder.device
@@ -176,6 +179,7 @@ class Flux(StableDiffusion3):
     T5's, latents in 2 x 2 patches with their places. Text has no mask: T5's padding is part of the input."""
 
     patch = 2
+    encoders = StableDiffusionXL.encoders
 
     def text_length(self, pipe):
         longest = 512 if pipe.transformer.config.guidance_embeds else 256
@@ -225,6 +229,7 @@ class QwenImage(Flux):
     videos, of which a picture is the only frame; classifier-free guidance away from " "."""
 
     nothing = " "  # of its model card
+    encoders = StableDiffusion.encoders
 
     def text_length(self, pipe):
         return min(512, pipe.tokenizer.model_max_length)  # as the pipeline cuts it; the toy's is shorter

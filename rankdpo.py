@@ -131,6 +131,7 @@ class Method:
     global_batch_size: int = option(32, "lists a step, over all processes", above=0)
     weight_decay: float = option(0.01, "AdamW's", at_least=0)
     max_grad_norm: float = option(1.0, "gradient clipping; 0 = none", at_least=0)
+    adam_8bit: bool = option(False, "AdamW's moments in 8 bits: bitsandbytes, for one process or adapters")
     ema: float = option(0.0, "decay of an average of the weights, which is then saved", at_least=0, below=1)
     lora_rank: int = option(0, "train adapters of this rank; 0 = all weights", at_least=0)
     precision: str = option(
@@ -347,8 +348,6 @@ def encode_lists(cfg, rows, pipe, device, dtype, file_of, todo):
     all processes read. Threads decode the next lists' images meanwhile."""
     if not todo:
         return
-    if missing := [n for n in ("vae", "text_encoder", "tokenizer") if getattr(pipe, n) is None]:
-        fail(f"{cfg.model}: has no {', '.join(missing)}, which --data {cfg.data} needs")
     family, first = pipelines.family_of(pipe), f"{cfg.data}/{rows[0]['file_names'][0]}"
     size, factor = common.read_pixels(first, cfg.resolution).shape, pipe.vae_scale_factor * family.patch
     if any(side % factor for side in size[1:]):
@@ -805,6 +804,19 @@ def clip_grad_norm(parameters, largest):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
+def adamw(cfg, device, whole):
+    """optimizer(parameters), asked for before anything is loaded. `whole`: they are fp32 and not sharded."""
+    if not cfg.adam_8bit:
+        return partial(torch.optim.AdamW, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    if not whole:
+        fail("--adam_8bit true: of fp32 weights that are whole on a process; one process, or --lora_rank")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        fail("--adam_8bit true needs a library: pip install bitsandbytes")
+    return partial(AdamW8bit, weight_decay=cfg.weight_decay)
+
+
 def suits_device(cfg, family, denoiser, item, K, dtype, device):
     """(the options with the fastest of the memory settings that fits the device, FLOPs of a list of K images,
     recomputation not counted). Prints the arithmetic; for --device meta, of several GPUs."""
@@ -840,8 +852,9 @@ def suits_device(cfg, family, denoiser, item, K, dtype, device):
 def weight_bytes(cfg, trained, frozen, dtype, world, keep_gathered):
     """Of weights, gradients and optimiser on each of `world` devices."""
     wide, half = max(4, dtype.itemsize), dtype.itemsize
-    # weights, gradients, AdamW's two moments, an average, a sampler
-    own = (4 + (cfg.ema > 0) + (cfg.loss == "dro")) * wide * trained
+    moments = 2 if cfg.adam_8bit else 2 * wide
+    # weights, gradients, an average, a sampler
+    own = ((2 + (cfg.ema > 0) + (cfg.loss == "dro")) * wide + moments) * trained
     if cfg.lora_rank:
         return own + wide * trained + half * frozen  # values of the reference; frozen weights
     if world == 1:
@@ -890,8 +903,12 @@ def training_state(policy, optimizer, trained, anchors, average, sampler):
     """All that the next step depends on, as one flat {name: tensor} that torch.distributed.checkpoint saves,
     and loads in place on any number of processes. Data, noise and rate follow from the step."""
     release(policy)  # torch finds parameters by their shards
-    moments = get_optimizer_state_dict(policy, optimizer)["state"]  # made here where no step was taken yet
-    state = {f"optimizer.{n}.{key}": t for n, values in moments.items() for key, t in values.items()}
+    get_optimizer_state_dict(policy, optimizer)  # makes the moments where no step was taken yet
+    state = {}
+    for n, p in trained.items():
+        moments = optimizer.state[p]
+        moments["step"] = torch.as_tensor(moments["step"])  # of bitsandbytes a number; its qmaps are constant
+        state.update({f"optimizer.{n}.{key}": t for key, t in moments.items() if "qmap" not in key})
     named = {"weights": trained, "reference": anchors, "average": average, "sampler": sampler}
     for name, values in named.items():
         state.update({f"{name}.{n}": p.detach() for n, p in values.items()})
@@ -1109,6 +1126,7 @@ def main(argv=None):
     sharded = world > 1 and not cfg.lora_rank
     scale = (world if sharded else 1) / cfg.global_batch_size  # mean over lists; FSDP averages over processes
     dtype = common.pick_dtype(cfg.precision, device)
+    optimizer_of = adamw(cfg, device, whole=not sharded and dtype != torch.float64)
     mixed = dtype == torch.bfloat16 and device.type != "meta"
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
 
@@ -1119,10 +1137,13 @@ def main(argv=None):
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
     file_of, todo = lists_to_encode(cfg, rows, dtype)
     # no weights are read but what this process uses
-    only = dict(denoiser=rank == 0, encoders=bool(todo or cfg.sample_every or cfg.caption_dropout))
-    pipe = pipelines.load_pipeline(cfg.model, device if cfg.model.startswith("random:") else "cpu", **only)
+    encoders = bool(todo or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))
+    loaded_on = device if cfg.model.startswith("random:") else "cpu"
+    pipe = pipelines.load_pipeline(cfg.model, loaded_on, denoiser=rank == 0, encoders=encoders)
     common.wait_for_all(hours=True)  # the first process may have fetched them from the hub
     family, (denoiser, policy) = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)
+    if encoders and (missing := [name for name in family.encoders if getattr(pipe, name) is None]):
+        fail(f"{cfg.model}: has no {', '.join(missing)}, which lists, samples or dropped captions need")
     cfg = complete(cfg, pipe)
     now = identity(cfg, rows)
     checkpoint, start_step = find_checkpoint(cfg, now)
@@ -1150,7 +1171,7 @@ def main(argv=None):
     errors = partial(image_errors, predicts)
     accumulate = partial(accumulate_gradient, cfg, errors, policy, engine, scale)
     parameters = list(trained.values())  # a list: a generator would be used up by the optimiser
-    optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    optimizer = optimizer_of(parameters)
     state = partial(training_state, policy, optimizer, trained, anchors, average, sampler)
     begun_with = load_checkpoint(checkpoint, state()) if checkpoint else parameters
     common.check_finite(begun_with, device, f"{checkpoint or cfg.model}: holds weights that are not finite")

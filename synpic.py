@@ -708,8 +708,8 @@ def check_choices(cfg):
     """Wrong names of rewards and labels fail now, not after hours of drawing."""
     check_rewards(cfg.rewards)
     names = [reward_name(spec) for spec in cfg.rewards]
-    if "toyworld" in names:
-        fail("--rewards toyworld: the exact checker is for evaluation only, labels come from reward models")
+    if only := [name for name in names if name in ("toyworld", "diversity")]:
+        fail(f"--rewards {only[0]}: is for evaluation only, labels come from reward models")
     check_label(cfg.label, LABELS)
     if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
         fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")

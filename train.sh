@@ -47,7 +47,7 @@ case "$task" in
   test)
     setup
     .venv/bin/ruff check --config .ci/ruff.toml .
-    .venv/bin/python -m pytest -q -n 2 --dist worksteal test_losses.py tests
+    .venv/bin/python -m pytest -q -n 2 --dist worksteal -p no:logging test_losses.py tests
     exit
     ;;
   toy)

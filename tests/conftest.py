@@ -1,9 +1,12 @@
 """What the tests share: tiny random-weight pipelines in the real formats, lists made with them, helpers."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import sys
+import tempfile
 from pathlib import Path
 
 # CPU kernels round differently on another number of threads: here every run, in this process or another, has
@@ -43,6 +46,8 @@ WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",
     # open_clip and timm decorate functions with torch.jit.script as they are imported
     "ignore:`torch.jit.script:FutureWarning:torch",
+    # children are forked while pytest's own threads wait; they start none of those
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning",
     # torch says so each time that one process saves or loads a checkpoint alone, as is meant
     "ignore:torch.distributed is disabled:UserWarning:torch",
     f"error:::{OURS}",
@@ -129,11 +134,15 @@ def synpic_args(tiny, out, *more):
     return [*first, "--models", *models, "--rewards", *rewards(tiny), *more]
 
 
-def train(lists, tiny, out, *more, model="sdxl"):
-    """Three steps of the trainer, or what `more` says -> the rows of its log."""
+def train_args(lists, tiny, out, *more, model="sdxl"):
     paths = ["--data", lists, "--model", f"{tiny}/{model}", "--out", out]
     short = ["--steps", 3, "--global_batch_size", 4, "--warmup_steps", 0, "--device", "cpu"]
-    rankdpo.main([str(a) for a in (*paths, *short, *more)])
+    return [str(a) for a in (*paths, *short, *more)]
+
+
+def train(lists, tiny, out, *more, model="sdxl"):
+    """Three steps of the trainer, or what `more` says -> the rows of its log."""
+    rankdpo.main(train_args(lists, tiny, out, *more, model=model))
     return log_of(out)
 
 
@@ -154,6 +163,35 @@ def fails(main, args, *says, capsys=None):
         message = capsys.readouterr().err.strip().splitlines()[-1]
     assert e.value.code != 0 and "\n" not in message
     assert all(s in message for s in says), message
+
+
+def quietly(main, args, said, env):
+    os.environ.update(env)
+    sys.stdout = sys.stderr = open(said, "w")
+    main(args)
+
+
+def child(main, args, said=os.devnull, **env):
+    """main(args) in a process of its own, which has imported what this one has: to be killed, or to be one of
+    several. What it prints goes to the file `said`."""
+    process = multiprocessing.get_context("fork").Process(target=quietly, args=(main, args, said, env))
+    process.start()
+    return process
+
+
+def together(main, args, processes=2):
+    """main(args) by several processes, as torchrun would start them, until they are done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        said, started = [Path(folder) / str(rank) for rank in range(processes)], []
+        for rank in range(processes):
+            env = dict(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+            started.append(child(main, args, said[rank], **env))
+        for process in started:
+            process.join()
+        assert not any(p.exitcode for p in started), [path.read_text()[-2000:] for path in said]
 
 
 def t5_tokenizer(folder):

@@ -192,6 +192,10 @@ MODELS = {  # damage to a copy of a pipeline -> what the message says
         "level of noise",
     ),
     "no vae": (lambda m: edit(m / "model_index.json", vae=[None, None]), "has no vae"),
+    "no second text encoder": (
+        lambda m: edit(m / "model_index.json", text_encoder_2=[None, None]),
+        "has no text_encoder_2",
+    ),
     "no denoiser": (lambda m: edit(m / "model_index.json", unet=[None, None]), "has no denoiser"),
     "another family": (
         lambda m: edit(m / "model_index.json", _class_name="StableDiffusionPipeline"),

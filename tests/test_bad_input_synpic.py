@@ -84,6 +84,7 @@ BAD_OPTIONS = [  # (options, what the line says)
     ("--models {good} b=some/one", "some/one", "hub"),
     ("--models {good} b={tiny}/sdxl+{tiny}/no_adapters", "no_adapters"),
     ("--rewards toyworld", "evaluation only"),
+    ("--rewards clip diversity", "diversity: is for evaluation only"),
     ("--rewards beauty", "beauty"),
     ("--rewards clip={tiny}/none", "none"),
     ("--rewards clip={tiny}/rewards/clip clip={tiny}/rewards/pick", "clip", "twice"),

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HERE, log_of, train
+from conftest import HERE, fails, log_of, train, train_args
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -191,6 +191,29 @@ def test_compiled_blocks_have_the_same_curve(lists, tiny, tmp_path, monkeypatch,
             a["best_s"], abs=1e-5
         )
     assert graphs
+
+
+def test_eight_bit_moments_go_on_bit_for_bit(lists, tiny, tmp_path):
+    """Their curve stays near AdamW's; only with bitsandbytes, which is no requirement."""
+    pytest.importorskip("bitsandbytes")
+    more = ("--adam_8bit", "true", "--steps", 4, "--lr", 1e-3)
+    whole = train(lists, tiny, tmp_path / "whole", *more, "--save_every", 2, "--keep", 9)
+    plain = train(lists, tiny, tmp_path / "plain", "--steps", 4, "--lr", 1e-3)
+    for a, b in zip(whole[1:], plain[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+    assert [a["loss"] for a in whole[1:]] != [b["loss"] for b in plain[1:]]
+    shutil.rmtree(tmp_path / "whole/checkpoints/step-000004")
+    again = train(lists, tiny, tmp_path / "whole", *more)
+    assert [(a["loss"], a["grad_norm"]) for a in again[1:]] == [
+        (a["loss"], a["grad_norm"]) for a in whole[1:]
+    ]
+
+
+def test_eight_bit_moments_are_refused_where_they_cannot_be(lists, tiny, tmp_path, monkeypatch, capsys):
+    args = train_args(lists, tiny, tmp_path / "a", "--adam_8bit", "true")
+    fails(rankdpo.main, [*args, "--precision", "fp64"], "--adam_8bit", "fp32", capsys=capsys)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    fails(rankdpo.main, args, "--adam_8bit", "pip install bitsandbytes", capsys=capsys)
 
 
 def test_the_fastest_setting_that_fits_is_taken():

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 import transformers
-from conftest import HERE, PROMPTS, fails, log_of, rows_of, t5_tokenizer, tiny_vae, train
+from conftest import PROMPTS, fails, log_of, rows_of, t5_tokenizer, tiny_vae, together, train, train_args
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -249,10 +247,8 @@ def test_adapters_are_trained_and_diffusers_loads_them(name, lists, root, tmp_pa
 def test_two_processes_give_the_curve_of_one(lists, root, tmp_path):
     name = "qwen"
     one = train(lists, root, tmp_path / "one", "--device_batch_size", 2, model=name)
-    args = ["--data", lists, "--model", root / name, "--out", tmp_path / "two", "--steps", 3]
-    args += ["--global_batch_size", 4, "--warmup_steps", 0, "--device", "cpu", "--device_batch_size", 2]
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 rankdpo.py".split()
-    subprocess.run([sys.executable, *torchrun, *map(str, args)], cwd=HERE, check=True, capture_output=True)
+    args = train_args(lists, root, tmp_path / "two", "--device_batch_size", 2, model=name)
+    together(rankdpo.main, args)
     for a, b in zip(one[1:], log_of(tmp_path / "two")[1:], strict=True):
         assert [a[k] for k in ("loss", "best_s")] == pytest.approx(
             [b[k] for k in ("loss", "best_s")], abs=1e-5

@@ -4,15 +4,11 @@ pytest -q tests/test_objectives.py
 """
 
 import math
-import multiprocessing
-import os
-import socket
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, log_of, rows_of, train
+from conftest import fails, log_of, rows_of, together, train, train_args
 
 import losses
 import pipelines
@@ -172,31 +168,6 @@ DRO = ("--loss", "dro", "--experts", 12, "--sampler_steps", 4, "--lr", "1e-3", "
 DRO += ("--margin", 10)  # every hinge stays active
 
 
-def one_of_two(rank, port, args):
-    """What torchrun would start."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    train(*args)
-
-
-def two_processes(*args):
-    """The log of `train` under two processes, which are forked after the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_objectives"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=one_of_two, args=(rank, port, args)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    return log_of(args[2])
-
-
 def norms(log):
     """Loss, errors and gradient norms of a run, those of the two terms where they were measured."""
     keys = ("loss", "accuracy", "best_s", "worst_s", "grad_norm", "expert_grad_norm", "negative_grad_norm")
@@ -285,6 +256,7 @@ def test_dro_has_one_curve_and_resumes_exactly(lists, tiny, tmp_path, lora):
     assert [p.name for p in (tmp_path / "part/checkpoints").iterdir()] == ["step-000003"]
     again = train(lists, tiny, tmp_path / "part", *args)  # from step 3, a copy one step old
     assert np.array_equal(norms(again), norms(whole)) and norms(whole)[1, 6] > 0
-    two = two_processes(lists, tiny, tmp_path / "two", *args)
+    together(rankdpo.main, train_args(lists, tiny, tmp_path / "two", *args))
+    two = log_of(tmp_path / "two")
     assert np.allclose(norms(two), norms(whole), rtol=1e-9, atol=1e-9)
     assert [r.get("held_out_accuracy") for r in two[1:]] == [r.get("held_out_accuracy") for r in whole[1:]]

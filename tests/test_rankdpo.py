@@ -5,20 +5,18 @@ pytest -q tests/test_rankdpo.py
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, fails, log_of, rows_of
+from conftest import child, fails, log_of, rows_of, together
 from conftest import train as short_run
 from PIL import Image
 from safetensors.torch import load_file
@@ -41,10 +39,7 @@ def train(data, tiny, out, *more, processes=1, model="sdxl"):
     if processes == 1:
         rankdpo.main(args)
     else:
-        torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node".split()]
-        command = [*torchrun, str(processes), "rankdpo.py", *args]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        together(rankdpo.main, args, processes)
     return log_of(out)
 
 
@@ -129,12 +124,6 @@ def test_sharded_processes_give_the_curve_and_the_weights_of_one(
 # ----------------------------------------------------------------------------- exact resume
 
 
-def victim(args):
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    rankdpo.main(args)
-
-
 def same_run(a, b):
     """Bit for bit: the curve (but for the clock) and the weights."""
     drop = lambda log: [{k: v for k, v in r.items() if k not in ("lists_per_s", "tflops")} for r in log[1:]]
@@ -145,20 +134,18 @@ def same_run(a, b):
 
 def test_twenty_kills_at_random_moments_change_nothing(uneven, tiny, tmp_path):
     """kill -9, start again, until it ends: curve and weights of a run that nobody killed, bit for bit."""
-    context, rng, kills = multiprocessing.get_context("forkserver"), random.Random(1), 0
-    context.set_forkserver_preload(["test_rankdpo"])
+    rng, kills = random.Random(1), 0
     command = lambda out: options(
         uneven, tiny, out, "--ref_refresh", 4, "--ema", 0.9, "--save_every", 1, "--keep", 2, "--steps", 12
     )
     for out in ("warm", "whole"):
         began = time.time()
-        process = context.Process(target=victim, args=(command(tmp_path / out),))
-        process.start(), process.join()
+        process = child(rankdpo.main, command(tmp_path / out))
+        process.join()
         assert process.exitcode == 0
     length = time.time() - began
     while kills < 20:
-        process = context.Process(target=victim, args=(command(tmp_path / "killed"),))
-        process.start()
+        process = child(rankdpo.main, command(tmp_path / "killed"))
         process.join(rng.uniform(0.1, 0.6) * length)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -168,8 +155,8 @@ def test_twenty_kills_at_random_moments_change_nothing(uneven, tiny, tmp_path):
             same_run(tmp_path / "killed", tmp_path / "whole")
             shutil.rmtree(tmp_path / "killed")  # and once more from the start
         process.join()
-    process = context.Process(target=victim, args=(command(tmp_path / "killed"),))
-    process.start(), process.join()
+    process = child(rankdpo.main, command(tmp_path / "killed"))
+    process.join()
     assert process.exitcode == 0 and len(list((tmp_path / "killed/checkpoints").iterdir())) == 2
     same_run(tmp_path / "killed", tmp_path / "whole")
 
@@ -191,18 +178,16 @@ def dying(last, args):
 
     os.rename, os.replace, os.fsync = around(os.rename), around(os.replace), around(os.fsync)
     common.remove, rankdpo.dcp.save = around(common.remove), around(rankdpo.dcp.save)
-    victim(args)
+    rankdpo.main(args)
 
 
 def test_killed_between_two_writes_of_a_checkpoint_it_goes_on_bit_for_bit(lists, tiny, tmp_path):
     command = lambda out: options(lists, tiny, out, "--save_every", 1, "--steps", 2)
     rankdpo.main(command(tmp_path / "whole"))
-    context, kills = multiprocessing.get_context("forkserver"), 0
-    context.set_forkserver_preload(["test_rankdpo"])
+    kills = 0
     while True:
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        process = context.Process(target=dying, args=(5 * kills + 3, command(tmp_path / "killed")))
-        process.start()
+        process = child(partial(dying, 5 * kills + 3), command(tmp_path / "killed"))
         process.join()
         if process.exitcode == 0:  # it came to its end before that moment
             break

@@ -5,20 +5,17 @@ pytest -q tests/test_synpic.py
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, PROMPTS, fails, rewards, rows_of, synpic_args, t5_tokenizer, train
+from conftest import PROMPTS, child, fails, rewards, rows_of, synpic_args, t5_tokenizer, together, train
 from PIL import Image
 from scipy.stats import kendalltau
 
@@ -289,16 +286,7 @@ def test_shards_make_the_same_data_set(lists, tiny, tmp_path):
 
 def test_two_ranks_make_the_same_data_set(lists, tiny, tmp_path):
     out = tmp_path / "ranks"
-    torchrun = [
-        str(Path(sys.executable).parent / "torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "synpic.py",
-    ]
-    subprocess.run(
-        torchrun + synpic_args(tiny, out, "--device", "cpu"), cwd=HERE, check=True, capture_output=True
-    )
+    together(synpic.main, synpic_args(tiny, out, "--device", "cpu"))
     assert images_of(out) == images_of(lists) and rows_of(out) == rows_of(lists)
 
 
@@ -314,14 +302,8 @@ def test_another_batch_size_draws_the_same_pictures(lists, tiny, tmp_path):
         assert difference.max() <= 2
 
 
-def victim(args):
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    synpic.main(args)
-
-
-def test_twenty_kills_at_random_moments_change_nothing(lists, tiny, tmp_path, monkeypatch):
-    """kill -9 while it draws, scores and labels, then start again; a fork server makes starts cheap."""
+def test_twenty_kills_at_random_moments_change_nothing(lists, tiny, tmp_path):
+    """kill -9 while it draws, scores and labels, then start again."""
 
     def command(out):
         models = [f"sdxl={tiny}/sdxl,steps=2", f"sd15={tiny}/sd15,steps=2"]
@@ -340,19 +322,14 @@ def test_twenty_kills_at_random_moments_change_nothing(lists, tiny, tmp_path, mo
             *rewards(tiny)[:2],
         ]
 
-    context, out, whole = multiprocessing.get_context("forkserver"), tmp_path / "killed", tmp_path / "whole"
-    context.set_forkserver_preload(["test_synpic"])
-    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE}/tests")  # the server looks nowhere else
-    for again in (False, True):  # the first start pays for the server's imports
-        shutil.rmtree(whole, ignore_errors=True)
-        began = time.time()
-        process = context.Process(target=victim, args=(command(whole),))
-        process.start(), process.join()
-        assert process.exitcode == 0
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    began = time.time()
+    process = child(synpic.main, command(whole))
+    process.join()
+    assert process.exitcode == 0
     length, rng, kills = time.time() - began, random.Random(0), 0
     while kills < 20:
-        process = context.Process(target=victim, args=(command(out),))
-        process.start()
+        process = child(synpic.main, command(out))
         process.join(rng.uniform(0.05, 0.9) * length)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
