@@ -60,7 +60,6 @@ from rewards import (
     tokenize,
 )
 
-BENCHES = ("geneval", "t2i-compbench", "dpg", "parti", "hpdv2", "pickapic")
 MODELS = {  # role: its default; --bench_models role=folder_or_hub_id names another
     "detector": "facebook/mask2former-swin-small-coco-instance",
     "colours": "openai/clip-vit-large-patch14",
@@ -80,11 +79,11 @@ def read_bench(name, path, limit=0):
     """Rows of a benchmark's own file or folder, in its order, repeated prompts included: dicts of `prompt`,
     `tag` (its category or None) and what else the file holds. A bad file, row or prompt ends the program with
     one line that names it."""
-    if name not in BENCHES:
-        fail(f"--bench {name}: there are {', '.join(BENCHES)}")
-    readers = (read_geneval, read_compbench, read_dpg, read_parti, read_hpdv2, read_pickapic)
+    if name not in READERS:
+        others = "a file of your own is named by --prompts alone"
+        fail(f"--bench {name}: there are {', '.join(READERS)}; {others}")
     rows = []
-    for where, row in readers[BENCHES.index(name)](Path(path)):
+    for where, row in READERS[name](Path(path)):
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             fail(f"{where}: no prompt there; is it {name}'s own file?")
         rows.append(row)
@@ -213,6 +212,17 @@ def read_pickapic(path):
             if caption not in seen:  # a caption has many pairs of pictures
                 seen.add(caption)
                 yield f"{file}, row {n}", dict(prompt=caption, tag=None)
+
+
+READERS = {
+    "geneval": read_geneval,
+    "t2i-compbench": read_compbench,
+    "dpg": read_dpg,
+    "parti": read_parti,
+    "hpdv2": read_hpdv2,
+    "pickapic": read_pickapic,
+}
+BENCHES = tuple(READERS)
 
 
 # ----------------------------------------------------------------------------- layouts
@@ -396,7 +406,7 @@ def measured(folder, name, sources, load, jobs, device, batch_size):
                     if value is not None and key not in known:
                         f.write(json.dumps([*key, value]).encode() + b"\n")
                         f.flush()
-    wait_for_all()
+    wait_for_all(hours=True)
     known = stored_answers(place, name)
     return {job: known.get(key) for job, key in keys.items()}
 
@@ -529,8 +539,10 @@ def load_detector(source, device):
     normalised, zero-padded right and below to a multiple of 32."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    # old checkpoints bring buffers that today's class does not keep; the criterion is of training
-    model = pretrained(Mask2FormerForUniversalSegmentation, source, "", "criterion.")[0].to(device)
+    # old checkpoints bring buffers that today's class does not keep, so any tensor may be left over; the
+    # criterion is of training
+    kind, beside = Mask2FormerForUniversalSegmentation, dict(unused=("",), optional=("criterion.",))
+    model = pretrained(kind, source, **beside)[0].to(device)
     names = model.config.id2label
     if len(names) != len(CLASSES) or any(names[i] != CLASSES[i] for i in (0, 15, 79)):
         raise ValueError("its labels are not COCO's 80 classes of instances")

@@ -10,6 +10,7 @@ picture_grid, plot_curves    rows of captioned pictures, curves of a log
 """
 
 import argparse
+import csv
 import ctypes
 import functools
 import hashlib
@@ -43,8 +44,8 @@ HERE = Path(__file__).resolve().parent
 
 def fail(message, status=1):
     """End with one line on stderr: the last one, below any progress bar. Under torchrun the first process
-    says it; the others speak up only where torchrun does not end them meanwhile, because the first has
-    nothing to say."""
+    speaks at once. The others wait three seconds, in which torchrun ends them if the first has failed; one
+    that still lives had an error of its own, and says it."""
     message = " ".join(str(message).splitlines())  # it may quote a name or a library
     if process_rank()[0] > 0:
         with suppress(ValueError):  # a thread may not
@@ -138,7 +139,7 @@ def parse(config, doc, argv=None):
             more.update(nargs="?", const=True)  # --flag, --flag true, --flag false
         if f.type is tuple:
             more.update(nargs="+")
-            default = " ".join(default)
+            default = " ".join(default or ())
         text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
         parser.add_argument(f"--{f.name.rstrip('_')}", dest=f.name, **more)  # from_ is --from
@@ -475,11 +476,15 @@ def prompt_rows(path, kind):
         if kind == ".parquet":
             return pandas.read_parquet(path).to_dict("records")
         if kind in (".csv", ".tsv"):
+            how = dict(sep=",") if kind == ".csv" else dict(sep="\t", quoting=csv.QUOTE_NONE)  # PartiPrompts
             as_it_is = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig")
-            return pandas.read_csv(path, sep="," if kind == ".csv" else "\t", **as_it_is).to_dict("records")
+            return pandas.read_csv(path, **how, **as_it_is).to_dict("records")
     except Exception as e:  # pandas and pyarrow have their own errors
         fail(f"--prompts {path}: not a readable {kind} file ({' '.join(str(e).split())[:200]})")
     fail(f"--prompts {path}: a file of prompts ends in .txt, .json, .jsonl, .csv, .tsv or .parquet")
+
+
+TEXT = ("prompt", "caption", "text")  # the keys of a prompt, the first that is there
 
 
 def read_prompts(path, limit=0, offset=0, column=""):
@@ -491,13 +496,14 @@ def read_prompts(path, limit=0, offset=0, column=""):
     if not Path(path).is_file():
         fail(f"--prompts {path}: no such file")
     rows = prompt_rows(path, kind)
-    known = [c for c in (rows[0] if rows else {}) if str(c).lower() in ("prompt", "caption", "text")]
-    column = column or (known[0] if known else "prompt")
+    columns = {str(c).lower(): c for c in (rows[0] if rows else ())}
+    column = column or next((columns[name] for name in TEXT if name in columns), "prompt")
     kept, blank = {}, 0
     for n, row in enumerate(rows, 1):
         text = row.get(column, 0)
         if not isinstance(text, str | None):
-            fail(f"--prompts {path}, row {n}: no text under {column!r}; name the column with --field")
+            wanted = f"{', '.join(TEXT)} is wanted, or for synpic.py what --field names"
+            fail(f"--prompts {path}, row {n}: no text under {column!r}; a column {wanted}")
         text = " ".join((text or "").split())
         blank += not text
         if text:
@@ -515,7 +521,7 @@ def read_prompts(path, limit=0, offset=0, column=""):
 def read_metadata(folder, lists=False, labelled=False):
     """Rows of folder/metadata.jsonl, one a list of images: prompt, file_names; scores, phi where they are.
 
-    Rows of other programs may say text or caption, and file_name. With `lists`, every row must have at least
+    Rows of other programs may say caption or text, and file_name. With `lists`, every row must have at least
     two images, which are there; with `labelled`, also a phi in [0, 1] for each, so that it can be trained on.
     A bad row ends the run with file, line and what to do."""
     path, rows, lines, real = Path(folder) / "metadata.jsonl", [], {}, os.path.realpath(folder)
@@ -537,10 +543,10 @@ def read_metadata(folder, lists=False, labelled=False):
 def checked_row(folder, row, lists, labelled):
     """A row of metadata.jsonl with its keys in our names; ValueError with what is wrong with it. `folder` is
     text, without links: a Path for each of 232 k files would take longer than a look at them."""
-    prompt = next((row[k] for k in ("prompt", "text", "caption") if k in row), None)
+    prompt = next((row[k] for k in TEXT if k in row), None)
     files = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
     if not isinstance(prompt, str) or not isinstance(files, list) or not files:
-        raise ValueError("needs prompt (or text, caption) and file_names (or file_name)")
+        raise ValueError("needs prompt (or caption, text) and file_names (or file_name)")
     plain = [os.path.normpath(str(f)) for f in files]  # ./a.png is a.png
     for f, name in zip(files, plain):
         if not isinstance(f, str) or "\0" in f or os.path.isabs(f) or ".." in f.split("/"):
@@ -578,7 +584,7 @@ def check_label(label, known):
 def stored_rewards(folder, rows, label, wanted=()):
     """(names, rewards) that a label counts: names of R stored scores and for each row of metadata.jsonl a
     tensor (K, R), fp64. They are the `wanted` scores, or all there are, or that of single:REWARD alone."""
-    there = list(rows[0]["scores"])
+    there = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     if label.startswith("single:"):
         wanted = [label[7:]]
     names = [name for name in there if name in (wanted or there)]

@@ -25,7 +25,8 @@ A folder of pictures (metadata.jsonl with prompt and file_names, or the layout a
              the seeds; Wilson's 95 % interval, p value of the sign test; ties count as no win
   diversity  mean pairwise 1 - cosine of CLIP image embeddings among the seeds of a prompt; in the toy world
              also the entropy of the colours that a prompt leaves free
-All p values are Holm's, over the comparisons of the report. Means are means of the categories' means.
+p values are Holm's, of each kind of test (gain, best seed, mean of seeds) by itself. Means are means of the
+categories' means.
 """
 
 import base64
@@ -35,7 +36,7 @@ import json
 import os
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -102,7 +103,9 @@ class Config:
     bench_models: tuple = option((), "what judges it, as role=source: detector=DIR colours=DIR vqa=NAME ...")
     limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
     rewards: tuple = option(
-        ("toyworld", *TOY_REWARDS), "scorers, name or name=source; toyworld is exact; clip brings diversity"
+        None,
+        "scorers, name or name=source; clip brings diversity (default: the toy world's, toyworld is exact; "
+        "with --bench none but its own metric)",
     )
     seeds: int = option(4, "images a prompt and model", at_least=1)
     # how they draw
@@ -191,10 +194,12 @@ def compare(scores, tags, seed):
     results, tests, every_tag = {}, {"gain": [], "best": [], "mean": []}, np.array(tags)
     lacking = {}  # (P,) prompts of a category for which a benchmark has no scorer here
     for reward in next(iter(scores.values())):
-        lacking[reward] = np.isnan([by_reward[reward] for by_reward in scores.values()]).any((0, 2))
+        lacking[reward] = np.isnan([of_model[reward] for of_model in scores.values()]).any((0, 2))
     for name, by_reward in scores.items():
         result = dict(means={}, categories={}, spread={}, against={other: {} for other in results})
         for reward, s in by_reward.items():
+            if lacking[reward].all():
+                continue
             s, tags = s[~lacking[reward]], every_tag[~lacking[reward]]
             per_prompt = s.mean(1)  # (P,)
             means = {t: float(per_prompt[tags == t].mean()) for t in dict.fromkeys(tags.tolist())}
@@ -298,7 +303,7 @@ def rules_table(scores, looks, tags):
     return [*header, "right by the rules alone", "by the checker alone"], rows
 
 
-def paper_table(bench, results, rows, scores):
+def bench_table(bench, results, rows, scores):
     """Ours above the papers', in the papers' own columns: values, or win rates of the best seed."""
     paper = PAPER_TABLES[bench]
     ours = {name: summarise_bench(bench, rows, metrics) for name, metrics in scores.items()}
@@ -451,8 +456,8 @@ def draw_grid(path, models, complete, tags, scores):
 # ----------------------------------------------------------------------------- stages
 
 
-def parse_models(specs):
-    """{name: path}, at least two."""
+def named_paths(specs):
+    """{name: path} of --models, at least two."""
     models = dict(spec.partition("=")[::2] for spec in specs)
     if len(models) < 2 or not all(models.values()) or len(models) < len(specs):
         fail("--models: two or more different names are needed, each as name=path")
@@ -495,11 +500,9 @@ def check_choices(cfg, prompts):
         if unknown := [prompt for prompt in prompts if prompt not in grammar()]:
             sentence = f"{unknown[0]!r} in {cfg.prompts}"
             fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
-    if cfg.bench not in ("", *BENCHES):
-        fail(f"--bench {cfg.bench}: there are {', '.join(BENCHES)}; a file of your own is named by --prompts")
     if cfg.resolution % 8:
         fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
-    synpic.check_shard(cfg.shard)
+    synpic.share_of(cfg.shard)
 
 
 def with_diversity(cfg):
@@ -522,31 +525,38 @@ def suited(cfg, models):
     return fill_in(cfg, family_of(pipe).suits(pipe), "sampling")
 
 
-def draw_stage(cfg, models, mine, device):
-    """The missing pictures of every model, by synpic.py's stage: there, a seed is another model."""
+def drawings(cfg, models):
+    """[(options, settings, a model a seed, pictures)] for synpic.py's stage of all models that are to be
+    drawn. What lies there must have been drawn like that, also where it is only reported."""
     plans = []
     for name, pictures in models.items():
         if pictures.path:
             folder = writable_folder("out", pictures.folder)
             how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution, dtype="bf16")
-            seeds = [
-                dict(how, name=name, path=pictures.path, noise="", seed=cfg.seed + s)
-                for s in range(cfg.seeds)
-            ]
+            how.update(name=name, path=pictures.path, noise="")
+            seeds = [dict(how, seed=cfg.seed + s) for s in range(cfg.seeds)]
             drawing = synpic.Config(
                 out=str(folder),
                 batch_size=cfg.batch_size,
                 on_error=cfg.on_error,
                 precision=cfg.precision,
-                stages=("generate",),
+                stages=("generate",) if "draw" in cfg.stages else (),
             )
             settings = synpic.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
             synpic.check_settings(drawing, settings)
-            batches = [[pictures.rows[i] for i in batch] for batch in mine]
-            plans.append((drawing, settings, synpic.to_draw(drawing, batches, seeds), pictures))
-    with synpic.progress("draw", [entry for _, _, todo, _ in plans for entry in todo]) as bar:
-        for drawing, settings, todo, pictures in plans:
-            synpic.generate_stage(drawing, todo, device, settings, bar)
+            plans.append((drawing, settings, seeds, pictures))
+    return plans
+
+
+def draw_stage(plans, mine, device):
+    """The missing pictures of every model, by synpic.py's stage: there, a seed is another model."""
+    todo = []
+    for drawing, _, seeds, pictures in plans:
+        batches = [[pictures.rows[i] for i in batch] for batch in mine]
+        todo.append(synpic.to_draw(drawing, batches, seeds))
+    with synpic.progress("draw", sum(todo, [])) as bar:
+        for (drawing, settings, _, pictures), of_model in zip(plans, todo):
+            synpic.generate_stage(drawing, of_model, device, settings, bar)
             rows = "".join(json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows)
             write = lambda tmp: tmp.write_text(rows, encoding="utf-8")
             publish(f"{drawing.out}/metadata.jsonl", write, unique=True)
@@ -634,9 +644,9 @@ def bench_stage(cfg, models, rows, device):
     return metrics, notes
 
 
-def report_stage(cfg, models, rows, tags, device, measured):
+def report_stage(cfg, models, rows, tags, device, of_bench):
     """report.html, report.md, results.json and grid.png from what lies on disk."""
-    (metrics, notes), (scores, complete, problems) = measured, stored(cfg, models)
+    (metrics, notes), (scores, complete, problems) = of_bench, stored(cfg, models)
     for name in metrics:
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
     for name, pictures in models.items() if cfg.bench else ():
@@ -644,24 +654,26 @@ def report_stage(cfg, models, rows, tags, device, measured):
             write_layout(cfg.bench, pictures.folder, rows, [files for _, files in pictures.rows])
     prompts, kept = [rows[i]["prompt"] for i in complete], [tags[i] for i in complete]
     chosen = {n: Pictures(p.path, p.folder, [p.rows[i] for i in complete]) for n, p in models.items()}
-    results, where, colours = compare(scores, kept, cfg.seed), provenance(device), {}
+    results, where, colours, looks = compare(scores, kept, cfg.seed), provenance(device), {}, {}
     if "toyworld" in map(reward_name, cfg.rewards):
         looks = {name: look(pictures, [rows[i] for i in complete]) for name, pictures in chosen.items()}
         free = [not any(color for _, color in grammar()[prompt]["objects"]) for prompt in prompts]
         colours = colour_entropy({name: seen[free] for name, (seen, _) in looks.items()}, cfg.seed)
     tables = tables_of(results, colours, cfg.seeds)
     if cfg.bench:
-        tables.insert(0, paper_table(cfg.bench, results, [rows[i] for i in complete], scores))
-    if colours and all("include" in rows[i] for i in complete):
+        tables.insert(0, bench_table(cfg.bench, results, [rows[i] for i in complete], scores))
+    if looks and all("include" in rows[i] for i in complete):
         tables.append(rules_table(scores, looks, kept))
     sampling = f"{cfg.steps} steps, guidance {cfg.guidance:g}; " if cfg.steps else ""
     setting = f"{len(prompts)} held-out prompts x {cfg.seeds} seeds, {sampling}"
     setting += f"{where['device']}; commit {where['commit']}"
     if problems:
         setting += f". {len(problems)} prompts are left out for all models: {problems[min(problems)]}, ..."
-    count = len([test for result in results.values() for pair in result["against"].values() for test in pair])
-    note = "p values: Wilcoxon's signed-rank test of gains and sign test of wins, each Holm-adjusted for the "
-    note = "; ".join([f"{note}{count} comparisons of this report", *notes]) + "."
+    pairs = [pair for result in results.values() for pair in result["against"].values()]
+    note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins, each Holm-adjusted: gains for "
+    note += f"{sum(map(len, pairs))} comparisons, wins of the best seed and of the mean for "
+    note += f"{sum('best' in tests for pair in pairs for tests in pair.values())} each"
+    note = "; ".join([note, *notes]) + "."
     text = "\n\n".join([setting, "".join(markdown(*table) for table in tables).strip(), note]) + "\n"
     raw = {}
     for name, by_reward in scores.items():
@@ -807,41 +819,40 @@ def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     if cfg.study_answers:
         return study_report(cfg)
-    paths = parse_models(cfg.models)
+    paths = named_paths(cfg.models)
+    if cfg.rewards is None:
+        cfg = replace(cfg, rewards=() if cfg.bench else ("toyworld", *TOY_REWARDS))
     rows = (
-        read_bench(cfg.bench, cfg.prompts, cfg.limit)
-        if cfg.bench in BENCHES
-        else read_prompts(cfg.prompts, cfg.limit)
+        read_bench(cfg.bench, cfg.prompts, cfg.limit) if cfg.bench else read_prompts(cfg.prompts, cfg.limit)
     )
     tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
     check_choices(cfg, [row["prompt"] for row in rows])
     models = {name: pictures_of(cfg, name, path, rows) for name, path in paths.items()}
     device, out, stages = pick_device(cfg.device), writable_folder("out", cfg.out), set(cfg.stages)
     cfg = suited(cfg, models)
+    plans = drawings(cfg, models)
 
-    part, parts = map(int, cfg.shard.split("/"))
+    part, parts, index, count = synpic.share_of(cfg.shard)
     if parts > 1:
         stages.discard("report")  # the parts do not wait for each other
     rank, world = process_rank()
-    index, count = part * world + rank, parts * world  # this process among all of them
-    batches = [
-        range(len(rows))[start : start + cfg.batch_size] for start in range(0, len(rows), cfg.batch_size)
-    ]
+    starts = range(0, len(rows), cfg.batch_size)
+    batches = [range(len(rows))[start : start + cfg.batch_size] for start in starts]
     mine = batches[index::count]  # a batch of prompts belongs to one process, by its place
     with synpic.folder_lock(out, index, count, "evaluate.py"):
         if "draw" in stages:
-            draw_stage(cfg, models, mine, device)
+            draw_stage(plans, mine, device)
         if "score" in stages:
             if cfg.on_error == "stop":
                 stop_or_skip(cfg, missing_pictures(models, [i for batch in mine for i in batch]), len(rows))
             score_stage(cfg, models, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "report" in stages:
             if world > 1:  # the pictures of all must be there
-                start_processes("cpu")
+                start_processes("cpu", minutes=24 * 60)
                 dist.barrier()
-            measured = bench_stage(cfg, models, rows, device)
+            of_bench = bench_stage(cfg, models, rows, device)
             if rank == 0:
-                report_stage(cfg, models, rows, tags, device, measured)
+                report_stage(cfg, models, rows, tags, device, of_bench)
         elif rank == 0:
             print(f"{out}: {' and '.join(sorted(stages))} done, part {part} of {parts}; then --stages report")
 

@@ -80,6 +80,7 @@ TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
     for name, folder in (("clip", "clip"), ("hpsv2.1", "hps"), ("pickscore", "pick"), ("imagereward", "blip"))
 )
+EVALUATION_ONLY = ("toyworld", "diversity")  # no label comes from these
 
 
 @dataclass
@@ -415,7 +416,7 @@ def read_json(path):
     try:
         found = parse_json(read_text(path)) if path.is_file() else {}
     except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from None
+        raise ValueError(f"{path}: {e}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: not a JSON object")
     return found
@@ -463,6 +464,9 @@ def load_open_clip(name, source, device, *hub, prepare):
     for key, value in (("mean", MEAN), ("std", STD)):
         if not np.allclose(own.get("preprocess_cfg", {}).get(key, value.flatten()), value.flatten()):
             raise ValueError(f"{source}/open_clip_config.json: another {key} than CLIP's in preprocess_cfg")
+    for key, value in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
+        if own.get("preprocess_cfg", {}).get(key, value) != value:
+            raise ValueError(f"{source}/open_clip_config.json: another {key} than {value} in preprocess_cfg")
     ids = open_clip_ids(source, config["text_cfg"], name)
     model = load_strict(lambda: open_clip.CLIP(**config), find_weights(source, *hub), device)
 
@@ -1178,7 +1182,7 @@ def files_version(parts, source):
     parts, path = list(parts), Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files if source else ():
-        if file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
+        if file == path or file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
             parts.append([file.name, *ends_of(file, 1 << 20)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
@@ -1212,40 +1216,64 @@ def stored_row(line):
         names = [row["prompt"], *files]
         fits = len(lengths) == 1 and all(isinstance(name, str) for name in names)
         fits &= all(type(s) in (int, float) and math.isfinite(s) for s in scores or [])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return row if fits else None
 
 
-def read_scores(folder, spec, rows, any_version=False):
-    """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored in
-    folder/scores/NAME.jsonl, and in NAME@0of8.jsonl ... of parallel runs. What another version scored does
-    not count, nor does a torn last line, nor a score of a picture that was replaced since."""
-    scores, name = Path(folder) / "scores", reward_name(spec)
-    version = None if any_version else reward_version(spec)  # a name of one's own has no version
-    stored, foreign, found, replaced = {}, [], {}, []
+def stored_lines(folder, name):
+    """Yield (file, line number, row or None) of folder/scores/NAME.jsonl and of NAME@0of8.jsonl ... of parallel
+    runs."""
+    scores = Path(folder) / "scores"
     for path in [scores / f"{name}.jsonl", *sorted(scores.glob(f"{name}@*.jsonl"))]:
         for n, line in enumerate(score_lines(path), 1):
-            row = stored_row(line)
-            if row is None:
-                foreign.append(f"{path}, line {n}")
-            elif row["scores"] and version in (None, row.get("version")):
-                stored[(row["prompt"], *row["file_names"])] = row
+            yield path, n, stored_row(line)
+
+
+def version_there(folder, name, spec):
+    """Whose scores count where labels are made of what lies there: those of `spec`, if it is given and scored
+    here, else the only ones."""
+    versions = {row.get("version") for _, _, row in stored_lines(folder, name) if row and row["scores"]}
+    own = reward_version(spec) if spec else None
+    if len(versions) > 1 and own not in versions:
+        which = f"--rewards {name} or {name}=source, with all others that count"
+        fail(
+            f"{folder}/scores/{name}.jsonl: scores of {len(versions)} versions of {name}; say whose: {which}"
+        )
+    return own if own in versions else next(iter(versions), None)
+
+
+def read_scores(folder, spec, rows):
+    """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored, as stored. What
+    another version scored does not count, nor does a torn last line, nor a score of a picture that was
+    replaced since."""
+    return stored_scores(folder, reward_name(spec), rows, reward_version(spec))[0]
+
+
+def stored_scores(folder, name, rows, version):
+    """The same of a version, and the indices of the rows whose pictures were replaced since."""
+    stored, foreign, found, replaced = {}, [], {}, []
+    for path, n, row in stored_lines(folder, name):
+        if row is None:
+            foreign.append(f"{path}, line {n}")
+        elif row["scores"] and row.get("version") == version:
+            stored[(row["prompt"], *row["file_names"])] = row
     for i, (prompt, files) in enumerate(rows):
         row = stored.get((prompt, *files))
         if row is None:
             continue
         now = [picture_version(f"{folder}/{f}") for f in files]
-        if any(b not in (a, None) for a, b in zip(row.get("pictures", now), now)):
-            replaced.append(files[0])
+        if any(b not in (a, None) for a, b in zip(row.get("pictures") or now, now)):
+            replaced.append(i)
         else:
             found[i] = row["scores"]
     if foreign:
         print(f"{foreign[0]}: no row of scores; {len(foreign)} such lines are not counted", file=sys.stderr)
     if replaced:
         what = f"pictures of {len(replaced)} rows were replaced since {name} scored them"
-        print(f"{scores}: {what}, which does not count (the first: {replaced[0]})", file=sys.stderr)
-    return found
+        first = rows[replaced[0]][1][0]
+        print(f"{folder}/scores: {what}, which does not count (the first: {first})", file=sys.stderr)
+    return found, replaced
 
 
 def stream_rows(scorer, folder, rows, todo, batch_size):
@@ -1361,6 +1389,8 @@ def main(argv=None):
             f"rewards.py: --image {cfg.image!r} must be a file and --prompt not empty, "
             "or name a folder with --score (--help shows examples)"
         )
+    if "diversity" in map(reward_name, cfg.rewards):
+        fail("--rewards diversity: compares the pictures of a prompt; name a folder with --score")
     for spec in cfg.rewards:
         try:
             score = load_reward(spec, pick_device(cfg.device))([cfg.image], [cfg.prompt]).item()

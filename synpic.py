@@ -34,7 +34,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -74,7 +74,16 @@ from common import (
 )
 from losses import LABELS, preference_labels, preference_rank
 from pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
-from rewards import TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows
+from rewards import (
+    EVALUATION_ONLY,
+    TOY_REWARDS,
+    check_rewards,
+    read_scores,
+    reward_name,
+    score_rows,
+    stored_scores,
+    version_there,
+)
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels, type on a GPU).
 MODELS = {
@@ -110,9 +119,13 @@ class Config:
     )
     pictures: str = option("", "import: folder of its pictures or zips of them; empty = where the file lies")
     # how it is scored and ranked
-    rewards: tuple = option(TOY_REWARDS, "reward models, as name or name=source; see rewards.py")
+    rewards: tuple = option(
+        (),
+        "reward models, as name or name=source; see rewards.py (default: the toy world's four; to label "
+        "lists that are there, all that scored them)",
+    )
     label: str = option("phi", f"what ranks a list: {', '.join(LABELS)} or single:REWARD")
-    seed: int = option(0, "of --label random", at_least=0)
+    seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
     # how it is run
     out: str = option("outputs/synpic", "folder to write")
     stages: tuple = option(STAGES, "which stages to run; import stands alone", ("import", *STAGES))
@@ -120,7 +133,9 @@ class Config:
     shard: str = option("0/1", "i/n: make only part i of n, for job arrays; label when all are done")
     on_error: str = option("stop", "images that cannot be drawn or scored: stop, or skip", ("stop", "skip"))
     gpu_price: float = option(0.0, "USD a GPU hour, for the cost in the summary; 0 = no cost", at_least=0)
-    precision: str = option("auto", "of the generators", ("auto", "fp32", "bf16", "fp16"))
+    precision: str = option(
+        "auto", "of the generators: its own on a GPU, else fp32", ("auto", "fp32", "bf16", "fp16")
+    )
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
 
@@ -207,6 +222,7 @@ def generate_stage(cfg, todo, device, settings, bar):
         began, images = time.time(), sum(len(batch) for batch in missing)
         problems += draw(cfg, pipe, k, model, missing, bar)
         note_time(cfg, "generate", f"{model['name']}_{model['seed']}", images, time.time() - began)
+    keep_settings(cfg, settings)  # also where nothing was left to draw
     show_problems(problems, "images could not be drawn")
 
 
@@ -464,7 +480,8 @@ def lists_drawn_here(cfg, rows, models):
 
 
 def lists_from_elsewhere(cfg):
-    """The metadata.jsonl that is there, whoever wrote it, with scores that rewards.py --score added since."""
+    """The metadata.jsonl that is there, whoever wrote it, with scores that rewards.py --score added since:
+    those of the versions that --rewards names, or else of the only ones."""
     lists, out = read_metadata(cfg.out, lists=True), Path(cfg.out)
     drawn = read_settings(out)[1] if (out / "settings.json").is_file() else 0
     if len(lists) < drawn:
@@ -472,16 +489,21 @@ def lists_from_elsewhere(cfg):
         print(f"{out}/metadata.jsonl has {len(lists)} rows of {drawn} prompts; {again}")
     rows = [(row["prompt"], row["file_names"]) for row in lists]
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
-    for name in sorted(names):
-        for i, scores in read_scores(cfg.out, name, rows, any_version=True).items():
-            lists[i].setdefault("scores", {})[name] = scores
+    specs = {reward_name(spec): spec for spec in cfg.rewards}
+    for name in sorted(names - set(EVALUATION_ONLY)):
+        version = version_there(out, name, specs.get(name))
+        found, replaced = stored_scores(out, name, rows, version)
+        for i in replaced:
+            lists[i]["scores"].pop(name, None)  # they were of another picture
+        for i, scores in found.items():
+            lists[i]["scores"][name] = scores
     return lists
 
 
 def label_stage(cfg, lists):
     """Write phi and rank of every list, and nothing else, into metadata.jsonl; then pictures and summary."""
     out, wanted = Path(cfg.out), [reward_name(spec) for spec in cfg.rewards]
-    names, rewards = stored_rewards(out, lists, cfg.label, () if cfg.rewards == TOY_REWARDS else wanted)
+    names, rewards = stored_rewards(out, lists, cfg.label, wanted)
     for row, phi in zip(lists, preference_labels(cfg.label, rewards, cfg.seed)):
         row.update(phi=phi.tolist(), rank=preference_rank(phi).tolist())
     write_text(out / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in lists))
@@ -636,11 +658,13 @@ def folder_lock(out, index, count, script="synpic.py"):
 def settings_of(cfg, rows, models):
     """What the pictures of a folder depend on; rewards and labels may change at any time."""
 
-    def identity(model):  # a local model by its weights, wherever it lies; others by hub id
-        folders = model["path"].split("+")  # base and adapters
-        files = [file for folder in folders for file in sorted(Path(folder).rglob("*.safetensors"))]
-        weights = [[file.name, *ends_of(file, 1 << 20)] for file in files]
-        return {**model, "path": weights or model["path"]}
+    def weights(folder):  # of a local model, wherever it lies; others have a hub id
+        files = sorted(Path(folder).rglob("*.safetensors"))
+        return [[file.name, *ends_of(file, 1 << 20)] for file in files] or folder
+
+    def identity(model):
+        parts = [weights(folder) for folder in model["path"].split("+")]  # base and adapters
+        return {**model, "path": parts if len(parts) > 1 else parts[0]}
 
     prompts = [prompt for prompt, _ in rows]
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
@@ -707,19 +731,22 @@ def note_time(cfg, stage, name, images, seconds):
 def check_choices(cfg):
     """Wrong names of rewards and labels fail now, not after hours of drawing."""
     check_rewards(cfg.rewards)
-    names = [reward_name(spec) for spec in cfg.rewards]
-    if only := [name for name in names if name in ("toyworld", "diversity")]:
+    names = [reward_name(spec) for spec in cfg.rewards or TOY_REWARDS]
+    if only := [name for name in names if name in EVALUATION_ONLY]:
         fail(f"--rewards {only[0]}: is for evaluation only, labels come from reward models")
     check_label(cfg.label, LABELS)
+    share_of(cfg.shard)
     if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
         fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")
-    check_shard(cfg.shard)
 
 
-def check_shard(shard):
+def share_of(shard):
+    """--shard i/n -> i, n, and this process's place among those of all parts, and how many these are."""
     part, _, parts = shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         fail(f"--shard {shard}: must be i/n with 0 <= i < n, as in 3/16")
+    (rank, world), part, parts = process_rank(), int(part), int(parts)
+    return part, parts, part * world + rank, parts * world
 
 
 @one_line_errors
@@ -730,17 +757,21 @@ def main(argv=None):
     if "import" in stages:
         if len(stages) > 1:
             fail("--stages import: stands alone; then rewards.py --score and --stages label")
-        with folder_lock(out, 0, 1):
-            return import_stage(cfg)
+        if process_rank()[0] == 0:
+            with folder_lock(out, 0, 1):
+                import_stage(cfg)
+        return
     if stages == {"label"} and (out / "metadata.jsonl").is_file():  # needs neither prompts nor models
-        with folder_lock(out, 0, 1):
-            return label_stage(cfg, lists_from_elsewhere(cfg))
+        if process_rank()[0] == 0:
+            with folder_lock(out, 0, 1):
+                label_stage(cfg, lists_from_elsewhere(cfg))
+        return
 
-    part, parts = map(int, cfg.shard.split("/"))
+    cfg = replace(cfg, rewards=cfg.rewards or TOY_REWARDS)
+    part, parts, index, count = share_of(cfg.shard)
     if parts > 1 and stages == set(STAGES):
         stages.remove("label")  # the parts do not wait for each other
     rank, world = process_rank()
-    index, count = part * world + rank, parts * world  # this process among all of them
     models = parse_models(cfg.models)
     prompts = [row["prompt"] for row in read_prompts(cfg.prompts, cfg.limit, cfg.offset, cfg.field)]
     rows = [(prompt, [file_name(i, m) for m in models]) for i, prompt in enumerate(prompts)]

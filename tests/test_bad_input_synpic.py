@@ -355,6 +355,8 @@ def test_doubled_and_absent_rows_and_torn_pictures_are_named(lists, tmp_path, ca
     fails(synpic.main, label, "no rows", capsys=capsys)
     (out / "metadata.jsonl").write_text(text)
     (out / rows_of(out)[0]["file_names"][1]).write_bytes(b"not a png")
+    fails(synpic.main, label, "row 1: no scores of clip", capsys=capsys)  # they were of another picture
+    shutil.rmtree(out / "scores")
     fails(synpic.main, label, rows_of(out)[0]["file_names"][1], "not a readable image", capsys=capsys)
 
 

@@ -390,8 +390,8 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"tag": 1, "prompt": p}) for p in want))
     (tmp_path / "a.csv").write_text('id,Prompt\n1,"a sign that says ""hi"""\n2,"two, three four"\n3,a cat\n')
     (tmp_path / "a.tsv").write_text(
-        'Prompt\tCategory\n"a sign that says ""hi"""\tX\ntwo, three four\tY\na cat\tZ\n'
-    )  # PartiPrompts
+        'Prompt\tCategory\na sign that says "hi"\tX\ntwo, three four\tY\na cat\tZ\n'
+    )  # PartiPrompts: a quote is a character like any other
     pyarrow.parquet.write_table(pyarrow.table({"caption": want, "n": [1, 2, 3]}), tmp_path / "a.parquet")
     texts = lambda name, **more: [row["prompt"] for row in common.read_prompts(tmp_path / name, **more)]
     for kind in ("txt", "jsonl", "csv", "tsv", "parquet"):
@@ -528,8 +528,15 @@ def test_lists_from_elsewhere_are_scored_labelled_and_trained_on(tiny, tmp_path,
         "file_names": rows[0]["file_names"],
         "scores": [7.0, 8.0],
     }
+    before = rows_of(tmp_path)[0]["scores"]
     with open(tmp_path / "scores/clip.jsonl", "a") as f:
         f.write(json.dumps(newer) + "\n")
+    fails(synpic.main, label, "clip.jsonl: scores of 2 versions of clip", capsys=capsys)
+    synpic.main([*label, "--rewards", *rewards(tiny)[:2]])
+    assert rows_of(tmp_path)[0]["scores"] == before
+    lines = [json.loads(line) for line in (tmp_path / "scores/clip.jsonl").read_text().splitlines()]
+    same = [dict(line, version=newer["version"]) for line in lines]
+    (tmp_path / "scores/clip.jsonl").write_text("".join(json.dumps(line) + "\n" for line in same))
     synpic.main(label)
     assert rows_of(tmp_path)[0]["scores"]["clip"] == [7.0, 8.0]  # scores made since are taken
     assert train(tmp_path, tiny, tmp_path / "run", "--global_batch_size", "4")[-1]["step"] == 2
