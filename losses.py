@@ -61,8 +61,9 @@ def preference_rank(phi):
 def model_rank(s, phi):
     """tau (B, K) of the model's own order, the lowest s first: what LambdaLoss takes where RankDPO takes the
     labels'. Where s ties phi decides: at theta = reference every s is 0, and no pair would have a weight."""
-    by_s = preference_rank(-_floats("s", s, 2))  # images that tie share a rank; others differ by 1 or more
-    return preference_rank(-(s.shape[-1] * by_s + preference_rank(phi)))
+    by_s, by_phi = preference_rank(-_floats("s", s, 2)), preference_rank(phi)
+    # by s first, then by phi: different ranks by s differ by 1 or more, times K; ranks by phi by less than K
+    return preference_rank(-(s.shape[-1] * by_s + by_phi))
 
 
 def majority_vote(rewards, ties="drop", generator=None):
@@ -101,14 +102,17 @@ LABELS = ("phi", "sum", "normalized_sum", "majority", "random")  # and single:RE
 
 
 def preference_labels(label, rewards, seed=0):
-    """phi of every list of a data set: the choices of RankDPO's Table 4 and BalancedDPO's Table III. All but
-    majority are shares of pairwise wins, of every reward or of the one number that stands for them.
+    """phi of every list of a data set: the choices of RankDPO's Table 4 and BalancedDPO's Table III.
 
-    rewards: N tensors (K_n, R), lists of any lengths -> N tensors phi (K_n,) in [0, 1], fp32. single:REWARD
-    is phi, the caller leaves that one column; random follows from (seed, place of the list) and needs no
-    rewards: R may be 0. ValueError for an unknown label and as in preference_probability."""
+    majority is the share of the other images that most rewards place below. All others are shares of pairwise
+    wins: over every reward (phi), by their sum, by one reward (single:NAME; pass its column alone), or at
+    random, which follows from (seed, place of the list) and needs no rewards: R may be 0.
+    rewards: N tensors (K_n, R), lists of any lengths -> N tensors phi (K_n,) in [0, 1], fp32. ValueError for
+    an unknown label, for single: with several rewards and as in preference_probability."""
     if label not in LABELS and not label.startswith("single:"):
         raise ValueError(f"preference_labels: {label!r} is none of {', '.join(LABELS)} and single:REWARD")
+    if label.startswith("single:") and any(r.shape[-1] != 1 for r in rewards):
+        raise ValueError(f"preference_labels: {label} needs the scores of that reward alone, (K, 1)")
     if label == "normalized_sum":  # rewards standardised over all images of the data set
         scale = torch.cat(rewards).std(0).clamp(min=1e-12)  # (R,)
         rewards = [r / scale for r in rewards]
@@ -117,18 +121,9 @@ def preference_labels(label, rewards, seed=0):
     if label == "random":
         coins = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(rewards))]
         rewards = [torch.randperm(len(r), generator=g)[:, None] for r, g in zip(rewards, coins)]
-    phi, by_length = [None] * len(rewards), {}
-    for n, r in enumerate(rewards):
-        by_length.setdefault(len(r), []).append(n)
-    for K, places in by_length.items():  # lists of one length together
-        same = torch.stack([rewards[n] for n in places])  # (N of that length, K, R)
-        if label == "majority":  # share of the others that most rewards place below
-            shares = (majority_vote(same) > 0).float().sum(-1) / (K - 1)
-        else:
-            shares = preference_probability(same).float()
-        for n, share in zip(places, shares):
-            phi[n] = share
-    return phi
+    if label == "majority":
+        return [(majority_vote(r) > 0).float().sum(-1) / (len(r) - 1) for r in rewards]
+    return [preference_probability(r).float() for r in rewards]
 
 
 # ----------------------------------------------------------------------------- weights (B, K, K)
@@ -223,13 +218,10 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     best_s and worst_s (s of the image with most weight won and of the one with most weight lost), weight (of
     all pairs over the number of preferred ones), unweighted (share of its pairs without a preference). NaN
     where a list has no preferred pair; the caller reduces."""
-    policy_err, ref_err = _errors("preference_loss", policy_err, ref_err)
-    weights, real = _weights("preference_loss", weights, 3, policy_err, mask)
+    policy_err, ref_err, weights, real = _inputs("preference_loss", policy_err, ref_err, weights, 3, mask)
     if not beta > 0:
         raise ValueError(f"preference_loss: beta must be positive, got {beta}")
-    pairs = real.unsqueeze(2) & real.unsqueeze(1)  # (B, K, K)
-    weights = weights.masked_fill(~pairs, 0)
-    s = (policy_err - ref_err).masked_fill(~real, 0)  # (B, K)                                        Eq. 5
+    s = policy_err - ref_err  # (B, K)                                                                Eq. 5
     margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K), s_i - s_j
     loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))  # (B,)                              Eq. 7
     with torch.no_grad():
@@ -240,7 +232,7 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
         images = real.sum(1)
         metrics = {
             "accuracy": (right * used).sum((1, 2)) / count,
-            **_ends(s, net, count > 0),
+            **_ends(s, net, real, count > 0),
             "weight": weights.sum((1, 2)) / count,
             "unweighted": 1 - count / (images * (images - 1) / 2).clamp(min=1),
         }
@@ -252,15 +244,11 @@ def finetuning_loss(policy_err, ref_err, weights, mask=None):
 
     policy_err, ref_err, weights, mask (B, K) -> loss (B,), metrics as those of preference_loss; there are no
     pairs, so accuracy and unweighted are NaN. The reference is looked at for the metrics only."""
-    policy_err, ref_err = _errors("finetuning_loss", policy_err, ref_err)
-    weights, real = _weights("finetuning_loss", weights, 2, policy_err, mask)
-    weights = weights.masked_fill(~real, 0)
+    policy_err, ref_err, weights, real = _inputs("finetuning_loss", policy_err, ref_err, weights, 2, mask)
     loss = (weights * policy_err).sum(1)  # (B,)
     with torch.no_grad():
         nan = torch.full_like(loss, float("nan"))
-        s = policy_err - ref_err
-        value = torch.where(real, weights, weights.amax(1, keepdim=True))  # padding is no worst image
-        ends = _ends(s, value, weights.sum(1) > 0)
+        ends = _ends(policy_err - ref_err, weights, real, weights.sum(1) > 0)
         metrics = {"accuracy": nan, **ends, "weight": weights.sum(1) / real.sum(1), "unweighted": nan}
     return loss, metrics
 
@@ -286,10 +274,12 @@ def dro_loss(expert_err, expert_ref_err, negative_err, negative_ref_err, margin=
     return loss, {**metrics, "weight": active, "unweighted": 1 - active}
 
 
-def _ends(s, value, listed):
-    """s (B, K) where the value (B, K) of a list is largest, and smallest; NaN where not `listed` (B,)."""
-    best = s.gather(1, value.argmax(1, keepdim=True))[:, 0]
-    worst = s.gather(1, value.argmin(1, keepdim=True))[:, 0]
+def _ends(s, value, real, listed):
+    """s (B, K) of the real images whose value (B, K) is largest in the list, and smallest; NaN where the list
+    is not `listed` (B,)."""
+    inf = float("inf")
+    best = s.gather(1, value.masked_fill(~real, -inf).argmax(1, keepdim=True))[:, 0]
+    worst = s.gather(1, value.masked_fill(~real, inf).argmin(1, keepdim=True))[:, 0]
     nan = torch.full_like(best, float("nan"))
     return {"best_s": torch.where(listed, best, nan), "worst_s": torch.where(listed, worst, nan)}
 
@@ -319,33 +309,30 @@ def _wide(x):
 
 
 def _floats(name, x, dim):
-    """A floating tensor of at least `dim` dimensions without NaN, in fp32 or wider; ValueError otherwise."""
+    """A floating tensor of at least `dim` dimensions, in fp32 or wider; NaN only in errors, which pass it on
+    to the loss. ValueError otherwise."""
     if not isinstance(x, torch.Tensor) or x.dim() < dim:
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {got}")
     x = x.to(_wide(x))
-    if name in ("rewards", "scores", "phi", "votes", "weights") and torch.isnan(x).any():
+    if name not in ("policy_err", "ref_err", "err") and torch.isnan(x).any():
         raise ValueError(f"{name}: contains NaN; drop or rescore those images first")
     return x
 
 
-def _errors(caller, policy_err, ref_err):
-    """Policy and reference errors, both (B, K), the latter without gradient."""
+def _inputs(caller, policy_err, ref_err, weights, dim, mask):
+    """Errors (B, K), the reference's without gradient, and weights (B, K) or (B, K, K), all 0 where the mask
+    (B, K) says that there is no image; and that mask."""
     policy_err, ref_err = _floats("policy_err", policy_err, 2), _floats("ref_err", ref_err, 2)
     if policy_err.dim() != 2 or ref_err.shape != policy_err.shape:
         shapes = f"policy_err {tuple(policy_err.shape)} and ref_err {tuple(ref_err.shape)}"
         raise ValueError(f"{caller}: {shapes} must be equal shapes (B, K)")
-    return policy_err, ref_err.detach()
-
-
-def _weights(caller, weights, dim, policy_err, mask):
-    """Weights (B, K) or (B, K, K) that fit policy_err (B, K), and the mask of real images (B, K)."""
     weights, (B, K) = _floats("weights", weights, dim), policy_err.shape
-    if weights.shape != (B, K, K)[:dim]:
-        raise ValueError(
-            f"{caller}: weights {tuple(weights.shape)} must be {(B, K, K)[:dim]} for errors {(B, K)}"
-        )
+    if weights.shape != (wanted := (B, K, K)[:dim]):
+        raise ValueError(f"{caller}: weights {tuple(weights.shape)} must be {wanted} for errors {(B, K)}")
     if mask is not None and mask.shape != (B, K):
         raise ValueError(f"{caller}: mask {tuple(mask.shape)} must be (B, K) = {(B, K)}")
     real = torch.ones_like(policy_err, dtype=torch.bool) if mask is None else mask.bool()
-    return weights, real
+    used = real if dim == 2 else real.unsqueeze(2) & real.unsqueeze(1)
+    policy_err, ref_err = (err.masked_fill(~real, 0) for err in (policy_err, ref_err.detach()))
+    return policy_err, ref_err, weights.masked_fill(~used, 0), real

@@ -58,6 +58,10 @@ class StableDiffusion:
         """What the denoiser predicts, (N, C, h, w), of x_t (N, C, h, w), timesteps t (N,), prompts."""
         return model(x_t, t, encoder_hidden_states=cond["embeds"], return_dict=False)[0]
 
+    def unused(self, model):
+        """What names of the denoiser's parameters begin with that no gradient ever reaches, a tuple."""
+        return ()
+
     def suits(self, pipe):
         """Steps and guidance of sampling where they are not given."""
         return SUITS[scale_of(pipe)]
@@ -71,15 +75,14 @@ class StableDiffusion:
         """The pipeline's arguments for a batch of prompts."""
         return {"prompt": list(prompts)}
 
-    def prompt_arguments(self, pipe, cond, nothing):
-        """encode_prompts' of prompts and of `nothing` -> the pipeline's arguments in their place."""
-        zero = pipe.config.get("force_zeros_for_empty_prompt", False)  # SDXL's, instead of an encoded ""
+    def prompt_arguments(self, cond, nothing):
+        """encode_prompts' of prompts, and encode_nothing's -> the pipeline's arguments in their place."""
         arguments = {}
         names = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_embeds_mask"}
         for key, argument in names.items():
             if key in cond:
                 arguments[argument] = cond[key]
-                arguments[f"negative_{argument}"] = nothing[key] * (not zero)
+                arguments[f"negative_{argument}"] = nothing[key].to(cond[key].device).expand_as(cond[key])
         return arguments
 
     def shapes(self, config):
@@ -260,6 +263,10 @@ class QwenImage(Flux):
             return_dict=False,
         )[0]
         return from_patches(prediction, h, w)
+
+    def unused(self, model):  # the last block's text goes nowhere
+        last = f"transformer_blocks.{len(model.transformer_blocks) - 1}."
+        return f"{last}attn.to_add_out.", f"{last}txt_mlp."
 
     def suits(self, pipe):
         return dict(steps=50, guidance=4.0)
@@ -570,8 +577,6 @@ def add_adapters(model, rank, dtype):
     from peft import LoraConfig
 
     model.requires_grad_(False)
-    if dtype != torch.float32:
-        model.to(dtype)
     torch.manual_seed(0)  # of A; B starts at 0, so the policy starts as the base
     projections = ["to_q", "to_k", "to_v", "to_out.0"]
     more = dict(init_lora_weights="gaussian", target_modules=projections)
@@ -763,13 +768,9 @@ def encode_nothing(pipe, size, device, dtype):
 @torch.no_grad()
 def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
     """Prompts -> the arguments with which `pipe` draws them without its text encoders, which are dropped."""
-    encoders, family = text_encoders_of(pipe), family_of(pipe)
-    for m in encoders.values():
-        m.to(device, dtype)
-    nothing = [family.nothing] * len(prompts)
-    cond, nothing = (family.encode_prompts(pipe, texts, size) for texts in (prompts, nothing))
-    arguments = family.prompt_arguments(pipe, cond, nothing)
-    for name in [*encoders, "safety_checker"]:
+    family, nothing = family_of(pipe), encode_nothing(pipe, size, device, dtype)  # moves the encoders, too
+    arguments = family.prompt_arguments(family.encode_prompts(pipe, prompts, size), nothing)
+    for name in [*text_encoders_of(pipe), "safety_checker"]:
         if hasattr(pipe, name):
             setattr(pipe, name, None)
     pipe.vae.enable_slicing()  # one image at a time: at 1024 px each takes gigabytes to decode

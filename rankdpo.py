@@ -73,8 +73,9 @@ from common import HERE, fail, option, process_rank
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves for itself: on purpose
 
-LOSSES = ("rankdpo", "dpo", "gain", "balanced", "direct", "random_scorer", "sft", "weighted", "dro")
-PAIRWISE = LOSSES[:6]
+VOTES = ("balanced", "direct", "random_scorer")  # they look at scores, at no phi
+PAIRWISE = ("rankdpo", "dpo", "gain", *VOTES)
+LOSSES = (*PAIRWISE, "sft", "weighted", "dro")
 UNSEEN = 2**40  # the position of held-out lists: no step has it
 SUITS = {  # (--beta, --lr, --lr of adapters) where they are not given, by the scale of the model
     "toy": (100.0, 2e-4, 2e-4),
@@ -104,7 +105,9 @@ class Method:
     beta: float = option(
         None, "for mean squared errors without a half (default: what suits the model)", above=0
     )
-    rank_by: str = option("labels", "the tau of Eq. 6; model: LambdaLoss's", ("labels", "model"))
+    rank_by: str = option(
+        "labels", "whose ranks weigh pairs in Eq. 6; model: LambdaLoss", ("labels", "model")
+    )
     ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal", "random"))
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
     label_smoothing: float = option(0.0, "share of wrong labels (conservative DPO)", at_least=0, below=0.5)
@@ -113,12 +116,16 @@ class Method:
         0, "steps between copies of the policy into the reference; 0 = never", at_least=0
     )
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
-    timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
+    timesteps: str = option(
+        "logit_normal", "how rectified flow draws its noise level", ("logit_normal", "uniform")
+    )
     experts: int = option(500, "--loss dro: best images of --data, against the policy's own", above=0)
-    expert_by: str = option("phi", "what they are best by: phi or a reward")
-    margin: float = option(0.001, "of its hinge", at_least=0)
-    sampler_steps: int = option(20, "steps of its sampling path, a divisor of 1000", above=1)
-    sampler_refresh: int = option(20, "steps between copies of the policy into its sampler", above=0)
+    expert_by: str = option("phi", "--loss dro: what experts are best by, phi or a reward")
+    margin: float = option(0.001, "--loss dro: margin of the hinge", above=0)
+    sampler_steps: int = option(20, "--loss dro: steps of the sampling path, a divisor of 1000", above=1)
+    sampler_refresh: int = option(
+        20, "--loss dro: steps between copies of the policy into its sampler", above=0
+    )
     caption_dropout: float = option(
         None, "share of lists without caption (default: 0, .2 for dro)", at_least=0, below=1
     )
@@ -157,7 +164,7 @@ class Config(Method):
     sample_every: int = option(0, "steps between rows of pictures in samples.png; 0 = never", at_least=0)
     sample_prompts: int = option(8, "prompts in samples.png", above=0)
     sample_steps: int = option(None, "sampling steps of samples.png (default: what suits the model)", above=0)
-    sample_guidance: float = option(None, "guidance scale of samples.png (default: the same)", at_least=0)
+    sample_guidance: float = option(None, "guidance scale of samples.png (default: as well)", at_least=0)
     save_every: int = option(0, "steps between checkpoints; 0 = only at a SIGTERM", at_least=0)
     keep: int = option(1, "checkpoints to keep", above=0)
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
@@ -172,10 +179,13 @@ def read_lists(cfg):
     if cfg.data == "random":
         phi = [1.0, 2 / 3, 1 / 3, 0.0]
         return [{"prompt": "", "phi": phi, "scores": {"random": phi}}] * cfg.global_batch_size
-    votes = ("balanced", "direct", "random_scorer")
-    if cfg.loss in votes and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
-        fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
     stored = cfg.label in ("given", "reversed")
+    if cfg.loss in VOTES and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
+        fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
+    if cfg.label_rewards and (cfg.label.startswith("single:") or (stored and cfg.loss not in VOTES)):
+        fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
+    if cfg.label == "reversed" and cfg.loss == "weighted":
+        fail("--label reversed: turns scores negative, and those cannot weigh an error; take another --loss")
     rows = common.read_metadata(cfg.data, lists=True, labelled=stored)
     if cfg.label_rewards or not stored:
         names, rewards = common.stored_rewards(cfg.data, rows, cfg.label, cfg.label_rewards)
@@ -217,12 +227,12 @@ def list_weights(cfg, row, n):
     return losses.vote_weights(losses.majority_vote(rewards.T[None], cfg.ties, coin))[0]
 
 
-Labels = namedtuple("Labels", "weights phi mask")  # of L lists, K the longest's; what fills up: 0, -1, False
+# of L lists, filled up to the K of the longest: weights by 0, phi by -1, the mask by False
+Labels = namedtuple("Labels", "weights phi mask")
 
 
 def stack_labels(cfg, rows):
     """Labels of L lists: weights (L, [R,] K, K) or (L, K), phi (L, K), mask (L, K) True for real images."""
-    check_objective(cfg, rows)
     weights = [list_weights(cfg, row, n) for n, row in enumerate(rows)]
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
@@ -260,10 +270,8 @@ def check_objective(cfg, rows):
         fail(f"--label_smoothing needs pairs: --loss {', '.join(PAIRWISE)}")
     if cfg.loss == "dro" and 1000 % cfg.sampler_steps:
         fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
-    if cfg.loss == "dro" and cfg.sampler_refresh == 1 and process_rank()[0] == 0:
-        print("--sampler_refresh 1: the negatives' gradient is always exactly zero, they only gate the hinge")
     names = {frozenset(row["scores"]) for row in rows}
-    if cfg.loss in ("balanced", "direct", "random_scorer") and (len(names) > 1 or not rows[0]["scores"]):
+    if cfg.loss in VOTES and (len(names) > 1 or not rows[0]["scores"]):
         fail(
             f"--loss {cfg.loss} needs the scores of every reward for every list: run synpic.py's score stage"
         )
@@ -296,14 +304,17 @@ def complete(cfg, pipe):
     return common.fill_in(cfg, suits, f"{scale} model")
 
 
-def split_lists(cfg, n):
-    """(seen, held): indices of the lists that are trained on, and of those kept to measure accuracy on."""
-    shuffled = np.random.default_rng([cfg.seed, 2**32 - 1]).permutation(n).tolist()
-    held = sorted(shuffled[: round(cfg.holdout * n)])
-    seen = sorted(set(range(n)) - set(held))
-    if not seen:
-        fail(f"--holdout {cfg.holdout} leaves no list of {n} to train on")
-    return seen, held
+def split_lists(cfg, rows):
+    """(seen, held): indices of the lists that are trained on, and of those kept to measure accuracy on. No
+    prompt is in both."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    shuffled = np.random.default_rng([cfg.seed, 2**32 - 1]).permutation(len(prompts))
+    kept = {prompts[i] for i in shuffled[: round(cfg.holdout * len(prompts))]}
+    if len(kept) == len(prompts) or (cfg.holdout and not kept):
+        none = f"leaves no list to {'train on' if kept else 'measure'}"
+        fail(f"--holdout {cfg.holdout} of {len(prompts)} prompts {none}")
+    held = [n for n, row in enumerate(rows) if row["prompt"] in kept]
+    return [n for n, row in enumerate(rows) if row["prompt"] not in kept], held
 
 
 def cache_folder(cfg, rows, dtype):
@@ -410,9 +421,8 @@ def draw(cfg, position, n, shape):
     return u, noise.expand(shape)
 
 
-Batch = namedtuple(
-    "Batch", "x_t t target cond mask weights phi u time"
-)  # N = B K images; B lists from mask on
+# x_t, t, target, cond: a row an image, (N = B K, ...); mask, weights, phi, u, time: a row a list, (B, ...)
+Batch = namedtuple("Batch", "x_t t target cond mask weights phi u time")
 
 
 def load_batch(cfg, read, scheduler, labels, nothing, device, dtype, lists):
@@ -467,7 +477,7 @@ def micro_batches(cfg, step, seen):
 # ----------------------------------------------------------------------------- objective
 
 
-def predict(family, autocast, network, x_t, t, cond, images):
+def predict_some(family, autocast, network, x_t, t, cond, images):
     """What a network predicts of some images (a slice)."""
     with autocast:
         return family.predict(network, x_t[images], t[images], {name: c[images] for name, c in cond.items()})
@@ -536,7 +546,8 @@ def accumulate_gradient(cfg, errors, policy, engine, scale, batch, last=True, im
     with torch.set_grad_enabled(len(parts) == 1):
         err = batch_errors(errors, policy, batch, parts)
 
-    # ---- loss and gradient: what goes back through each image's error is the loss's slope there
+    # ---- loss and gradient, by the chain rule in two steps: dL / d error of every image from the errors
+    # alone; then each part's forward pass sends its own back, so that a list takes the memory of one part
     policy_err = err.detach().requires_grad_()
     loss, metrics = list_loss(cfg, policy_err, ref_err, batch)  # (B,), (B, M)
     slope = torch.zeros_like(policy_err)
@@ -606,20 +617,18 @@ def add_negatives(cfg, scheduler, predict, policy, trained, sampler, batch, list
         return batch
     shape, wide = batch.x_t.shape[1:], batch.x_t.dtype
     noise = [torch.randn(shape, generator=generator_of(cfg, position, n, 2)) for position, n in lists]
-    cond = {name: c[::2] for name, c in batch.cond.items()}
 
-    def denoise(x, t):
+    def predicted(x, t, cond):
         parts = parts_of(x, cfg.images_per_forward)
         return torch.cat([predict(policy, x, t, cond, images) for images in parts]).to(wide)
 
     with exchanged(policy, trained, sampler):
         x_t = batch.x_t.clone()
+        denoise = partial(predicted, cond={name: c[::2] for name, c in batch.cond.items()})
         x_t[1::2] = sampling_path(cfg, scheduler, denoise, torch.stack(noise).to(x_t), batch.u)
+        target = batch.target.clone()
         # of the batch as the errors take it: they are exactly 0 where the copy is the policy
-        parts = parts_of(x_t, cfg.images_per_forward)
-        predicted = torch.cat([predict(policy, x_t, batch.t, batch.cond, images) for images in parts])
-    target = batch.target.clone()
-    target[1::2] = predicted[1::2].to(wide)
+        target[1::2] = predicted(x_t, batch.t, batch.cond)[1::2]
     return batch._replace(x_t=x_t, target=target)
 
 
@@ -665,7 +674,7 @@ def release(model):
             module.reshard()
 
 
-def build_engine(cfg, policy, device, dtype, sharded):
+def build_engine(cfg, family, policy, device, dtype, sharded):
     """(policy, reference, trained, anchors): the network that is trained, the frozen one, and by name the
     parameters of both. With adapters there is no second network: anchors are values, reference is None."""
     policy.eval()  # so that s is exactly 0 where policy = reference
@@ -673,7 +682,9 @@ def build_engine(cfg, policy, device, dtype, sharded):
         policy.to(dtype)
     if cfg.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    values, reference = to_meta(policy) if process_rank()[1] > 1 else None, None
+    reference, values = None, None
+    if process_rank()[1] > 1:
+        values = to_meta(policy)
     if not sharded:
         if values:
             receive(policy, values, device)
@@ -683,7 +694,8 @@ def build_engine(cfg, policy, device, dtype, sharded):
     if cfg.lora_rank:  # small enough to be whole on each process
         pipelines.add_adapters(policy, cfg.lora_rank, dtype)
     else:
-        policy.requires_grad_(True)
+        for name, p in policy.named_parameters():
+            p.requires_grad_(not name.startswith(family.unused(policy)))
         reference = copy.deepcopy(policy).requires_grad_(False)  # if sharded, of the meta device: no memory
     for model in filter(None, (policy, reference) if cfg.compile else ()):
         for module in model.modules():  # diffusers names no repeated blocks of SD3
@@ -809,7 +821,7 @@ def adamw(cfg, device, whole):
     if not cfg.adam_8bit:
         return partial(torch.optim.AdamW, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if not whole:
-        fail("--adam_8bit true: of fp32 weights that are whole on a process; one process, or --lora_rank")
+        fail("--adam_8bit true: needs fp32 weights that are whole on a process: one process, or --lora_rank")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -817,9 +829,10 @@ def adamw(cfg, device, whole):
     return partial(AdamW8bit, weight_decay=cfg.weight_decay)
 
 
-def suits_device(cfg, family, denoiser, item, K, dtype, device):
+def suits_device(cfg, family, denoiser, item, K, dtype, device, room):
     """(the options with the fastest of the memory settings that fits the device, FLOPs of a list of K images,
-    recomputation not counted). Prints the arithmetic; for --device meta, of several GPUs."""
+    recomputation not counted). `room`: bytes to use on it. Prints the arithmetic; for --device meta, of
+    several GPUs."""
     try:
         flops, *sizes = pipelines.count_flops(family, denoiser, item, cfg.lora_rank)
     except Exception as e:  # where nothing is computed: only sizes and kinds can be wrong
@@ -841,12 +854,10 @@ def suits_device(cfg, family, denoiser, item, K, dtype, device):
     if device.type == "meta":
         for gpus, gb in product((1, 8), (24, 40, 80)):
             say(f"{gpus} x {gb} GB:", describe(setting_in(common.USABLE * gb * 1e9, gpus)))
-    room = common.free_bytes(device)
     setting = setting_in(room, world)
     if device.type == "cuda":
         say(f"{room / 1e9:.1f} GB to use on each of {world}:", describe(setting))
-    chosen = {name: value for name, value in setting.items() if hasattr(cfg, name)}
-    return replace(cfg, **chosen), passes * flops / 4
+    return replace(cfg, **setting.options), passes * flops / 4
 
 
 def weight_bytes(cfg, trained, frozen, dtype, world, keep_gathered):
@@ -864,9 +875,11 @@ def weight_bytes(cfg, trained, frozen, dtype, world, keep_gathered):
     return (own + wide * trained) / world + gathered
 
 
+Setting = namedtuple("Setting", "options gb time fits")  # `time`: over that of the least passes
+
+
 def fastest(cfg, K, images, weights, room, world):
-    """{option: value} of the fastest memory setting in `room` bytes, or of the smallest; options that are
-    given stay. `images`: {recompute: bytes an image}, `weights`: keep_gathered -> bytes."""
+    """The fastest memory setting in `room` bytes, or the smallest; options that are given stay. `images`: {recompute: bytes an image}, `weights`: keep_gathered -> bytes."""
     local, sharded = max(1, cfg.global_batch_size // world), world > 1 and not cfg.lora_rank
     machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world)) or 1
     keeps = [sharded and cfg.keep_gathered] if cfg.keep_gathered is not None else {sharded, False}
@@ -885,15 +898,16 @@ def fastest(cfg, K, images, weights, room, world):
         # between machines twice the time
         passes = 4 + 0.8 * recompute + (0 < together < lists * K)
         factor = passes / 4 * (1 if keep or not sharded else 1.2 if machines == 1 else 2)
-        setting = dict(device_batch_size=lists, images_per_forward=together, gradient_checkpointing=recompute)
-        settings.append(dict(setting, keep_gathered=keep, gb=needed / 1e9, time=factor, fits=needed <= room))
-    return min(settings, key=lambda s: (not s["fits"], s["time"] if s["fits"] else s["gb"]))
+        options = dict(device_batch_size=lists, images_per_forward=together, gradient_checkpointing=recompute)
+        options["keep_gathered"] = keep
+        settings.append(Setting(options, needed / 1e9, factor, needed <= room))
+    return min(settings, key=lambda s: (not s.fits, s.time if s.fits else s.gb))
 
 
 def describe(setting):
-    options = [f"--{name} {str(value).lower()}" for name, value in list(setting.items())[:4]]
-    fits = "" if setting["fits"] else ", DOES NOT FIT"
-    return f"{' '.join(options)}: {setting['gb']:.1f} GB, {setting['time']:.2f} x the time{fits}"
+    options = [f"--{name} {str(value).lower()}" for name, value in setting.options.items()]
+    fits = "" if setting.fits else ", DOES NOT FIT"
+    return f"{' '.join(options)}: {setting.gb:.1f} GB, {setting.time:.2f} x the time{fits}"
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -1006,12 +1020,6 @@ CURVES = {
 }
 
 
-def head_of(cfg, rows, dtype, device):
-    """What the log begins with."""
-    told = dict(world=process_rank()[1], precision=str(dtype), even_votes=even_votes(cfg, rows))
-    return dict(told, config=asdict(cfg), **common.provenance(device))
-
-
 class Log:
     """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. tensorboard
     gets the same numbers where it is installed. `flops`: of a list on one device; `peak`: FLOP/s of it."""
@@ -1024,6 +1032,8 @@ class Log:
         if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
             fail(f"{path}: not the log of this run; move it away")
         kept = [row for row in rows if row.get("step", -1) < start_step] or [head]
+        if start_step:  # by another commit, perhaps, on another machine
+            kept[0].setdefault("resumed", []).append({"step": start_step, **head})
         common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file, self.winners, self.skipped = open(path, "a"), [], kept[-1].get("skipped", 0)
         self.start, self.start_step, self.flops, self.peak = time.time(), start_step, flops, peak
@@ -1066,7 +1076,6 @@ class Log:
             self.board.close()
         path = Path(self.file.name)
         head, *rows = [row for _, row in common.read_jsonl(path)]
-        rows = [row for row in rows if "loss" in row]
         common.plot_curves(rows, CURVES, path.with_name("curves.png"))
         return {"Run": head, "Options": head.pop("config", {}), "Last step": rows[-1] if rows else {}}
 
@@ -1100,7 +1109,7 @@ def write_samples(out, prompts, images, step):
     """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far."""
     if step == 0:  # of an earlier run
         common.remove(out / "samples")
-    (_, _, w, _), gap = images.shape, images.shape[2] // 16
+    w, gap = images.shape[2], images.shape[2] // 16
     images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=1)
     row = Image.fromarray((np.concatenate(list(images), axis=1) * 255).round().astype(np.uint8))
     common.publish(out / f"samples/{step:06d}.png", row.save)
@@ -1119,8 +1128,11 @@ def write_samples(out, prompts, images, step):
 @common.one_line_errors
 def main(argv=None):
     cfg = common.parse(Config, __doc__, argv)
+    if cfg.device == "meta" and cfg.data != "random":
+        fail("--device meta: counts and reads no lists; give --data random, with --model as it is")
     cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
+    room = common.free_bytes(device)  # before anything is there
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
     sharded = world > 1 and not cfg.lora_rank
@@ -1132,8 +1144,9 @@ def main(argv=None):
 
     # ---- data and model
     rows = expert_rows(cfg, read_lists(cfg)) if cfg.loss == "dro" else read_lists(cfg)
+    check_objective(cfg, rows)
     labels = stack_labels(cfg, rows)
-    seen, held = split_lists(cfg, len(rows))
+    seen, held = split_lists(cfg, rows)
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
     file_of, todo = lists_to_encode(cfg, rows, dtype)
     # no weights are read but what this process uses
@@ -1152,18 +1165,18 @@ def main(argv=None):
     read = lambda n: load_file(file_of(n))
     if cfg.data == "random":
         read = random_lists(family.shapes(policy.config), k=1 if cfg.loss == "dro" else 4)
-    cfg, flops = suits_device(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype, device)
+    cfg, flops = suits_device(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype, device, room)
     if device.type == "meta":
         return
     nothing = dropped_caption(cfg, pipe, read(seen[0]), device, dtype)
     sample = prepare_samples(cfg, pipe, rows, read(seen[0]), device, dtype, autocast)
-    scheduler, predicts = pipe.scheduler, partial(predict, family, autocast)
+    scheduler, predicts = pipe.scheduler, partial(predict_some, family, autocast)
     load = partial(load_batch, cfg, read, scheduler, labels, nothing, device, dtype)
     pipe = None  # VAE and text encoders have done their work, but for the samples
 
     # ---- policy, reference, optimiser
-    policy, *engine = build_engine(cfg, policy, device, dtype, sharded)
-    _, trained, anchors = engine
+    policy, reference, trained, anchors = build_engine(cfg, family, policy, device, dtype, sharded)
+    engine = reference, trained, anchors
     average = {n: p.detach().clone() for n, p in trained.items()} if cfg.ema else {}
     sampler = {n: p.detach().clone() for n, p in trained.items()} if cfg.loss == "dro" else {}
     negatives = partial(add_negatives, cfg, scheduler, predicts, policy, trained, sampler)
@@ -1175,22 +1188,23 @@ def main(argv=None):
     state = partial(training_state, policy, optimizer, trained, anchors, average, sampler)
     begun_with = load_checkpoint(checkpoint, state()) if checkpoint else parameters
     common.check_finite(begun_with, device, f"{checkpoint or cfg.model}: holds weights that are not finite")
-    if rank == 0:
-        head = dict(head_of(cfg, rows, dtype, device), lists=len(seen), held_out=len(held))
-        log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
     if not start_step:
         sample(0)
+    if rank == 0:
+        head = dict(world=world, precision=str(dtype), even_votes=even_votes(cfg, rows))
+        head.update(lists=len(seen), held_out=len(held), config=asdict(cfg), **common.provenance(device))
+        log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
 
     # ---- the training loop
     bad_steps, stop = 0, []  # steps in a row without a finite gradient; a SIGTERM
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    todo = range(start_step, cfg.steps)
-    pieces = (lists for step in todo for lists in micro_batches(cfg, step, seen))
+    steps_left = range(start_step, cfg.steps)
+    pieces = (lists for step in steps_left for lists in micro_batches(cfg, step, seen))
     batches = common.ahead(load, pieces, depth=1)  # the next one is prepared while one trains
-    for step in (bar := tqdm(todo, "train", cfg.steps, initial=start_step, disable=rank > 0)):
+    for step in (bar := tqdm(steps_left, "train", cfg.steps, initial=start_step, disable=rank > 0)):
         # ---- reference and rate
         if cfg.ref_refresh and step and step % cfg.ref_refresh == 0:
-            release(engine[0])
+            release(reference)
             copy_values(anchors, trained)  # BalancedDPO: ref <- theta
         if cfg.loss == "dro" and step % cfg.sampler_refresh == 0:
             copy_values(sampler, trained)
@@ -1239,7 +1253,8 @@ def main(argv=None):
     about = log.close() if rank == 0 else {}
     pipelines.save_tuned(out / "model", cfg.model, policy, denoiser, cfg.lora_rank > 0, about)
     if rank == 0:
-        print(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
+        tuned = ", and the tuned model in model/" if not cfg.model.startswith("random:") else ""
+        print(f"{out}: log.jsonl, curves.png{tuned}")
     common.wait_for_all(hours=True)  # or one would be gone while another still talks to it
 
 

@@ -1222,8 +1222,8 @@ def stored_row(line):
 
 
 def stored_lines(folder, name):
-    """Yield (file, line number, row or None) of folder/scores/NAME.jsonl and of NAME@0of8.jsonl ... of parallel
-    runs."""
+    """Yield (file, line number, row or None) of folder/scores/NAME.jsonl, and of NAME@0of8.jsonl ... that
+    parallel runs wrote."""
     scores = Path(folder) / "scores"
     for path in [scores / f"{name}.jsonl", *sorted(scores.glob(f"{name}@*.jsonl"))]:
         for n, line in enumerate(score_lines(path), 1):

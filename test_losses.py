@@ -19,6 +19,7 @@ from losses import (
     gain_weights,
     majority_vote,
     model_rank,
+    preference_labels,
     preference_loss,
     preference_probability,
     preference_rank,
@@ -345,6 +346,20 @@ def test_a_mask_equals_the_shorter_list(filler):
     assert long_policy.grad.isfinite().all() and (long_policy.grad[0, 3:] == 0).all()
 
 
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0, 0], [0, 1, 0, 1, 1]])
+def test_a_masked_image_is_not_fine_tuned_on(mask):
+    policy, ref, weights = (rand(1, 5, seed=seed).square() for seed in range(3))
+    here = torch.tensor(mask).bool()
+    short, m = finetuning_loss(policy[:, here], ref[:, here], weights[:, here])
+    filled = policy.masked_fill(~here, float("nan")).requires_grad_()
+    long, n = finetuning_loss(filled, ref, weights, here[None])
+    assert long.item() == pytest.approx(short.item(), rel=1e-6)
+    for k in ("best_s", "worst_s", "weight"):
+        assert n[k].item() == pytest.approx(m[k].item(), abs=1e-6), k
+    long.sum().backward()
+    assert (filled.grad[:, ~here] == 0).all() and (filled.grad[:, here] != 0).all()
+
+
 def test_metrics():
     phi = torch.tensor([[1.0, 0.5, 0.5, 0.0]])
     policy, ref = torch.tensor([[0.1, 0.3, 0.2, 0.5]]), torch.tensor([[0.2, 0.2, 0.2, 0.2]])
@@ -429,6 +444,8 @@ def test_gradcheck():
         ),
         lambda: dpo_loss(torch.ones(1, 3), torch.ones(1, 3), 1.0),
         lambda: preference_rank([1.0, 2.0]),
+        lambda: model_rank(torch.tensor([[float("nan"), 0.0]]), torch.tensor([[1.0, 0.0]])),
+        lambda: preference_labels("single:clip", [torch.ones(3, 2)]),
     ],
 )
 def test_bad_input_is_a_value_error_that_says_what(call):

@@ -446,3 +446,28 @@ def test_a_folder_that_cannot_be_written_is_found_at_once(lists, tiny, tmp_path,
     (tmp_path / "file").write_text("x")
     args = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", tmp_path / "file/out", "--device", "cpu"]
     fails(rankdpo.main, args, "--out", "cannot be written", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ("--label_rewards clip", "--label_rewards"),
+        ("--label single:clip --label_rewards pickscore", "--label_rewards"),
+        ("--label reversed --loss weighted --weight_by clip", "--label reversed"),
+        ("--loss dro --margin 0", "--margin"),
+        ("--device meta", "--data random"),
+        ("--holdout .01", "leaves no list to measure"),
+        ("--holdout .99", "leaves no list to train on"),
+    ],
+)
+def test_options_that_would_be_ignored_or_cannot_be_are_refused(options, says, lists, tiny, tmp_path, capsys):
+    paths = ["--data", lists, "--model", tiny / "sdxl", "--out", tmp_path, "--device", "cpu"]
+    fails(rankdpo.main, [*paths, *options.split()], says, capsys=capsys)
+
+
+def test_no_prompt_is_trained_on_and_held_out():
+    rows = [{"prompt": prompt} for prompt in "abacbdadce"]
+    seen, held = rankdpo.split_lists(rankdpo.Config(holdout=0.4), rows)
+    prompts = lambda of: {rows[n]["prompt"] for n in of}
+    assert sorted(seen + held) == list(range(10)) and len(prompts(held)) == 2
+    assert not prompts(seen) & prompts(held)

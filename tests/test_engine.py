@@ -222,15 +222,19 @@ def test_the_fastest_setting_that_fits_is_taken():
     cfg = rankdpo.Config(global_batch_size=64)
     weights = lambda cfg, gpus: lambda keep: rankdpo.weight_bytes(cfg, 2.567e9, 0, torch.bfloat16, gpus, keep)
     one = pick(cfg, 4, images, weights(cfg, 1), 74e9, 1)
-    assert one["fits"] and one["gradient_checkpointing"] and one["images_per_forward"] == 0
+    assert one.fits and one.options["gradient_checkpointing"] and one.options["images_per_forward"] == 0
     eight = pick(cfg, 4, images, weights(cfg, 8), 74e9, 8)
-    assert eight["keep_gathered"] and not eight["gradient_checkpointing"] and eight["device_batch_size"] == 1
-    assert not pick(cfg, 4, images, weights(cfg, 1), 22e9, 1)["fits"]
+    assert (
+        eight.options["keep_gathered"]
+        and not eight.options["gradient_checkpointing"]
+        and eight.options["device_batch_size"] == 1
+    )
+    assert not pick(cfg, 4, images, weights(cfg, 1), 22e9, 1).fits
     given = rankdpo.Config(global_batch_size=64, images_per_forward=1, keep_gathered=False)
     eight = pick(given, 4, images, weights(given, 8), 22e9, 8)
-    assert eight["fits"] and eight["images_per_forward"] == 1 and not eight["keep_gathered"]
+    assert eight.fits and eight.options["images_per_forward"] == 1 and not eight.options["keep_gathered"]
     cpu = pick(cfg, 4, dict.fromkeys(images, 0), weights(cfg, 1), float("inf"), 1)
-    assert cpu["device_batch_size"] == 32 and cpu["images_per_forward"] == 0 and cpu["time"] == 1
+    assert cpu.options["device_batch_size"] == 32 and cpu.options["images_per_forward"] == 0 and cpu.time == 1
 
 
 def test_memory_of_a_pass_is_counted(tmp_path, capsys):

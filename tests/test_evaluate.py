@@ -261,6 +261,8 @@ def test_other_settings_are_refused_by_name(tiny, compared, tmp_path, capsys):
     args = command(tiny, tmp_path / "out")
     fails(evaluate.main, [*args, "--steps", 3], "out/base", "steps 2 before, 3 now", capsys=capsys)
     fails(evaluate.main, [*args, "--limit", 3], "out/base", "prompts", capsys=capsys)
+    report = [*args, "--stages", "report"]  # what lies there is told as what it is
+    fails(evaluate.main, [*report, "--steps", 3], "out/base", "steps 2 before, 3 now", capsys=capsys)
     swapped = [a.replace("other=", "same2=").replace("same=", "other=") for a in args]
     fails(evaluate.main, swapped, "out/other", "other weights", capsys=capsys)
 
@@ -370,6 +372,10 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
     args = command(tiny, tmp_path / "out", models=("base={}/sdxl", "other={}/sd15"))
     args += ["--bench", "geneval", "--prompts", tmp_path, "--bench_models", "detector=mine", "--limit", 4]
     evaluate.main([*map(str, args), "--rewards", rewards(tiny)[0]])
+    own = [*map(str, args), "--out", str(tmp_path / "own")]  # no rewards: its own metric alone
+    del own[own.index("--rewards") : own.index("--rewards") + 4]
+    evaluate.main(own)
+    assert list(results(tmp_path / "own")["models"]["other"]["means"]) == ["geneval"]
     r, report = results(tmp_path / "out"), (tmp_path / "out/report.md").read_text()
     pair = r["models"]["other"]["against"]["base"]["geneval"]
     assert (
@@ -388,6 +394,13 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
     assert results(tmp_path / "again")["scores"] == r["scores"]
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
     fails(evaluate.main, again, "other=", "of another prompt")
+
+
+def test_a_metric_without_a_judge_is_left_out():
+    """T2I-CompBench's spatial prompts alone: all NaN."""
+    scores = {"spatial": np.full((4, 2), np.nan), "clip": np.arange(8.0).reshape(4, 2)}
+    found = evaluate.compare({"a": scores, "b": scores}, ["x"] * 4, seed=0)
+    assert found["b"]["means"] == {"clip": 3.5} and list(found["b"]["against"]["a"]) == ["clip"]
 
 
 def test_the_rules_of_geneval_are_here_too(compared):

@@ -244,6 +244,17 @@ def test_adapters_are_trained_and_diffusers_loads_them(name, lists, root, tmp_pa
     assert not torch.equal(*(m.transformer_blocks[0].attn.to_q.weight for m in (before, after)))
 
 
+@NAMES
+def test_all_weights_go_on_from_a_checkpoint(name, lists, root, tmp_path):
+    """Also where some never get a gradient, and so no moments: of Qwen-Image's last block the text's."""
+    args = (lists, root, tmp_path, "--save_every", 2)
+    whole = train(*args, model=name)
+    shutil.rmtree(tmp_path / "model")
+    again = train(*args, model=name)
+    assert (tmp_path / "model").exists() and [r["loss"] for r in again[1:]] == [r["loss"] for r in whole[1:]]
+    assert [part["step"] for part in again[0]["resumed"]] == [2] and "commit" in again[0]["resumed"][0]
+
+
 def test_two_processes_give_the_curve_of_one(lists, root, tmp_path):
     name = "qwen"
     one = train(lists, root, tmp_path / "one", "--device_batch_size", 2, model=name)

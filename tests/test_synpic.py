@@ -396,6 +396,10 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
     texts = lambda name, **more: [row["prompt"] for row in common.read_prompts(tmp_path / name, **more)]
     for kind in ("txt", "jsonl", "csv", "tsv", "parquet"):
         assert texts(f"a.{kind}") == want, kind
+    (tmp_path / "b.tsv").write_text('Prompt\tCategory\n"hello" said the cat\tX\n"a dog\tY\na cat\tZ\n')
+    assert texts("b.tsv") == ['"hello" said the cat', '"a dog', "a cat"]
+    (tmp_path / "b.csv").write_text("text,prompt\nwrong,right\n")
+    assert texts("b.csv") == ["right"]
     assert "1 blank and 1 repeated" in capsys.readouterr().out
     assert texts("a.csv", limit=1, offset=1) == want[1:2]
     assert texts("a.tsv", column="Category") == ["X", "Y", "Z"]
@@ -482,7 +486,8 @@ def test_labels_that_cannot_be_are_refused_by_both(lists, capsys):
     for main, args in ((rankdpo.main, train), (synpic.main, label)):
         fails(main, [*args, "--label", "voting"], "--label voting", "majority", capsys=capsys)
         fails(main, [*args, "--label", "single:mps"], "no such scores: mps", "clip", capsys=capsys)
-    fails(rankdpo.main, [*train, "--label_rewards", "clip", "mps"], "no such scores: mps", capsys=capsys)
+    some = [*train, "--label", "phi", "--label_rewards", "clip", "mps"]
+    fails(rankdpo.main, some, "no such scores: mps", capsys=capsys)
     fails(synpic.main, [*label, "--rewards", "clip", "mps"], "no such scores: mps", capsys=capsys)
     fails(rankdpo.main, [*train, "--loss", "balanced", "--label", "sum"], "at no phi", capsys=capsys)
 
@@ -541,6 +546,34 @@ def test_lists_from_elsewhere_are_scored_labelled_and_trained_on(tiny, tmp_path,
     assert rows_of(tmp_path)[0]["scores"]["clip"] == [7.0, 8.0]  # scores made since are taken
     assert train(tmp_path, tiny, tmp_path / "run", "--global_batch_size", "4")[-1]["step"] == 2
     fails(synpic.main, [*label, "--label", "single:mps"], "no such scores", "clip", capsys=capsys)
+
+
+def test_only_scores_that_can_be_trusted_label(lists, tiny, tmp_path, capsys):
+    """Those of the exact checker do not, nor those of a picture that was replaced; no reward is left out
+    because the first list lacks it."""
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    rows, label = rows_of(out), ["--out", str(out), "--stages", "label"]
+    files = rows[0]["file_names"]
+    line = dict(prompt=rows[0]["prompt"], file_names=files, scores=[1.0] * len(files))
+    (out / "scores/toyworld.jsonl").write_text(json.dumps(line) + "\n")
+    synpic.main(label)
+    assert rows_of(out) == rows
+    Image.new("RGB", (32, 32), "red").save(out / files[0])
+    fails(synpic.main, label, "row 1: no scores of", capsys=capsys)
+    shutil.rmtree(out / "scores")
+    del rows[0]["scores"]["clip"]
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fails(synpic.main, label, "row 1: no scores of clip", capsys=capsys)
+
+
+def test_another_base_of_the_same_adapters_is_another_model(tiny, tmp_path):
+    (tmp_path / "adapters").mkdir()
+    shutil.copy(tiny / "sdxl/unet/diffusion_pytorch_model.safetensors", tmp_path / "adapters")
+    cfg, rows = synpic.Config(), [("a circle", ["a.png"])]
+    model = lambda base: dict(name="m", seed=0, path=f"{base}+{tmp_path}/adapters")
+    one, other = (synpic.settings_of(cfg, rows, [model(base)]) for base in ("org/one", "org/other"))
+    assert one["models"] != other["models"]
 
 
 def test_the_summary_counts_what_is_there(lists):

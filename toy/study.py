@@ -147,7 +147,8 @@ def distance(images, prompts):
 
 
 def colour_bits(images, prompts):
-    """Entropy of the colours in pictures whose prompt names none; log2(6) = 2.58 is even."""
+    """Entropy of the colours in pictures whose prompt names none; log2(6) = 2.58 is even. Every object counts
+    once, where evaluate.py's table counts every picture once."""
     free = [all(c is None for _, c in grammar()[p]["objects"]) for p in prompts]
     seen = Counter(o[1] for ok, image in zip(free, images) if ok for o in find_objects(image))
     return float(entropy(np.array(list(seen.values())) / max(1, sum(seen.values()))))
@@ -219,17 +220,18 @@ def cpu_seconds():
 
 
 def train(cfg, method, lr, seed, out):
-    """One run of rankdpo.py -> what its line says of the training; a problem, if that is how it ended."""
+    """One run of rankdpo.py -> what its line says of the training; a problem, if it ruined its weights."""
     options = [one_generator(cfg) if o == "ONE" else o for o in METHODS[method].options.split()]
     size = ["--steps", cfg.steps, "--global_batch_size", cfg.lists, "--device_batch_size", cfg.lists]
     how = ["--lr", lr, "--seed", seed, "--out", out, "--resume", "false", "--device", "cpu", *size]
     command = [sys.executable, TOY.parent / "rankdpo.py", "--model", BASE, "--data", cfg.data, *how, *options]
     wall, cpu = time.time(), cpu_seconds()
     done = subprocess.run([str(a) for a in command], stderr=subprocess.PIPE, text=True)
-    if done.returncode == 1:  # not stopped from outside: that is its result
-        return dict(problem=done.stderr.strip().splitlines()[-1])
     if done.returncode:
-        fail(f"{out}: the trainer was stopped; the same command goes on", done.returncode)
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        if "not finite" in said or "three times in a row" in said:
+            return dict(problem=said)
+        fail(f"{out}: the trainer was stopped ({said}); the same command goes on")
     log = [row for _, row in read_jsonl(Path(out) / "log.jsonl")]
     norms, largest = np.array([row["grad_norm"] for row in log[1:]]), log[0]["config"]["max_grad_norm"]
     return dict(
@@ -259,12 +261,18 @@ def run(cfg, job, base):
 
 
 def read_results(cfg):
-    path = Path(cfg.results)
-    return [line for _, line in read_jsonl(path, torn_end=True)] if path.is_file() else []
+    path, lines = Path(cfg.results), []
+    for n, line in read_jsonl(path, torn_end=True) if path.is_file() else ():
+        if line.get("steps", cfg.steps) != cfg.steps or line.get("lists", cfg.lists) != cfg.lists:
+            fail(f"{path}, line {n}: a run of other --steps or --lists; name another file with --results")
+        lines.append(line)
+    return lines
 
 
 def run_all(cfg):
     """Job after job that no line tells of and no other process is at."""
+    if not (Path(cfg.data) / "metadata.jsonl").is_file():
+        fail(f"--data {cfg.data}: no metadata.jsonl there; python synpic.py makes it")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     results, tried = Path(cfg.results), set()
     if results.is_file() and not (text := results.read_text()).endswith("\n"):  # killed while it wrote
