@@ -76,6 +76,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one proces
 VOTES = ("balanced", "direct", "random_scorer")  # they look at scores, at no phi
 PAIRWISE = ("rankdpo", "dpo", "gain", *VOTES)
 LOSSES = (*PAIRWISE, "sft", "weighted", "dro")
+STORED = ("given", "reversed")  # labels that need no scores: the phi that is there
 UNSEEN = 2**40  # the position of held-out lists: no step has it
 SUITS = {  # (--beta, --lr, --lr of adapters) where they are not given, by the scale of the model
     "toy": (100.0, 2e-4, 2e-4),
@@ -170,22 +171,58 @@ class Config(Method):
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
 
 
+# ----------------------------------------------------------------------------- what does not fit together
+
+
+def check_options(cfg):
+    """What is wrong whatever the data holds."""
+    world = process_rank()[1]
+    if cfg.device == "meta" and cfg.data != "random":
+        fail("--device meta: counts and reads no lists; give --data random, with --model as it is")
+    if cfg.global_batch_size % world:
+        fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
+    common.check_label(cfg.label, (*STORED, *losses.LABELS))
+    if cfg.loss in VOTES and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
+        fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
+    looks = not cfg.label.startswith("single:") and (cfg.label not in STORED or cfg.loss in VOTES)
+    if cfg.label_rewards and not looks:
+        fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
+    if cfg.label == "reversed" and cfg.loss == "weighted":
+        fail("--label reversed: turns scores negative, and those cannot weigh an error; take another --loss")
+    if cfg.rank_by == "model" and cfg.loss != "rankdpo":
+        fail(f"--rank_by model is of --loss rankdpo; {cfg.loss} has no rank in its weights")
+    if cfg.label_smoothing and cfg.loss not in PAIRWISE:
+        fail(f"--label_smoothing needs pairs: --loss {', '.join(PAIRWISE)}")
+    if cfg.loss == "dro" and 1000 % cfg.sampler_steps:
+        fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
+
+
+def check_scores(cfg, rows):
+    """The scores that --loss looks at are there."""
+    names = {frozenset(row["scores"]) for row in rows}
+    if cfg.loss in VOTES and (len(names) > 1 or not rows[0]["scores"]):
+        wanted = "needs the scores of every reward for every list"
+        fail(f"--loss {cfg.loss} {wanted}: run synpic.py's score stage")
+    if cfg.loss == "weighted":
+        there = ", ".join(sorted(frozenset.intersection(*names))) or "none"
+        if lacking := [n for n, row in enumerate(rows, 1) if cfg.weight_by not in row["scores"]]:
+            missing = f"{cfg.data}/metadata.jsonl, list {lacking[0]}: no scores of {cfg.weight_by}"
+            fail(f"{missing}; name another reward with --weight_by (every list has {there})")
+        unusable = np.mean([x <= 0 for row in rows for x in row["scores"][cfg.weight_by]])
+        if unusable >= 0.5:
+            share = f"{unusable:.0%} of the scores are not positive and cannot weigh an error"
+            fail(f"--weight_by {cfg.weight_by}: {share}; name another reward (there are {there})")
+
+
 # ----------------------------------------------------------------------------- data: ranked lists
 
 
 def read_lists(cfg):
     """Rows of metadata.jsonl with the phi that --label asks for, and the scores that count."""
-    common.check_label(cfg.label, ("given", "reversed", *losses.LABELS))
     if cfg.data == "random":
         phi = [1.0, 2 / 3, 1 / 3, 0.0]
         return [{"prompt": "", "phi": phi, "scores": {"random": phi}}] * cfg.global_batch_size
-    stored = cfg.label in ("given", "reversed")
-    if cfg.loss in VOTES and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
-        fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
-    if cfg.label_rewards and (cfg.label.startswith("single:") or (stored and cfg.loss not in VOTES)):
-        fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
-    if cfg.label == "reversed" and cfg.loss == "weighted":
-        fail("--label reversed: turns scores negative, and those cannot weigh an error; take another --loss")
+    stored = cfg.label in STORED
     rows = common.read_metadata(cfg.data, lists=True, labelled=stored)
     if cfg.label_rewards or not stored:
         names, rewards = common.stored_rewards(cfg.data, rows, cfg.label, cfg.label_rewards)
@@ -262,30 +299,6 @@ def expert_rows(cfg, rows):
     return [row for _, row in best]
 
 
-def check_objective(cfg, rows):
-    """The options fit --loss, and the scores that it looks at are there."""
-    if cfg.rank_by == "model" and cfg.loss != "rankdpo":
-        fail(f"--rank_by model is of --loss rankdpo; {cfg.loss} has no rank in its weights")
-    if cfg.label_smoothing and cfg.loss not in PAIRWISE:
-        fail(f"--label_smoothing needs pairs: --loss {', '.join(PAIRWISE)}")
-    if cfg.loss == "dro" and 1000 % cfg.sampler_steps:
-        fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
-    names = {frozenset(row["scores"]) for row in rows}
-    if cfg.loss in VOTES and (len(names) > 1 or not rows[0]["scores"]):
-        fail(
-            f"--loss {cfg.loss} needs the scores of every reward for every list: run synpic.py's score stage"
-        )
-    if cfg.loss == "weighted":
-        there = ", ".join(sorted(frozenset.intersection(*names))) or "none"
-        if lacking := [n for n, row in enumerate(rows, 1) if cfg.weight_by not in row["scores"]]:
-            missing = f"{cfg.data}/metadata.jsonl, list {lacking[0]}: no scores of {cfg.weight_by}"
-            fail(f"{missing}; name another reward with --weight_by (every list has {there})")
-        unusable = np.mean([x <= 0 for row in rows for x in row["scores"][cfg.weight_by]])
-        if unusable >= 0.5:
-            share = f"{unusable:.0%} of the scores are not positive and cannot weigh an error"
-            fail(f"--weight_by {cfg.weight_by}: {share}; name another reward (there are {there})")
-
-
 def even_votes(cfg, rows):
     """--loss balanced: share of the pairs of all lists for whose images equally many rewards vote."""
     if cfg.loss != "balanced":
@@ -293,6 +306,19 @@ def even_votes(cfg, rows):
     votes = [losses.majority_vote(torch.tensor(list(row["scores"].values())).T) for row in rows]  # (K, K)
     even = sum((vote == 0).sum().item() - len(vote) for vote in votes)  # each pair twice; not the diagonal
     return even / sum(len(vote) * (len(vote) - 1) for vote in votes)
+
+
+def load_base(cfg, device, todo):
+    """The pipeline of --model, with no weights but what this process uses, and its family."""
+    encoders = bool(todo or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))
+    loaded_on = device if cfg.model.startswith("random:") else "cpu"
+    denoiser = process_rank()[0] == 0
+    pipe = pipelines.load_pipeline(cfg.model, loaded_on, denoiser=denoiser, encoders=encoders)
+    common.wait_for_all(hours=True)  # the first process may have fetched them from the hub
+    family = pipelines.family_of(pipe, trainable=True)
+    if encoders and (missing := [name for name in family.encoders if getattr(pipe, name) is None]):
+        fail(f"{cfg.model}: has no {', '.join(missing)}, which lists, samples or dropped captions need")
+    return pipe, family
 
 
 def complete(cfg, pipe):
@@ -879,7 +905,8 @@ Setting = namedtuple("Setting", "options gb time fits")  # `time`: over that of 
 
 
 def fastest(cfg, K, images, weights, room, world):
-    """The fastest memory setting in `room` bytes, or the smallest; options that are given stay. `images`: {recompute: bytes an image}, `weights`: keep_gathered -> bytes."""
+    """The fastest memory setting in `room` bytes, or the smallest; options that are given stay. `images`:
+    {recompute: bytes an image}, `weights`: keep_gathered -> bytes."""
     local, sharded = max(1, cfg.global_batch_size // world), world > 1 and not cfg.lora_rank
     machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world)) or 1
     keeps = [sharded and cfg.keep_gathered] if cfg.keep_gathered is not None else {sharded, False}
@@ -1031,7 +1058,7 @@ class Log:
         numbers = ["step", "skipped", *(key for lines in CURVES.values() for key in lines)]
         if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
             fail(f"{path}: not the log of this run; move it away")
-        kept = [row for row in rows if row.get("step", -1) < start_step] or [head]
+        kept = [row for row in rows if row.get("step", -1) < start_step] or [dict(head)]
         if start_step:  # by another commit, perhaps, on another machine
             kept[0].setdefault("resumed", []).append({"step": start_step, **head})
         common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -1128,13 +1155,10 @@ def write_samples(out, prompts, images, step):
 @common.one_line_errors
 def main(argv=None):
     cfg = common.parse(Config, __doc__, argv)
-    if cfg.device == "meta" and cfg.data != "random":
-        fail("--device meta: counts and reads no lists; give --data random, with --model as it is")
+    check_options(cfg)
     cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
     room = common.free_bytes(device)  # before anything is there
-    if cfg.global_batch_size % world:
-        fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
     sharded = world > 1 and not cfg.lora_rank
     scale = (world if sharded else 1) / cfg.global_batch_size  # mean over lists; FSDP averages over processes
     dtype = common.pick_dtype(cfg.precision, device)
@@ -1144,19 +1168,13 @@ def main(argv=None):
 
     # ---- data and model
     rows = expert_rows(cfg, read_lists(cfg)) if cfg.loss == "dro" else read_lists(cfg)
-    check_objective(cfg, rows)
+    check_scores(cfg, rows)
     labels = stack_labels(cfg, rows)
     seen, held = split_lists(cfg, rows)
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
     file_of, todo = lists_to_encode(cfg, rows, dtype)
-    # no weights are read but what this process uses
-    encoders = bool(todo or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))
-    loaded_on = device if cfg.model.startswith("random:") else "cpu"
-    pipe = pipelines.load_pipeline(cfg.model, loaded_on, denoiser=rank == 0, encoders=encoders)
-    common.wait_for_all(hours=True)  # the first process may have fetched them from the hub
-    family, (denoiser, policy) = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)
-    if encoders and (missing := [name for name in family.encoders if getattr(pipe, name) is None]):
-        fail(f"{cfg.model}: has no {', '.join(missing)}, which lists, samples or dropped captions need")
+    pipe, family = load_base(cfg, device, todo)
+    denoiser, policy = pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
     now = identity(cfg, rows)
     checkpoint, start_step = find_checkpoint(cfg, now)
@@ -1253,8 +1271,7 @@ def main(argv=None):
     about = log.close() if rank == 0 else {}
     pipelines.save_tuned(out / "model", cfg.model, policy, denoiser, cfg.lora_rank > 0, about)
     if rank == 0:
-        tuned = ", and the tuned model in model/" if not cfg.model.startswith("random:") else ""
-        print(f"{out}: log.jsonl, curves.png{tuned}")
+        print(f"{out}: log.jsonl, curves.png and, but for random weights, the tuned model in model/")
     common.wait_for_all(hours=True)  # or one would be gone while another still talks to it
 
 

@@ -52,11 +52,12 @@ def test_fine_tuning_weighs_by_comparisons_won_and_by_scores(lists):
 
 def test_what_an_objective_lacks_is_said_before_anything_is_loaded(lists):
     rows = [{"phi": [1.0, 0.0], "scores": {"clip": [-1.0, 0.2]}, "prompt": "", "file_names": []}] * 2
-    check = lambda says, **options: fails(
-        lambda _: rankdpo.check_objective(config(data="x", **options), rows), [], *says
+    scores = lambda says, **options: fails(
+        lambda _: rankdpo.check_scores(config(data="x", **options), rows), [], *says
     )
-    check(["list 1", "hpsv2.1", "--weight_by", "every list has clip"], loss="weighted")
-    check(["--weight_by clip", "50%", "not positive"], loss="weighted", weight_by="clip")
+    scores(["list 1", "hpsv2.1", "--weight_by", "every list has clip"], loss="weighted")
+    scores(["--weight_by clip", "50%", "not positive"], loss="weighted", weight_by="clip")
+    check = lambda says, **options: fails(lambda _: rankdpo.check_options(config(**options)), [], *says)
     check(["--rank_by model", "--loss rankdpo"], rank_by="model", loss="dpo")
     check(["--label_smoothing", "pairs"], label_smoothing=0.1, loss="sft")
 
