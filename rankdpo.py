@@ -867,7 +867,7 @@ def suits_device(cfg, family, denoiser, item, K, dtype, device, room):
     (rank, world), trained = process_rank(), sizes[0]
     say = print if rank == 0 else lambda *_: None
     cost = f"a list of {K} takes {passes * flops / 4e12:.1f} TFLOP"
-    say(f"{cfg.loss}: {trained / 1e6:.1f} M parameters are trained in {dtype}, {cost}")
+    say(f"{cfg.loss}: {trained / 1e6:.1f} M parameters are trained, computed in {dtype}; {cost}")
     images = dict.fromkeys((False, True), 0)
     if device.type in ("cuda", "meta"):
         count = partial(pipelines.count_bytes, family, denoiser, item, cfg.lora_rank, dtype)
