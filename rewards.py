@@ -1180,8 +1180,11 @@ def reward_version(spec):
 def files_version(parts, source):
     """The hash of `parts` and of the weights, config and tokenizer of a local file or folder."""
     parts, path = list(parts), Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in files if source else ():
+    if not source:  # Path("") would be the working directory
+        files = []
+    else:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
         if file == path or file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
             parts.append([file.name, *ends_of(file, 1 << 20)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

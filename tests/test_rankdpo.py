@@ -136,7 +136,7 @@ def test_twenty_kills_at_random_moments_change_nothing(uneven, tiny, tmp_path):
     """kill -9, start again, until it ends: curve and weights of a run that nobody killed, bit for bit."""
     rng, kills = random.Random(1), 0
     command = lambda out: options(
-        uneven, tiny, out, "--ref_refresh", 4, "--ema", 0.9, "--save_every", 1, "--keep", 2, "--steps", 12
+        uneven, tiny, out, "--ref_refresh", 4, "--ema", 0.9, "--save_every", 1, "--keep", 2, "--steps", 8
     )
     for out in ("warm", "whole"):
         began = time.time()

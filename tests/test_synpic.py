@@ -446,7 +446,7 @@ def test_lists_of_several_lengths_share_one_scale_and_keep_their_places():
     for r in rewards:
         r[:, 1] *= 50 if len(r) == 2 else 0.1
     scale = torch.cat(rewards).std(0)
-    for label in ("phi", "normalized_sum", "majority", "single:x"):
+    for label in ("phi", "normalized_sum", "majority"):
         for r, phi in zip(rewards, preference_labels(label, rewards)):
             beats = r[:, None] > r  # (K, K, R)
             if label == "normalized_sum":

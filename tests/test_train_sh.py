@@ -4,13 +4,14 @@ pytest -q tests/test_train_sh.py
 """
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import HERE, log_of, rewards, together
+from conftest import HERE, child, log_of, rewards, together
 
 import evaluate
 import rankdpo
@@ -118,18 +119,30 @@ def test_every_command_of_the_recipes_runs_on_tiny_models(tiny, tmp_path, task):
     assert log_of(tmp_path / "rankdpo")[0]["world"] == 2 and (tmp_path / "rankdpo/samples.png").is_file()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "rankdpo.py --data nowhere",
-        "synpic.py --prompts nowhere",
-        "evaluate.py --prompts nowhere.txt --models a=b c=d",
-        "rewards.py --image nowhere",
-        "toy/build.py --only everything",
-    ],
+WRONG = (
+    "rankdpo.py --data nowhere",
+    "synpic.py --prompts nowhere",
+    "evaluate.py --prompts nowhere.txt --models a=b c=d",
+    "rewards.py --image nowhere",
+    "toy/build.py --only everything",
 )
-def test_scripts_fail_with_one_line_on_the_command_line(command):
-    command = [sys.executable, *command.split()]
+
+
+def as_script(command):
+    sys.argv = [str(HERE / command[0]), *command[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_scripts_fail_with_one_line_on_the_command_line(command, tmp_path):
+    process = child(as_script, command.split(), tmp_path / "said")
+    process.join()
+    says = (tmp_path / "said").read_text()
+    assert process.exitcode != 0 and "Traceback" not in says
+    assert len(says.strip().splitlines()) == 1, says
+
+
+def test_an_interpreter_of_its_own_says_nothing_else():
+    command = [sys.executable, *WRONG[0].split()]
     p = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert p.returncode != 0 and "Traceback" not in p.stderr
-    assert len(p.stderr.strip().splitlines()) == 1, p.stderr
+    assert p.returncode == 1 and len((p.stdout + p.stderr).strip().splitlines()) == 1, p.stderr
