@@ -31,8 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
+    appending,
     fail,
-    lock,
+    parallel_files,
     parse_json,
     process_rank,
     prompt_rows,
@@ -41,6 +42,7 @@ from common import (
     read_jsonl,
     read_text,
     wait_for_all,
+    whole_lines,
     write_text,
 )
 from rewards import (
@@ -56,7 +58,6 @@ from rewards import (
     one_line,
     picture_version,
     pretrained,
-    score_lines,
     tokenize,
 )
 
@@ -386,26 +387,21 @@ def measured(folder, name, sources, load, jobs, device, batch_size):
     of which must call this), answer as an unbroken one does."""
     (rank, world), place = process_rank(), Path(folder) / "measured"
     path = place / (f"{name}@{rank}of{world}.jsonl" if world > 1 else f"{name}.jsonl")
-    place.mkdir(parents=True, exist_ok=True)
     version = [files_version([role, 1, source], local_folder(source)) for role, source in sources.items()]
     keys = {job: ("-".join(version), job[0], picture_version(f"{folder}/{job[0]}"), job[1]) for job in jobs}
-    with lock(place / f".{path.stem}.lock", f"{path}: another run is measuring there"):
-        whole, answer = b"".join(line + b"\n" for line in score_lines(path)), None
-        if path.is_file() and path.stat().st_size > len(whole):  # a killed run's last line is torn
-            publish(path, lambda tmp: tmp.write_bytes(whole))
-        known = stored_answers(place, name)
-        with open(path, "ab") as f:
-            starts = range(rank * batch_size, len(jobs), world * batch_size)
-            for start in tqdm(starts, desc=f"measure {name}", unit="batch", disable=rank > 0):
-                batch = jobs[start : start + batch_size]
-                if all(keys[job] in known or keys[job][2] is None for job in batch):
-                    continue
-                answer = answer or loaded(load, sources, device)
-                answers = answer([Path(folder) / file for file, _ in batch], [text for _, text in batch])
-                for key, value in zip((keys[job] for job in batch), answers):
-                    if value is not None and key not in known:
-                        f.write(json.dumps([*key, value]).encode() + b"\n")
-                        f.flush()
+    with appending(path, "another run is measuring there") as f:
+        known, answer = stored_answers(place, name), None
+        starts = range(rank * batch_size, len(jobs), world * batch_size)
+        for start in tqdm(starts, desc=f"measure {name}", unit="batch", disable=rank > 0):
+            batch = jobs[start : start + batch_size]
+            if all(keys[job] in known or keys[job][2] is None for job in batch):
+                continue
+            answer = answer or loaded(load, sources, device)
+            answers = answer([Path(folder) / file for file, _ in batch], [text for _, text in batch])
+            for key, value in zip((keys[job] for job in batch), answers):
+                if value is not None and key not in known:
+                    f.write(json.dumps([*key, value]).encode() + b"\n")
+                    f.flush()
     wait_for_all(hours=True)
     known = stored_answers(place, name)
     return {job: known.get(key) for job, key in keys.items()}
@@ -420,8 +416,8 @@ def local_folder(source):
 def stored_answers(place, name):
     """{(models, file, picture, question): answer} of NAME.jsonl and of the files of parallel runs."""
     known = {}
-    for path in [place / f"{name}.jsonl", *sorted(place.glob(f"{name}@*.jsonl"))]:
-        for line in score_lines(path):
+    for path in parallel_files(place, name):
+        for line in whole_lines(path):
             with suppress(ValueError, TypeError):  # what is no row of ours is answered anew
                 *key, answer = parse_json(line.decode())
                 known[tuple(key)] = answer

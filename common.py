@@ -390,6 +390,32 @@ def lock(path, message="", shared=False, wait=False):
         os.close(f)
 
 
+# ----------------------------------------------------------------------------- append-only files
+
+
+def whole_lines(path):
+    """The lines of such a file, as bytes, without what a killed run left of a last one."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def parallel_files(folder, name):
+    """folder/NAME.jsonl and the NAME@0of8.jsonl ... of processes that work side by side."""
+    return [Path(folder) / f"{name}.jsonl", *sorted(Path(folder).glob(f"{name}@*.jsonl"))]
+
+
+@contextmanager
+def appending(path, busy, keep=lambda line: True):
+    """The file, open to append to, without a torn last line and lines that are not to `keep`. Its lock is
+    held meanwhile; `busy` says why this fails where another process holds it."""
+    path.parent.mkdir(exist_ok=True)
+    with lock(path.with_name(f".{path.stem}.lock"), f"{path}: {busy}"):
+        whole = b"".join(line + b"\n" for line in whole_lines(path) if keep(line))
+        if path.is_file() and path.read_bytes() != whole:
+            publish(path, lambda tmp: tmp.write_bytes(whole))
+        with open(path, "ab") as f:
+            yield f
+
+
 # ----------------------------------------------------------------------------- reading
 
 
@@ -649,12 +675,10 @@ def read_pixels(path, resolution):
 
 def plot_curves(rows, panels, path):
     """Rows of a log -> a PNG: a panel {title: {key: label}} each, smoothed over a twentieth of its length."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), constrained_layout=True)
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for axis, (title, lines) in zip(axes, panels.items()):
         for key, label in lines.items():
             y = np.array([np.nan if row[key] is None else row[key] for row in rows])
@@ -667,7 +691,6 @@ def plot_curves(rows, panels, path):
             axis.axhline(0, color="k", lw=0.5)
             axis.legend()
     publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
-    plt.close(figure)
 
 
 def picture_grid(rows, path, side=128):

@@ -61,18 +61,19 @@ from tqdm import tqdm
 from common import (
     HERE,
     ahead,
+    appending,
     ends_of,
     fail,
-    lock,
     one_line_errors,
     open_image,
     option,
+    parallel_files,
     parse,
     parse_json,
     pick_device,
-    publish,
     read_metadata,
     read_text,
+    whole_lines,
     writable_folder,
 )
 
@@ -1205,11 +1206,6 @@ def picture_hash(path, changed, size):
     return hashlib.sha256(repr(ends_of(path, 4096)).encode()).hexdigest()[:12]
 
 
-def score_lines(path):
-    """The lines of a scores file, without what a killed run left of a last one."""
-    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-
-
 def stored_row(line):
     """A line of scores/NAME.jsonl as a dict; None if it is no row of scores."""
     try:
@@ -1225,11 +1221,9 @@ def stored_row(line):
 
 
 def stored_lines(folder, name):
-    """Yield (file, line number, row or None) of folder/scores/NAME.jsonl, and of NAME@0of8.jsonl ... that
-    parallel runs wrote."""
-    scores = Path(folder) / "scores"
-    for path in [scores / f"{name}.jsonl", *sorted(scores.glob(f"{name}@*.jsonl"))]:
-        for n, line in enumerate(score_lines(path), 1):
+    """Yield (file, line number, row or None) of folder/scores/NAME.jsonl, and of those of parallel runs."""
+    for path in parallel_files(Path(folder) / "scores", name):
+        for n, line in enumerate(whole_lines(path), 1):
             yield path, n, stored_row(line)
 
 
@@ -1313,22 +1307,17 @@ def score_rows(
     scorer = (load or load_reward)(spec, device)
     bar = tqdm(total=total, desc=f"score {name}", unit="image") if bar is None else nullcontext(bar)
     try:
-        path.parent.mkdir(exist_ok=True)
-        with lock(path.with_name(f".{path.stem}.lock"), f"{path}: another run is scoring there"):
-            rows_only = b"".join(line + b"\n" for line in score_lines(path) if stored_row(line))
-            if path.is_file() and path.read_bytes() != rows_only:
-                publish(path, lambda tmp: tmp.write_bytes(rows_only))
-            with open(path, "ab") as f, bar as bar:
-                for i, results in stream_rows(scorer, folder, rows, todo, batch_size):
-                    row = row_of_scores(folder, *rows[i], results, version)
-                    if row["scores"] is None and on_error == "stop":
-                        advice = "mend that row, or leave such rows out with --on_error skip"
-                        fail(f"reward {spec}: {row['problem']}; {advice}")
-                    if row["scores"] is None:
-                        skipped[i] = row["problem"]
-                    f.write(json.dumps(row).encode() + b"\n")
-                    f.flush()
-                    bar.update(len(results))
+        with appending(path, "another run is scoring there", keep=stored_row) as f, bar as bar:
+            for i, results in stream_rows(scorer, folder, rows, todo, batch_size):
+                row = row_of_scores(folder, *rows[i], results, version)
+                if row["scores"] is None and on_error == "stop":
+                    advice = "mend that row, or leave such rows out with --on_error skip"
+                    fail(f"reward {spec}: {row['problem']}; {advice}")
+                if row["scores"] is None:
+                    skipped[i] = row["problem"]
+                f.write(json.dumps(row).encode() + b"\n")
+                f.flush()
+                bar.update(len(results))
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk has no name
         raise

@@ -274,9 +274,10 @@ def run_all(cfg):
     if not (Path(cfg.data) / "metadata.jsonl").is_file():
         fail(f"--data {cfg.data}: no metadata.jsonl there; python synpic.py makes it")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    results, tried = Path(cfg.results), set()
-    if results.is_file() and not (text := results.read_text()).endswith("\n"):  # killed while it wrote
-        write_text(results, text[: text.rfind("\n") + 1])
+    results, writing, tried = Path(cfg.results), Path(cfg.out) / ".writing.lock", set()
+    with lock(writing, wait=True):
+        if results.is_file() and not (text := results.read_text()).endswith("\n"):  # killed while it wrote
+            write_text(results, text[: text.rfind("\n") + 1])
     while True:
         lines = read_results(cfg)
         done = {key_of(line) for line in lines} | tried
@@ -295,7 +296,7 @@ def run_all(cfg):
                 tried.add(job)
                 continue
             text = json.dumps(run(cfg, job, base)) + "\n"
-            with open(cfg.results, "a") as f:
+            with lock(writing, wait=True), open(results, "a") as f:
                 f.write(text)
 
 
@@ -396,13 +397,11 @@ def resolution(lines, tags):
 
 def draw_intervals(runs, tags, path):
     """docs/study.png: accuracy of every method with its interval, coloured by table, and its seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = list(runs)[::-1]
-    figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(names) + 1), constrained_layout=True)
+    figure = Figure(figsize=(7.5, 0.28 * len(names) + 1), layout="constrained")
+    axis = figure.subplots()
     colours = {table: f"C{i}" for i, table in enumerate(dict.fromkeys(m.table for m in METHODS.values()))}
     for y, name in enumerate(names):
         mean, low, high = interval(np.stack([share(line) for line in runs[name]]), tags)
@@ -412,7 +411,6 @@ def draw_intervals(runs, tags, path):
     axis.axvline(overall(runs["base"][0], tags), color="k", lw=0.5)
     axis.set_xlabel("accuracy, exact checker (95 % over prompts and training seeds)")
     publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
-    plt.close(figure)
 
 
 def report(cfg):
