@@ -613,7 +613,8 @@ def save_tuned(folder, base, model, part, adapters, about):
     is. Called by every process; `about` is the first one's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    if base.startswith("random:"):  # measured, not trained
+    if base.startswith("random:"):
+        print(f"{base}: measured, not trained; nothing is saved")
         return
     if not adapters:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

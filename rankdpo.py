@@ -1271,7 +1271,7 @@ def main(argv=None):
     about = log.close() if rank == 0 else {}
     pipelines.save_tuned(out / "model", cfg.model, policy, denoiser, cfg.lora_rank > 0, about)
     if rank == 0:
-        print(f"{out}: log.jsonl, curves.png and, but for random weights, the tuned model in model/")
+        print(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
     common.wait_for_all(hours=True)  # or one would be gone while another still talks to it
 
 
