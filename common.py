@@ -1,4 +1,4 @@
-"""What every script stands on: options, errors, processes, files, readers, pictures. Nothing of the method.
+"""What every script stands on: options, errors, processes, files, readers, pictures. No model, no loss.
 
 option, parse                a dataclass from the command line; a range stands where its option is defined
 fail, one_line_errors        bad input ends in one line and a status that is not zero
@@ -316,7 +316,9 @@ def publish(path, write, sync=True, unique=False):
         if sync and tmp.is_file():
             with open(tmp, "rb") as f:
                 os.fsync(f.fileno())
-        if path.is_dir() and not exchange(tmp, path):  # no such call here: there is a moment without a folder
+        if path.is_dir() and not swap_paths(
+            tmp, path
+        ):  # no such call here: there is a moment without a folder
             remove(old)
             os.rename(path, old)
         if not path.is_dir():
@@ -326,7 +328,7 @@ def publish(path, write, sync=True, unique=False):
         remove(old)
 
 
-def exchange(a, b):
+def swap_paths(a, b):
     """Swap two paths in one system call, where there is one (Linux): a folder is then never missing."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2

@@ -265,7 +265,7 @@ def colour_entropy(counts, seed, n=2000):
 # ----------------------------------------------------------------------------- report
 
 
-def interval(g, digits=3):
+def interval_text(g, digits=3):
     return f"{g['gain']:+.{digits}f} ({g['low']:+.{digits}f} to {g['high']:+.{digits}f})"
 
 
@@ -284,7 +284,7 @@ def accuracy_table(results, metric, title):
         accuracy, change = result["categories"][metric], ["", ""]
         if name != base:
             gain = result["against"][base][metric]["gain"]
-            change = [interval(gain), p_text(gain)]
+            change = [interval_text(gain), p_text(gain)]
         overall = f"**{result['means'][metric]:.3f}**"
         rows.append([name, overall, *(f"{value:.2f}" for value in accuracy.values()), *change])
     return [title, "overall", *accuracy, "gain (95 %)", "p"], rows
@@ -331,10 +331,10 @@ def diversity_table(results, colours):
             cells[0] = f"**{result['means']['diversity']:.3f}**"
             if name != base:
                 gain = result["against"][base]["diversity"]["gain"]
-                cells[1:] = [interval(gain), p_text(gain)]
+                cells[1:] = [interval_text(gain), p_text(gain)]
         if colours:
             own = colours[name]
-            change = "" if name == base else interval(own["change"], 2)
+            change = "" if name == base else interval_text(own["change"], 2)
             cells += [f"**{own['bits']:.2f}**", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
         rows.append([name, *cells])
     return header, rows
@@ -348,7 +348,7 @@ def pair_table(name, other, pair, seeds):
     for reward, tests in pair.items():
         gain = tests["gain"]
         wins = [win_text(tests[kind]) if kind in tests else "" for kind in ("best", "mean")]
-        rows.append([reward, interval(gain), p_text(gain), str(gain["n"]), *wins])
+        rows.append([reward, interval_text(gain), p_text(gain), str(gain["n"]), *wins])
     return header, rows
 
 
@@ -488,9 +488,15 @@ def pictures_of(cfg, name, path, rows):
             found = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
             drawn[i] = (row["prompt"], found + files[len(found) :])
         note = here / Path(files[0]).parts[0] / "metadata.jsonl"  # GenEval's own
-        if not described and note.is_file() and parse_json(read_text(note)).get("prompt") != prompt:
+        if not described and note.is_file() and prompt_of(note) != prompt:
             fail(f"--models {name}={path}: {note} is of another prompt than {prompt!r}")
     return Pictures("", path, drawn)
+
+
+def prompt_of(note):
+    """What GenEval's metadata.jsonl of one prompt says; None where it says none."""
+    with suppress(ValueError, AttributeError):
+        return parse_json(read_text(note)).get("prompt")
 
 
 def check_choices(cfg, prompts):
@@ -540,6 +546,7 @@ def drawings(cfg, models):
                 batch_size=cfg.batch_size,
                 on_error=cfg.on_error,
                 precision=cfg.precision,
+                device=cfg.device,
                 stages=("generate",) if "draw" in cfg.stages else (),
             )
             settings = synpic.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow

@@ -21,7 +21,7 @@ under any other name, is a function of yours, (PIL images, prompts) -> scores. L
     vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl   6.3 GB  Apache-2.0  P("Yes"), 0 to 1
     aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  1 to 10, no prompt
                  trl-lib/ddpo-aesthetic-predictor
-    hpsv3        Qwen2-VL-7B + MLP at a token, MizzenAI/HPSv3         8.3 B   MIT (code)  5 to 11 on average
+    hpsv3        Qwen2-VL-7B + MLP at a token, MizzenAI/HPSv3         17 GB   MIT (code)  5 to 11 on average
                  HPSv3.safetensors
     diversity    the image tower of clip, to evaluate only                                mean 1 - cosine to
                                                                                           the other pictures
@@ -102,7 +102,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 def check_area(width, height):
-    """A picture of 30000 x 1 pixels is harmless until its shorter side is scaled up."""
+    """ValueError where a resize would make more pixels than PIL's limit, as of a picture of 30000 x 1."""
     if width * height > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"too elongated: it would be resized to {width} x {height} pixels")
 
@@ -259,11 +259,14 @@ class Scorer:
 
     def __init__(self, name, prepare, forward, device="cpu"):
         self.name, self.prepare, self.forward, self.device = name, prepare, forward, device
+        self.reserved = ()  # words that a prompt may not hold: the model takes them for something else
 
     def load(self, image, prompt):
         """(what forward takes, None), or (None, what is wrong)."""
         if not prompt.strip():
             return None, "an empty prompt cannot be scored"
+        if odd := [word for word in self.reserved if word in prompt]:
+            return None, f"{odd[0]} in the prompt would not be read as text"
         try:
             prompt.encode()  # half a surrogate pair is no text
             return self.prepare(open_image(image)), None
@@ -621,7 +624,7 @@ CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, "
     "instance, texture, quantity, attributes, position, number, location, word, things."
 )
-TAU = 0.01  # of its README and of the port; its evaluation scripts have .3
+TAU = 0.01  # of MPS's README and of RE-N-Y/mpsv1's code; its evaluation scripts have .3
 LAYERS, HEADS, HEAD_WIDTH = 4, 16, 64
 
 
@@ -946,8 +949,6 @@ def load_hpsv3(name, source, device, *hub, dtype):
     qwen, head = model["model"].bfloat16().to(dtype), model["rm_head"]
 
     def forward(x, prompts):
-        if odd := [prompt for prompt in prompts if IMAGE in prompt or REWARD in prompt]:
-            fail(f"reward {name}: {IMAGE} or {REWARD} in the prompt {odd[0]!r} would not be read as text")
         texts = []
         for (patches, _), prompt in zip(x, prompts):
             question = HPSV3_QUESTION.format(text_prompt=prompt)
@@ -963,7 +964,9 @@ def load_hpsv3(name, source, device, *hub, dtype):
         ).last_hidden_state  # (N, T, D)
         return head(seen[ids == reward].float())[:, 0]
 
-    return Scorer(name, qwen_patches, forward, device)
+    scorer = Scorer(name, qwen_patches, forward, device)
+    scorer.reserved = (IMAGE, REWARD)
+    return scorer
 
 
 # ------------------------------------------------------------ aesthetic (no prompt), toyworld (no model)
@@ -1293,8 +1296,8 @@ def score_rows(
     folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None, bar=None
 ):
     """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes.
-    `part` keeps the files of processes that work side by side apart. `load` stands in for load_reward where
-    one scorer serves several folders, `bar` for a progress bar of this folder alone.
+    `part` goes into the file's name, so that processes side by side do not share one. `load` stands in for
+    load_reward where one scorer serves several folders, `bar` for a progress bar of this folder alone.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run
     (on_error="stop"), or is stored as a row without scores and tried again next time ("skip"). Returns how

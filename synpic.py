@@ -666,13 +666,14 @@ def settings_of(cfg, rows, models):
         parts = [weights(folder) for folder in model["path"].split("+")]  # base and adapters
         return {**model, "path": parts if len(parts) > 1 else parts[0]}
 
+    on_cpu = pick_device(cfg.device).type == "cpu"  # whose auto is another than a GPU's
     prompts = [prompt for prompt, _ in rows]
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
     return {
         "prompts": [len(prompts), prompts[0], digest],
         "models": {f"{m['name']}_{m['seed']}": identity(m) for m in models},
         "batch_size": cfg.batch_size,
-        "precision": cfg.precision,
+        "precision": "fp32" if on_cpu and cfg.precision == "auto" else cfg.precision,
     }
 
 

@@ -239,7 +239,7 @@ def test_another_models_tokenizer_is_refused(tiny_hpsv3, tmp_path, monkeypatch):
 def test_a_word_of_the_template_in_a_prompt_is_refused(tiny_hpsv3):
     score = load_reward(f"hpsv3={tiny_hpsv3[0]}")
     for word in ("<|Reward|>", "<|image_pad|>"):
-        with pytest.raises(SystemExit, match="would not be read as text"):
+        with pytest.raises(ValueError, match="would not be read as text"):
             score(PAIR[0], [f"a {word} cat"])
 
 

@@ -1267,6 +1267,15 @@ def test_a_row_that_is_skipped_does_not_touch_the_others(album, folders):
     assert read_scores(folder, spec, rows) == {0: whole[0], 2: whole[2]}  # bit for bit
 
 
+def test_a_version_is_that_of_the_weights_whatever_their_file_is_called(tmp_path, monkeypatch):
+    for n, file in enumerate(("a.ckpt", "b.weights")):
+        (tmp_path / file).write_bytes(bytes([n]))
+    specs = ["hpsv2.1", f"hpsv2.1={tmp_path}/a.ckpt", f"hpsv2.1={tmp_path}/b.weights"]
+    assert len({rewards.reward_version(spec) for spec in specs}) == 3
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: pytest.fail(f"looks into {self}"))
+    rewards.reward_version("toyworld")  # without a source no folder is searched
+
+
 def test_a_picture_that_was_replaced_is_scored_again(album, folders, capsys):
     folder, rows = album
     spec = f"clip={folders['clip']}"
