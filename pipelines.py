@@ -620,8 +620,8 @@ def save_tuned(folder, base, model, part, adapters, about):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)  # by all processes
         if process_rank()[0] == 0:
-            pipe = load_pipeline(base)
-            getattr(pipe, part).load_state_dict(state)
+            pipe = load_pipeline(base, denoiser=False)
+            getattr(pipe, part).load_state_dict({n: t.float() for n, t in state.items()}, assign=True)
             save_pipeline(pipe, folder, model_card(base, adapters, about))
     elif process_rank()[0] == 0:
         from diffusers.utils import convert_state_dict_to_diffusers
