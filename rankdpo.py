@@ -940,7 +940,7 @@ def describe(setting):
 # ----------------------------------------------------------------------------- checkpoints
 
 
-def training_state(policy, optimizer, trained, anchors, average, sampler):
+def training_state(cfg, policy, optimizer, trained, anchors, average, sampler):
     """All that the next step depends on, as one flat {name: tensor} that torch.distributed.checkpoint saves,
     and loads in place on any number of processes. Data, noise and rate follow from the step."""
     release(policy)  # torch finds parameters by their shards
@@ -950,7 +950,9 @@ def training_state(policy, optimizer, trained, anchors, average, sampler):
         moments = optimizer.state[p]
         moments["step"] = torch.as_tensor(moments["step"])  # of bitsandbytes a number; its qmaps are constant
         state.update({f"optimizer.{n}.{key}": t for key, t in moments.items() if "qmap" not in key})
-    named = {"weights": trained, "reference": anchors, "average": average, "sampler": sampler}
+    named = {"weights": trained, "average": average, "sampler": sampler}
+    if cfg.ref_refresh:  # else the reference is what every run begins with
+        named["reference"] = anchors
     for name, values in named.items():
         state.update({f"{name}.{n}": p.detach() for n, p in values.items()})
     return state
@@ -1203,7 +1205,7 @@ def main(argv=None):
     accumulate = partial(accumulate_gradient, cfg, errors, policy, engine, scale)
     parameters = list(trained.values())  # a list: a generator would be used up by the optimiser
     optimizer = optimizer_of(parameters)
-    state = partial(training_state, policy, optimizer, trained, anchors, average, sampler)
+    state = partial(training_state, cfg, policy, optimizer, trained, anchors, average, sampler)
     begun_with = load_checkpoint(checkpoint, state()) if checkpoint else parameters
     common.check_finite(begun_with, device, f"{checkpoint or cfg.model}: holds weights that are not finite")
     if not start_step:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(HERE))
 import pytest
 import torch
 
+import pipelines
 import rankdpo
 import synpic
 from toy import build
@@ -60,6 +61,23 @@ def pytest_configure(config):
 
 
 # ----------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_once():
+    """FLOPs of a model that was counted before are remembered: half a second of every run of the trainer."""
+    count, known = pipelines.count_flops, {}
+
+    def remembered(family, denoiser, item, lora_rank=0):
+        shapes = {name: tuple(t.shape) for name, t in item.items()}
+        key = json.dumps([str(family), str(denoiser.config), shapes, lora_rank])
+        if key not in known:
+            known[key] = count(family, denoiser, item, lora_rank)
+        return known[key]
+
+    pipelines.count_flops = remembered
+    yield
+    pipelines.count_flops = count
 
 
 @pytest.fixture(scope="session")
