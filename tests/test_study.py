@@ -50,6 +50,8 @@ def small(lists, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "grid_prompts", lambda: rows)
     monkeypatch.setattr(study, "BASE", tiny / "sdxl")
     monkeypatch.setattr(study, "PAGE", tmp_path / "study.md")
+    monkeypatch.setattr(study, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"above\n{study.MARK}\nold\n{study.END}\nbelow\n")
     monkeypatch.setattr(study, "RATES", (2e-4,))
     monkeypatch.setattr(study, "SEEDS", 1)
     monkeypatch.setattr(study, "METHODS", {name: study.METHODS[name] for name in ("base", "gain")})
@@ -73,5 +75,8 @@ def test_a_study_runs_resumes_and_reports(small):
     assert [[a[k] for k in same if k in a] for a in again] == [[b[k] for k in same if k in b] for b in lines]
     study.main([*args, "--report"])
     text = (folder / "study.md").read_text()
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith("above\n") and readme.endswith(f"{study.END}\nbelow\n") and "old" not in readme
+    assert "| gain | 0." in readme and "79.15 / 87.43" in readme
     assert "| gain | 1 |" in text and (folder / "study.png").is_file()
     fails(study.main, [*args[:-1], folder / "none.jsonl", "--report"], "none.jsonl")

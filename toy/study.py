@@ -3,7 +3,7 @@
     python toy/study.py                # every run that toy/study.jsonl lacks; may be killed at any
                                        # time, and several may be at work side by side
     python toy/study.py --only dpo sft # the runs of these methods
-    python toy/study.py --report       # toy/study.jsonl -> the tables of docs/study.md, docs/study.png
+    python toy/study.py --report       # toy/study.jsonl -> tables of docs/study.md and README, docs/study.png
 
 A run trains one method with one seed and draws the study's prompts. It becomes a line of toy/study.jsonl: how
 many of the four pictures of each prompt pass the exact checker, whether the best of them beats the base's by
@@ -49,7 +49,7 @@ from toyworld import CATEGORIES, check, find_objects, grammar, prompts_of
 RATES = (1e-4, 2e-4, 4e-4)  # the grid of every objective
 SEEDS = 5  # of training, a method
 NOISES = 4  # pictures, a prompt
-BASE, PAGE = TOY / "models/sdxl", TOY.parent / "docs/study.md"
+BASE, PAGE, README = TOY / "models/sdxl", TOY.parent / "docs/study.md", TOY.parent / "README.md"
 REWARDS = tuple(map(reward_name, TOY_REWARDS))
 VOTE = "--loss balanced --ref_refresh 50"
 Method = namedtuple("Method", "table paper grid options")  # `grid`: the method whose learning rate it takes
@@ -360,6 +360,20 @@ def accuracy_table(runs, tags):
     return markdown(header, rows)
 
 
+def short_table(runs, tags):
+    """Markdown: the README's table, a row a method, the papers' numbers in a column of their own."""
+    base, rows = share(runs["base"][0]), []
+    for name, lines in runs.items():
+        values = np.stack([share(line) for line in lines])
+        mean, low, high = interval(values, tags)
+        gain = show(interval(values - base, tags)) if name != "base" else ""
+        distance = np.mean([line["distance"] for line in lines])
+        numbers = [f"{mean:.3f} ({low:.3f} to {high:.3f})", gain, f"{distance:.2f}"]
+        rows.append([name, *numbers, METHODS[name].table, METHODS[name].paper])
+    header = ["method", "accuracy (95 %)", "gain on the base", "distance", "the paper's table", "its numbers"]
+    return markdown(header, rows)
+
+
 def cost_table(runs):
     """Markdown: what the rewards say, what it costs in diversity, how often the clip was at work."""
     mean = lambda lines, key: np.mean([line[key] for line in lines])
@@ -414,7 +428,7 @@ def draw_intervals(runs, tags, path):
 
 
 def report(cfg):
-    """The tables below the mark in docs/study.md, and its picture."""
+    """The tables below the mark in docs/study.md, between the marks in the README, and the picture."""
     lines = read_results(cfg)
     if not lines:
         fail(f"{cfg.results}: no runs yet")
@@ -436,14 +450,21 @@ def report(cfg):
     if "base" in runs:
         text += accuracy_table(runs, tags) + cost_table(runs)
         draw_intervals(runs, tags, PAGE.with_suffix(".png"))
+        write_below(README, short_table(runs, tags))
     missing = [name for name in METHODS if name not in runs]
     text += f"Not run: {', '.join(missing)}.\n" if missing else ""
-    head = PAGE.read_text().split(MARK)[0] if PAGE.is_file() else ""
-    write_text(PAGE, head + MARK + "\n\n" + text.rstrip() + "\n")
+    write_below(PAGE, text)
     print(text)
 
 
-MARK = "<!-- what follows is written by `python toy/study.py --report` -->"
+MARK, END = "<!-- what follows is written by `python toy/study.py --report` -->", "<!-- to here -->"
+
+
+def write_below(path, text):
+    """What a page says below the mark: all, or as far as the other mark."""
+    head, _, old = (path.read_text() if path.is_file() else "").partition(MARK)
+    rest = END + old.partition(END)[2] if END in old else ""
+    write_text(path, f"{head}{MARK}\n\n{text.rstrip()}\n" + (f"\n{rest}" if rest else ""))
 
 
 # ----------------------------------------------------------------------------- main
