@@ -224,6 +224,7 @@ READERS = {
     "pickapic": read_pickapic,
 }
 BENCHES = tuple(READERS)
+JUDGED = ("geneval", "t2i-compbench", "dpg")  # by a metric of their own; the others' tables are of rewards
 
 
 # ----------------------------------------------------------------------------- layouts

@@ -4,6 +4,7 @@ option, parse                a dataclass from the command line; a range stands w
 fail, one_line_errors        bad input ends in one line and a status that is not zero
 process_rank, pick_device    torchrun's processes, or one; the only place that knows rank and world
 publish, write_text, lock    a reader of a file sees the old one or the new one, never half
+appending, whole_lines       files that grow by lines, of which a killed run may leave half of the last
 read_jsonl, read_prompts, read_metadata, read_image
                              one reader of each format, so that each complaint stands once
 picture_grid, plot_curves    rows of captioned pictures, curves of a log
@@ -316,9 +317,8 @@ def publish(path, write, sync=True, unique=False):
         if sync and tmp.is_file():
             with open(tmp, "rb") as f:
                 os.fsync(f.fileno())
-        if path.is_dir() and not swap_paths(
-            tmp, path
-        ):  # no such call here: there is a moment without a folder
+        if path.is_dir() and not swap_paths(tmp, path):
+            # no such call here: there is a moment without a folder
             remove(old)
             os.rename(path, old)
         if not path.is_dir():
@@ -601,7 +601,11 @@ def checked_row(folder, row, lists, labelled):
             raise ValueError("needs at least two file_names")
         if missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]:
             raise ValueError(f"image {missing[0]} is not in the folder")
+    scores = {name: values for name, values in scores.items() if name not in EVALUATION_ONLY}
     return {**row, "prompt": prompt, "file_names": files, "scores": scores}
+
+
+EVALUATION_ONLY = ("toyworld", "diversity")  # rewards from which no label comes
 
 
 def check_label(label, known):
@@ -623,6 +627,8 @@ def stored_rewards(folder, rows, label, wanted=()):
             f"score first: python rewards.py --score {folder} --rewards NAME, then synpic.py --stages label"
         )
         fail(f"--label {label}: {folder}/metadata.jsonl: {found}; {first}")
+    if label == "random":  # it looks at none
+        names = [name for name in names if all(name in row["scores"] for row in rows)]
     for n, row in enumerate(rows, 1):
         if missing := [name for name in names if name not in row["scores"]]:
             problem = f"{folder}/metadata.jsonl, row {n}: no scores of {missing[0]}"

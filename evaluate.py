@@ -51,6 +51,7 @@ from tqdm import tqdm
 import synpic
 from benchmarks import (
     BENCHES,
+    JUDGED,
     PAPER_TABLES,
     geneval_keep,
     geneval_verdict,
@@ -315,7 +316,7 @@ def bench_table(bench, results, rows, scores):
                 ours[f"{name} vs {other}"] = wins
     every = {**ours, **{f"{name} (paper)": values for name, values in paper["rows"].items()}}
     columns = dict.fromkeys([*paper["columns"], *(column for values in ours.values() for column in values)])
-    cells = lambda values: [f"{values[c]:.2f}" if c in values else "" for c in columns]
+    cells = lambda values: [f"{values[c]:.2f}" if np.isfinite(values.get(c, np.nan)) else "" for c in columns]
     return [f"{bench}; {paper['source']}", *columns], [[n, *cells(values)] for n, values in every.items()]
 
 
@@ -489,7 +490,7 @@ def pictures_of(cfg, name, path, rows):
             drawn[i] = (row["prompt"], found + files[len(found) :])
         note = here / Path(files[0]).parts[0] / "metadata.jsonl"  # GenEval's own
         if not described and note.is_file() and prompt_of(note) != prompt:
-            fail(f"--models {name}={path}: {note} is of another prompt than {prompt!r}")
+            fail(f"--models {name}={path}: {note} is damaged, or of another prompt than {prompt!r}")
     return Pictures("", path, drawn)
 
 
@@ -506,6 +507,10 @@ def check_choices(cfg, prompts):
         if unknown := [prompt for prompt in prompts if prompt not in grammar()]:
             sentence = f"{unknown[0]!r} in {cfg.prompts}"
             fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
+    if cfg.bench and not cfg.rewards and cfg.bench not in JUDGED:
+        fail(
+            f"--bench {cfg.bench}: has no metric of its own; name --rewards hpsv2.1 clip pickscore aesthetic"
+        )
     if cfg.resolution % 8:
         fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
     synpic.share_of(cfg.shard)

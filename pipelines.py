@@ -59,7 +59,7 @@ class StableDiffusion:
         return model(x_t, t, encoder_hidden_states=cond["embeds"], return_dict=False)[0]
 
     def unused(self, model):
-        """What names of the denoiser's parameters begin with that no gradient ever reaches, a tuple."""
+        """What names of the denoiser's parameters begin with whose results go nowhere, a tuple."""
         return ()
 
     def suits(self, pipe):
@@ -266,7 +266,8 @@ class QwenImage(Flux):
 
     def unused(self, model):  # the last block's text goes nowhere
         last = f"transformer_blocks.{len(model.transformer_blocks) - 1}."
-        return f"{last}attn.to_add_out.", f"{last}txt_mlp."
+        parts = ("attn.add_q_proj.", "attn.norm_added_q.", "attn.to_add_out.", "txt_mlp.")
+        return tuple(last + part for part in parts)
 
     def suits(self, pipe):
         return dict(steps=50, guidance=4.0)

@@ -165,7 +165,9 @@ class Config(Method):
     sample_every: int = option(0, "steps between rows of pictures in samples.png; 0 = never", at_least=0)
     sample_prompts: int = option(8, "prompts in samples.png", above=0)
     sample_steps: int = option(None, "sampling steps of samples.png (default: what suits the model)", above=0)
-    sample_guidance: float = option(None, "guidance scale of samples.png (default: as well)", at_least=0)
+    sample_guidance: float = option(
+        None, "guidance scale of samples.png (default: what suits the model)", at_least=0
+    )
     save_every: int = option(0, "steps between checkpoints; 0 = only at a SIGTERM", at_least=0)
     keep: int = option(1, "checkpoints to keep", above=0)
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
@@ -184,7 +186,7 @@ def check_options(cfg):
     common.check_label(cfg.label, (*STORED, *losses.LABELS))
     if cfg.loss in VOTES and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
         fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
-    looks = not cfg.label.startswith("single:") and (cfg.label not in STORED or cfg.loss in VOTES)
+    looks = not cfg.label.startswith(("single:", "random")) and (cfg.label not in STORED or cfg.loss in VOTES)
     if cfg.label_rewards and not looks:
         fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
     if cfg.label == "reversed" and cfg.loss == "weighted":
@@ -978,7 +980,7 @@ def save_checkpoint(cfg, state, now, step):
     common.wait_for_all()
 
 
-def identity(cfg, rows):
+def identity(cfg, rows, policy):
     """What makes a run this run: the options of Method, the weights it begins with, what its lists hold."""
     digest = hashlib.sha256()
     for row in rows:
@@ -987,7 +989,10 @@ def identity(cfg, rows):
         digest.update(json.dumps(parts).encode())
     options = {f.name: getattr(cfg, f.name) for f in fields(Method)}
     files = [p for part in cfg.model.split("+") for p in sorted(Path(part).rglob("*.safetensors"))]
-    weights = hashlib.sha256(json.dumps([common.ends_of(p, 1 << 20) for p in files]).encode())
+    ends = [common.ends_of(p, 1 << 20) for p in files]
+    if not files and process_rank()[0] == 0 and cfg.device != "meta":  # of the hub, perhaps a newer revision
+        ends = [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
+    weights = hashlib.sha256(json.dumps(ends).encode())
     now = {**options, "weights": weights.hexdigest()[:16], "lists": digest.hexdigest()[:16]}
     return json.loads(json.dumps(now))  # as it is read back: tuples are lists
 
@@ -1062,7 +1067,8 @@ class Log:
             fail(f"{path}: not the log of this run; move it away")
         kept = [row for row in rows if row.get("step", -1) < start_step] or [dict(head)]
         if start_step:  # by another commit, perhaps, on another machine
-            kept[0].setdefault("resumed", []).append({"step": start_step, **head})
+            now = {key: value for key, value in head.items() if key != "config"}
+            kept[0].setdefault("resumed", []).append({"step": start_step, **now})
         common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file, self.winners, self.skipped = open(path, "a"), [], kept[-1].get("skipped", 0)
         self.start, self.start_step, self.flops, self.peak = time.time(), start_step, flops, peak
@@ -1178,7 +1184,7 @@ def main(argv=None):
     pipe, family = load_base(cfg, device, todo)
     denoiser, policy = pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
-    now = identity(cfg, rows)
+    now = identity(cfg, rows, policy)
     checkpoint, start_step = find_checkpoint(cfg, now)
     encode_lists(cfg, rows, pipe, device, dtype, file_of, todo)
     common.wait_for_all(hours=True)

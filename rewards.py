@@ -81,7 +81,6 @@ TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
     for name, folder in (("clip", "clip"), ("hpsv2.1", "hps"), ("pickscore", "pick"), ("imagereward", "blip"))
 )
-EVALUATION_ONLY = ("toyworld", "diversity")  # no label comes from these
 
 
 @dataclass
@@ -1251,16 +1250,20 @@ def read_scores(folder, spec, rows):
 
 
 def stored_scores(folder, name, rows, version):
-    """The same of a version, and the indices of the rows whose pictures were replaced since."""
-    stored, foreign, found, replaced = {}, [], {}, []
+    """The same of a version; and the indices of rows whose scores do not count: another version's, or of
+    pictures that were replaced since."""
+    stored, others, foreign, found, replaced, outdated = {}, set(), [], {}, [], []
     for path, n, row in stored_lines(folder, name):
         if row is None:
             foreign.append(f"{path}, line {n}")
         elif row["scores"] and row.get("version") == version:
             stored[(row["prompt"], *row["file_names"])] = row
+        elif row["scores"]:
+            others.add((row["prompt"], *row["file_names"]))
     for i, (prompt, files) in enumerate(rows):
         row = stored.get((prompt, *files))
         if row is None:
+            outdated += [i] if (prompt, *files) in others else []
             continue
         now = [picture_version(f"{folder}/{f}") for f in files]
         if any(b not in (a, None) for a, b in zip(row.get("pictures") or now, now)):
@@ -1273,7 +1276,7 @@ def stored_scores(folder, name, rows, version):
         what = f"pictures of {len(replaced)} rows were replaced since {name} scored them"
         first = rows[replaced[0]][1][0]
         print(f"{folder}/scores: {what}, which does not count (the first: {first})", file=sys.stderr)
-    return found, replaced
+    return found, [*outdated, *replaced]
 
 
 def stream_rows(scorer, folder, rows, todo, batch_size):

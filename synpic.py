@@ -46,6 +46,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
+    EVALUATION_ONLY,
     HERE,
     check_label,
     ends_of,
@@ -75,7 +76,6 @@ from common import (
 from losses import LABELS, preference_labels, preference_rank
 from pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
 from rewards import (
-    EVALUATION_ONLY,
     TOY_REWARDS,
     check_rewards,
     read_scores,
@@ -492,9 +492,9 @@ def lists_from_elsewhere(cfg):
     specs = {reward_name(spec): spec for spec in cfg.rewards}
     for name in sorted(names - set(EVALUATION_ONLY)):
         version = version_there(out, name, specs.get(name))
-        found, replaced = stored_scores(out, name, rows, version)
-        for i in replaced:
-            lists[i]["scores"].pop(name, None)  # they were of another picture
+        found, outdated = stored_scores(out, name, rows, version)
+        for i in outdated:
+            lists[i]["scores"].pop(name, None)  # perhaps taken into metadata.jsonl before
         for i, scores in found.items():
             lists[i]["scores"][name] = scores
     return lists
@@ -731,7 +731,7 @@ def note_time(cfg, stage, name, images, seconds):
 
 def check_choices(cfg):
     """Wrong names of rewards and labels fail now, not after hours of drawing."""
-    check_rewards(cfg.rewards)
+    check_rewards(cfg.rewards or (() if set(cfg.stages) == {"label"} else TOY_REWARDS))
     names = [reward_name(spec) for spec in cfg.rewards or TOY_REWARDS]
     if only := [name for name in names if name in EVALUATION_ONLY]:
         fail(f"--rewards {only[0]}: is for evaluation only, labels come from reward models")

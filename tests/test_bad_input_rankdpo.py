@@ -453,6 +453,7 @@ def test_a_folder_that_cannot_be_written_is_found_at_once(lists, tiny, tmp_path,
     [
         ("--label_rewards clip", "--label_rewards"),
         ("--label single:clip --label_rewards pickscore", "--label_rewards"),
+        ("--label random --label_rewards clip", "--label_rewards"),
         ("--label reversed --loss weighted --weight_by clip", "--label reversed"),
         ("--loss dro --margin 0", "--margin"),
         ("--device meta", "--data random"),

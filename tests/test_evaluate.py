@@ -403,5 +403,12 @@ def test_a_metric_without_a_judge_is_left_out():
     assert found["b"]["means"] == {"clip": 3.5} and list(found["b"]["against"]["a"]) == ["clip"]
 
 
+def test_a_benchmark_without_a_metric_needs_rewards(tiny, tmp_path, capsys):
+    (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\na cat\tAnimals\n")
+    models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15"]
+    bench = ["--bench", "parti", "--prompts", tmp_path, "--out", tmp_path / "out"]
+    fails(evaluate.main, [*models, *bench], "--bench parti", "--rewards", capsys=capsys)
+
+
 def test_the_rules_of_geneval_are_here_too(compared):
     assert evaluate.geneval_keep([[0, 0, 1, 1, 0.5]], "colors") == [0] and evaluate.geneval_verdict({}, {})[0]

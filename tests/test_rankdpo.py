@@ -248,6 +248,13 @@ def test_a_checkpoint_of_another_run_is_refused(uneven, tiny, tmp_path, capsys):
     assert train(uneven, tiny, tmp_path, "--beta", 20, "--resume", "false")[0]["config"]["beta"] == 20
 
 
+def test_another_revision_of_a_hub_model_is_another_run():
+    torch.manual_seed(0)
+    weights = lambda policy: rankdpo.identity(rankdpo.Config(model="org/name"), [], policy)["weights"]
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert weights(one) == weights(one) != weights(other)
+
+
 def test_a_gradient_that_is_not_a_number_skips_the_step_and_three_stop_the_run(
     uneven, tiny, tmp_path, monkeypatch, capsys
 ):

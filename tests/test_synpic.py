@@ -533,12 +533,19 @@ def test_lists_from_elsewhere_are_scored_labelled_and_trained_on(tiny, tmp_path,
         "file_names": rows[0]["file_names"],
         "scores": [7.0, 8.0],
     }
-    before = rows_of(tmp_path)[0]["scores"]
+    before, lines = rows_of(tmp_path)[0]["scores"], (tmp_path / "scores/clip.jsonl").read_text()
     with open(tmp_path / "scores/clip.jsonl", "a") as f:
         f.write(json.dumps(newer) + "\n")
     fails(synpic.main, label, "clip.jsonl: scores of 2 versions of clip", capsys=capsys)
     synpic.main([*label, "--rewards", *rewards(tiny)[:2]])
     assert rows_of(tmp_path)[0]["scores"] == before
+    own = json.loads(lines.split("\n")[0])["version"]  # the other way round: one row by these weights alone
+    few = [
+        dict(json.loads(line), version=own if n == 0 else "x") for n, line in enumerate(lines.splitlines())
+    ]
+    (tmp_path / "scores/clip.jsonl").write_text("".join(json.dumps(line) + "\n" for line in few))
+    fails(synpic.main, [*label, "--rewards", *rewards(tiny)[:2]], "row 2: no scores of clip", capsys=capsys)
+    (tmp_path / "scores/clip.jsonl").write_text(lines + json.dumps(newer) + "\n")
     lines = [json.loads(line) for line in (tmp_path / "scores/clip.jsonl").read_text().splitlines()]
     same = [dict(line, version=newer["version"]) for line in lines]
     (tmp_path / "scores/clip.jsonl").write_text("".join(json.dumps(line) + "\n" for line in same))
@@ -557,6 +564,10 @@ def test_only_scores_that_can_be_trusted_label(lists, tiny, tmp_path, capsys):
     files = rows[0]["file_names"]
     line = dict(prompt=rows[0]["prompt"], file_names=files, scores=[1.0] * len(files))
     (out / "scores/toyworld.jsonl").write_text(json.dumps(line) + "\n")
+    synpic.main(label)
+    assert rows_of(out) == rows
+    told = [dict(row, scores={**row["scores"], "toyworld": [1.0] * 4}) for row in rows]
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     synpic.main(label)
     assert rows_of(out) == rows
     Image.new("RGB", (32, 32), "red").save(out / files[0])

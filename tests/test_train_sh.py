@@ -143,6 +143,6 @@ def test_scripts_fail_with_one_line_on_the_command_line(command, tmp_path):
 
 
 def test_an_interpreter_of_its_own_says_nothing_else():
-    command = [sys.executable, *WRONG[0].split()]
+    command = [sys.executable, *WRONG[2].split()]  # it imports all the others
     p = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
     assert p.returncode == 1 and len((p.stdout + p.stderr).strip().splitlines()) == 1, p.stderr
