@@ -408,9 +408,9 @@ def parallel_files(folder, name):
 @contextmanager
 def appending(path, busy, keep=lambda line: True):
     """The file, open to append to, without a torn last line and lines that are not to `keep`. Its lock is
-    held meanwhile; `busy` says why this fails where another process holds it."""
+    held meanwhile; `busy` says why this fails where another process holds it, "" waits for that one."""
     path.parent.mkdir(exist_ok=True)
-    with lock(path.with_name(f".{path.stem}.lock"), f"{path}: {busy}"):
+    with lock(path.with_name(f".{path.stem}.lock"), f"{path}: {busy}", wait=not busy):
         whole = b"".join(line + b"\n" for line in whole_lines(path) if keep(line))
         if path.is_file() and path.read_bytes() != whole:
             publish(path, lambda tmp: tmp.write_bytes(whole))

@@ -513,7 +513,6 @@ def check_choices(cfg, prompts):
         )
     if cfg.resolution % 8:
         fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
-    synpic.share_of(cfg.shard)
 
 
 def with_diversity(cfg):
@@ -839,12 +838,11 @@ def main(argv=None):
     )
     tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
     check_choices(cfg, [row["prompt"] for row in rows])
+    part, parts, index, count = synpic.share_of(cfg.shard)
     models = {name: pictures_of(cfg, name, path, rows) for name, path in paths.items()}
     device, out, stages = pick_device(cfg.device), writable_folder("out", cfg.out), set(cfg.stages)
     cfg = suited(cfg, models)
     plans = drawings(cfg, models)
-
-    part, parts, index, count = synpic.share_of(cfg.shard)
     if parts > 1:
         stages.discard("report")  # the parts do not wait for each other
     rank, world = process_rank()

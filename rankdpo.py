@@ -988,10 +988,10 @@ def identity(cfg, rows, policy):
         parts = [row["prompt"], row["phi"], row.get("scores"), row.get("file_names"), sizes]
         digest.update(json.dumps(parts).encode())
     options = {f.name: getattr(cfg, f.name) for f in fields(Method)}
-    files = [p for part in cfg.model.split("+") for p in sorted(Path(part).rglob("*.safetensors"))]
-    ends = [common.ends_of(p, 1 << 20) for p in files]
-    if not files and process_rank()[0] == 0 and cfg.device != "meta":  # of the hub, perhaps a newer revision
-        ends = [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
+    parts = [sorted(Path(part).rglob("*.safetensors")) for part in cfg.model.split("+")]  # base, adapters
+    ends = [common.ends_of(file, 1 << 20) for files in parts for file in files]
+    if not all(parts) and process_rank()[0] == 0 and cfg.device != "meta":  # from the hub: which revision?
+        ends += [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
     weights = hashlib.sha256(json.dumps(ends).encode())
     now = {**options, "weights": weights.hexdigest()[:16], "lists": digest.hexdigest()[:16]}
     return json.loads(json.dumps(now))  # as it is read back: tuples are lists
@@ -1065,7 +1065,7 @@ class Log:
         numbers = ["step", "skipped", *(key for lines in CURVES.values() for key in lines)]
         if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
             fail(f"{path}: not the log of this run; move it away")
-        kept = [row for row in rows if row.get("step", -1) < start_step] or [dict(head)]
+        kept = [row for row in rows if row.get("step", -1) < start_step] or [head]
         if start_step:  # by another commit, perhaps, on another machine
             now = {key: value for key, value in head.items() if key != "config"}
             kept[0].setdefault("resumed", []).append({"step": start_step, **now})

@@ -1229,10 +1229,10 @@ def stored_lines(folder, name):
             yield path, n, stored_row(line)
 
 
-def version_there(folder, name, spec):
-    """Whose scores count where labels are made of what lies there: those of `spec`, if it is given and scored
-    here, else the only ones."""
-    versions = {row.get("version") for _, _, row in stored_lines(folder, name) if row and row["scores"]}
+def version_there(folder, name, lines, spec):
+    """Whose scores count where labels are made of what lies there, the stored_lines: those of `spec`, if it
+    is given and scored here, else the only ones."""
+    versions = {row.get("version") for _, _, row in lines if row and row["scores"]}
     own = reward_version(spec) if spec else None
     if len(versions) > 1 and own not in versions:
         which = f"--rewards {name} or {name}=source, with all others that count"
@@ -1246,14 +1246,15 @@ def read_scores(folder, spec, rows):
     """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored, as stored. What
     another version scored does not count, nor does a torn last line, nor a score of a picture that was
     replaced since."""
-    return stored_scores(folder, reward_name(spec), rows, reward_version(spec))[0]
+    name = reward_name(spec)
+    return stored_scores(folder, name, stored_lines(folder, name), rows, reward_version(spec))[0]
 
 
-def stored_scores(folder, name, rows, version):
-    """The same of a version; and the indices of rows whose scores do not count: another version's, or of
-    pictures that were replaced since."""
+def stored_scores(folder, name, lines, rows, version):
+    """The same of a version, from stored_lines; and the indices of rows whose scores do not count: another
+    version's, or of pictures that were replaced since."""
     stored, others, foreign, found, replaced, outdated = {}, set(), [], {}, [], []
-    for path, n, row in stored_lines(folder, name):
+    for path, n, row in lines:
         if row is None:
             foreign.append(f"{path}, line {n}")
         elif row["scores"] and row.get("version") == version:

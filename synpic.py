@@ -70,6 +70,7 @@ from common import (
     read_text,
     start_processes,
     stored_rewards,
+    whole_lines,
     writable_folder,
     write_text,
 )
@@ -81,6 +82,7 @@ from rewards import (
     read_scores,
     reward_name,
     score_rows,
+    stored_lines,
     stored_scores,
     version_there,
 )
@@ -491,8 +493,9 @@ def lists_from_elsewhere(cfg):
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
     specs = {reward_name(spec): spec for spec in cfg.rewards}
     for name in sorted(names - set(EVALUATION_ONLY)):
-        version = version_there(out, name, specs.get(name))
-        found, outdated = stored_scores(out, name, rows, version)
+        lines = list(stored_lines(out, name))
+        version = version_there(out, name, lines, specs.get(name))
+        found, outdated = stored_scores(out, name, lines, rows, version)
         for i in outdated:
             lists[i]["scores"].pop(name, None)  # perhaps taken into metadata.jsonl before
         for i, scores in found.items():
@@ -573,7 +576,7 @@ def summarise(lists, names):
 def speed_and_cost(cfg, lists):
     """Images a second of one process and, with --gpu_price, the cost, from timings.jsonl."""
     path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, 0.0
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+    for line in whole_lines(path):
         try:
             t = parse_json(line.decode())
             stage, name, images = str(t["stage"]), str(t["name"]), int(t["images"])
@@ -736,7 +739,6 @@ def check_choices(cfg):
     if only := [name for name in names if name in EVALUATION_ONLY]:
         fail(f"--rewards {only[0]}: is for evaluation only, labels come from reward models")
     check_label(cfg.label, LABELS)
-    share_of(cfg.shard)
     if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
         fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")
 
@@ -754,6 +756,7 @@ def share_of(shard):
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     check_choices(cfg)
+    part, parts, index, count = share_of(cfg.shard)
     out, stages = writable_folder("out", cfg.out), set(cfg.stages)
     if "import" in stages:
         if len(stages) > 1:
@@ -769,7 +772,6 @@ def main(argv=None):
         return
 
     cfg = replace(cfg, rewards=cfg.rewards or TOY_REWARDS)
-    part, parts, index, count = share_of(cfg.shard)
     if parts > 1 and stages == set(STAGES):
         stages.remove("label")  # the parts do not wait for each other
     rank, world = process_rank()

@@ -47,6 +47,7 @@ case "$task" in
   test)
     setup
     .venv/bin/ruff check --config .ci/ruff.toml .
+    # no:logging: each checkpoint logs thousands of lines for debugging, which pytest would collect
     .venv/bin/python -m pytest -q -n 2 --dist worksteal -p no:logging test_losses.py tests
     exit
     ;;
@@ -126,8 +127,12 @@ else
     --rewards ${REWARDS:-hpsv2.1 mps pickscore vqascore imagereward} \
     --batch_size "${GEN_BATCH:-8}" ${SYNPIC_OPTIONS:-}
 fi
-voters=()  # names of rewards, without =source: not what people chose
-[ "$task" != sd15 ] || for spec in $REWARDS; do voters+=("${spec%%=*}"); done
+voters=()  # names of rewards, without =source: not what people chose. The other losses take the stored phi
+case "$task ${LOSS:-}" in
+  "sd15 balanced" | "sd15 direct" | "sd15 random_scorer")
+    for spec in $REWARDS; do voters+=("${spec%%=*}"); done
+    ;;
+esac
 
 run "${bin}torchrun" --nproc_per_node "$gpus" rankdpo.py \
   --data "$out/synpic" --model "$model" --out "$out/rankdpo" \

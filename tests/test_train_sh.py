@@ -75,6 +75,8 @@ def test_the_balanced_recipe_is_the_papers(tmp_path):
     del env["REWARDS"]
     options = " ".join(commands_of(train_sh("sd15", check=True, **env))[3])
     assert "--label_rewards pickscore hpsv2.1 clip aesthetic" in options
+    options = " ".join(commands_of(train_sh("sd15", check=True, LOSS="dpo", **env))[3])
+    assert "--loss dpo" in options and "--label_rewards" not in options  # phi, stored, is of those rewards
 
 
 @pytest.mark.parametrize("task", ["sdxl", "sd3"])

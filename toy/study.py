@@ -30,6 +30,7 @@ sys.path.insert(0, str(TOY.parent))
 
 import synpic
 from common import (
+    appending,
     fail,
     lock,
     one_line_errors,
@@ -274,10 +275,7 @@ def run_all(cfg):
     if not (Path(cfg.data) / "metadata.jsonl").is_file():
         fail(f"--data {cfg.data}: no metadata.jsonl there; python synpic.py makes it")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    results, writing, tried = Path(cfg.results), Path(cfg.out) / ".writing.lock", set()
-    with lock(writing, wait=True):
-        if results.is_file() and not (text := results.read_text()).endswith("\n"):  # killed while it wrote
-            write_text(results, text[: text.rfind("\n") + 1])
+    tried = set()
     while True:
         lines = read_results(cfg)
         done = {key_of(line) for line in lines} | tried
@@ -296,8 +294,8 @@ def run_all(cfg):
                 tried.add(job)
                 continue
             text = json.dumps(run(cfg, job, base)) + "\n"
-            with lock(writing, wait=True), open(results, "a") as f:
-                f.write(text)
+            with appending(Path(cfg.results), busy="") as f:
+                f.write(text.encode())
 
 
 # ----------------------------------------------------------------------------- report
