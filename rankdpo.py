@@ -131,8 +131,9 @@ class Method:
         None, "share of lists without caption (default: 0, .2 for dro)", at_least=0, below=1
     )
     # optimiser
-    lr: float = option(
-        None, "peak learning rate of AdamW, decays to 0 (default: what suits the model)", above=0
+    lr: float = option(None, "peak learning rate of AdamW (default: what suits the model)", above=0)
+    schedule: str = option(
+        "linear", "of the rate after the warm-up: decay to 0, or constant", ("linear", "constant")
     )
     steps: int = option(600, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
@@ -830,8 +831,9 @@ def due(every, step):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then linear decay to zero."""
-    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * (1 - step / cfg.steps)
+    """Linear warm-up, then --schedule: linear decay to zero, or constant as in Diffusion-DPO."""
+    decay = 1 if cfg.schedule == "constant" else 1 - step / cfg.steps
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * decay
 
 
 def clip_grad_norm(parameters, largest):
