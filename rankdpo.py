@@ -169,6 +169,9 @@ class Config(Method):
     sample_guidance: float = option(
         None, "guidance scale of samples.png (default: what suits the model)", at_least=0
     )
+    export_every: int = option(
+        0, "steps between models beside the last, OUT/model-000200, ...; 0 = none", at_least=0
+    )
     save_every: int = option(0, "steps between checkpoints; 0 = only at a SIGTERM", at_least=0)
     keep: int = option(1, "checkpoints to keep", above=0)
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
@@ -1159,6 +1162,23 @@ def write_samples(out, prompts, images, step):
     common.picture_grid(rows, out / "samples.png")
 
 
+def export_model(cfg, step, policy, part, row):
+    """OUT/model-000200 beside OUT/model, every --export_every steps -> what the log says of it. Which step's
+    model is the best is seen by evaluation alone. Called by every process."""
+    if not due(cfg.export_every, step):
+        return {}
+    name, about = f"model-{step + 1:06d}", {"Options": asdict(cfg), "Step": row}
+    pipelines.save_tuned(Path(cfg.out) / name, cfg.model, policy, part, cfg.lora_rank > 0, about)
+    return {"exported": name}
+
+
+def remove_exports(out, step):
+    """Models of later steps, which this run takes anew: no model stays that is not of this run."""
+    for path in out.glob("model-" + "[0-9]" * 6):
+        if int(path.name[6:]) > step:
+            common.remove(path)
+
+
 # ----------------------------------------------------------------------------- main
 
 
@@ -1222,6 +1242,7 @@ def main(argv=None):
         head = dict(world=world, precision=str(dtype), even_votes=even_votes(cfg, rows))
         head.update(lists=len(seen), held_out=len(held), config=asdict(cfg), **common.provenance(device))
         log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
+        remove_exports(out, start_step)
 
     # ---- the training loop
     bad_steps, stop = 0, []  # steps in a row without a finite gradient; a SIGTERM
@@ -1261,10 +1282,11 @@ def main(argv=None):
         # ---- record
         row.update(summarise(common.gather(torch.cat(metrics))))
         row.update(grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"])
-        looked_at = due(cfg.eval_every, step) or due(cfg.sample_every, step)
+        looked_at = any(due(n, step) for n in (cfg.eval_every, cfg.sample_every, cfg.export_every))
         with exchanged(policy, trained, average if looked_at else {}):  # of what will be saved
             row.update(held_out_accuracy(cfg, step, held, batch_of, errors, policy, engine))
             sample(step + 1)
+            row.update(export_model(cfg, step, policy, denoiser, row))
         if rank == 0:
             bar.set_postfix(log.write(row, skipped=bad_steps > 0))
 
