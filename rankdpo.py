@@ -199,6 +199,8 @@ def check_options(cfg):
         fail(f"--rank_by model is of --loss rankdpo; {cfg.loss} has no rank in its weights")
     if cfg.label_smoothing and cfg.loss not in PAIRWISE:
         fail(f"--label_smoothing needs pairs: --loss {', '.join(PAIRWISE)}")
+    if cfg.loss == "dro" and cfg.ref_refresh:
+        fail("--ref_refresh: Diffusion-DRO's reference stays the base; --sampler_refresh is its own")
     if cfg.loss == "dro" and 1000 % cfg.sampler_steps:
         fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
 
@@ -592,24 +594,47 @@ def accumulate_gradient(cfg, errors, policy, engine, scale, batch, last=True, im
     return metrics
 
 
+def held_out_passes(cfg, held):
+    """[(position, list)] of a pass each of this process, at noise and timesteps that stay the same, and which
+    of them count: every process takes equally many, so a few lists are taken twice."""
+    (rank, world), size = process_rank(), cfg.device_batch_size
+    share = range(rank, -(-len(held) // world) * world, world)
+    for begin in range(0, len(share), size):
+        some = share[begin : begin + size]
+        yield [(UNSEEN, held[i % len(held)]) for i in some], [i < len(held) for i in some]
+
+
 @torch.no_grad()
-def held_out_accuracy(cfg, step, held, load, errors, policy, engine):
-    """Implicit accuracy on the held-out lists every --eval_every steps, at noise and timesteps that stay the
-    same. Every process takes equally many; lists that are taken twice for that count once."""
+def base_errors(cfg, held, load, errors, policy, engine):
+    """[(B, K)] of the held-out passes under the base: the reference, before its first refresh. [] where it is
+    never refreshed and stays the base."""
+    if not cfg.ref_refresh:
+        return []
+    with reference_network(policy, *engine) as network:
+        batches = (load(lists) for lists, _ in held_out_passes(cfg, held))
+        return [batch_errors(errors, network, b, parts_of(b.x_t, cfg.images_per_forward)) for b in batches]
+
+
+@torch.no_grad()
+def measure_held_out(cfg, step, held, load, errors, policy, engine, base_err):
+    """On the held-out lists, every --eval_every steps: implicit accuracy against the reference, and s of the
+    winner and of the loser against the base, which is what pictures are compared with."""
     if not held or not due(cfg.eval_every, step):
         return {}
-    (rank, world), rows, micro = process_rank(), [], cfg.device_batch_size
-    share = range(rank, -(-len(held) // world) * world, world)
-    for begin in range(0, len(share), micro):
-        some = share[begin : begin + micro]
-        batch = load([(UNSEEN, held[i % len(held)]) for i in some])
+    rows, ends = [], slice(METRICS.index("best_s"), METRICS.index("worst_s") + 1)
+    for n, (lists, counts) in enumerate(held_out_passes(cfg, held)):
+        batch = load(lists)
         parts = parts_of(batch.x_t, cfg.images_per_forward)
         with reference_network(policy, *engine) as network:
             ref_err = batch_errors(errors, network, batch, parts)
-        _, metrics = list_loss(cfg, batch_errors(errors, policy, batch, parts), ref_err, batch)
-        metrics[[i >= len(held) for i in some]] = float("nan")
+        policy_err = batch_errors(errors, policy, batch, parts)
+        _, metrics = list_loss(cfg, policy_err, ref_err, batch)
+        if base_err:
+            metrics[:, ends] = list_loss(cfg, policy_err, base_err[n], batch)[1][:, ends]
+        metrics[[not count for count in counts]] = float("nan")
         rows.append(metrics)
-    return {"held_out_accuracy": summarise(common.gather(torch.cat(rows)))["accuracy"]}
+    found = summarise(common.gather(torch.cat(rows)))
+    return {f"held_out_{name}": found[name] for name in ("accuracy", "best_s", "worst_s")}
 
 
 # ----------------------------------------------------------------------------- Diffusion-DRO's negatives
@@ -1059,6 +1084,9 @@ CURVES = {
 }
 
 
+GROWTH = 0.01  # of the winner's error, from which the log warns; less is the noise of a row
+
+
 class Log:
     """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. tensorboard
     gets the same numbers where it is installed. `flops`: of a list on one device; `peak`: FLOP/s of it."""
@@ -1099,11 +1127,11 @@ class Log:
             if isinstance(value, float):
                 self.board.add_scalar(name, value, row["step"])
         self.winners.append(row["best_s"])
-        latest, earlier = np.mean(self.winners[-25:]), np.mean(self.winners[-50:-25] or [0])
-        if row["step"] % 50 == 49 and latest > max(0, earlier):
-            problem = (
-                f"step {row['step']}: the winner's error is above the reference and grows ({latest:+.1e})"
-            )
+        winner, than = row.get("held_out_best_s"), "the base's on held-out lists"
+        if winner is None and row["step"] % 50 == 49:
+            winner, than = np.mean(self.winners[-25:]), "the reference's"
+        if winner is not None and winner > GROWTH:
+            problem = f"step {row['step']}: the winner's error is {winner:.3f} above {than}"
             tqdm.write(f"{problem}; pictures may get worse although loss falls: lower --lr or raise --beta")
         shown = {"loss": "loss", "acc": "accuracy", "winner": "best_s", "loser": "worst_s"}
         return {name: f"{row[key]:.3g}" for name, key in shown.items()}
@@ -1234,6 +1262,7 @@ def main(argv=None):
     parameters = list(trained.values())  # a list: a generator would be used up by the optimiser
     optimizer = optimizer_of(parameters)
     state = partial(training_state, cfg, policy, optimizer, trained, anchors, average, sampler)
+    base_err = base_errors(cfg, held, batch_of, errors, policy, engine)  # before another reference is loaded
     begun_with = load_checkpoint(checkpoint, state()) if checkpoint else parameters
     common.check_finite(begun_with, device, f"{checkpoint or cfg.model}: holds weights that are not finite")
     if not start_step:
@@ -1284,7 +1313,7 @@ def main(argv=None):
         row.update(grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"])
         looked_at = any(due(n, step) for n in (cfg.eval_every, cfg.sample_every, cfg.export_every))
         with exchanged(policy, trained, average if looked_at else {}):  # of what will be saved
-            row.update(held_out_accuracy(cfg, step, held, batch_of, errors, policy, engine))
+            row.update(measure_held_out(cfg, step, held, batch_of, errors, policy, engine, base_err))
             sample(step + 1)
             row.update(export_model(cfg, step, policy, denoiser, row))
         if rank == 0:

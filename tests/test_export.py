@@ -6,10 +6,20 @@ pytest -q tests/test_export.py
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, rows_of, train
+from conftest import log_of, rows_of, together, train_args
 from safetensors.torch import load_file
 
+import pipelines
 import rankdpo
+
+
+def train(data, tiny, out, *more, processes=1):
+    args = train_args(data, tiny, out, *more)
+    if processes == 1:
+        rankdpo.main(args)
+    else:
+        together(rankdpo.main, args, processes)
+    return log_of(out)
 
 
 def weights(folder):
@@ -56,3 +66,74 @@ def test_the_rate_stays_after_the_warm_up(lists, tiny, tmp_path):
     linear = train(lists, tiny, tmp_path / "b", *args)
     assert np.allclose([r["lr"] for r in constant[1:]], [0.5e-3, 1e-3, 1e-3, 1e-3])
     assert np.allclose([r["lr"] for r in linear[1:]], [0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+# ----------------------------------------------------------------------------- held-out errors
+
+
+def held_out(log):
+    return np.array([[r[f"held_out_{k}"] for k in ("accuracy", "best_s", "worst_s")] for r in log[1:]])
+
+
+HELD_OUT = ("--holdout", 0.3, "--eval_every", 1, "--lr", "1e-3", "--precision", "fp64", "--steps", 4)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_held_out_errors_are_those_against_the_base(uneven, tiny, tmp_path, lora):
+    """Fine-tuning does not look at the reference, so a refresh changes nothing but what s is measured against
+    in training: on held-out lists s stays what it is without a refresh."""
+    args = (*HELD_OUT, "--lora_rank", lora, "--loss", "sft")
+    plain = train(uneven, tiny, tmp_path / "plain", *args)
+    fresh = train(uneven, tiny, tmp_path / "fresh", *args, "--ref_refresh", 2)
+    assert np.array_equal(held_out(fresh)[:, 1:], held_out(plain)[:, 1:])
+    assert fresh[3]["best_s"] == 0 and (np.abs(held_out(fresh)[:, 1:]) > 1e-9).all()
+    two = train(uneven, tiny, tmp_path / "two", *args, "--ref_refresh", 2, processes=2)
+    assert np.allclose(held_out(two)[:, 1:], held_out(fresh)[:, 1:], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_resumed_run_measures_against_the_same_base(lists, tiny, tmp_path, lora):
+    args = (*HELD_OUT, "--ref_refresh", 1, "--lora_rank", lora)
+    whole = train(lists, tiny, tmp_path / "whole", *args)
+    train(lists, tiny, tmp_path / "part", *args, "--save_every", 3)
+    assert [p.name for p in (tmp_path / "part/checkpoints").iterdir()] == ["step-000003"]
+    again = train(lists, tiny, tmp_path / "part", *args)
+    assert "resumed" in again[0] and np.array_equal(held_out(again), held_out(whole))
+
+
+def test_held_out_errors_are_the_policys_minus_the_bases(lists, tiny, tmp_path):
+    """Computed once more, from the saved model, by the trainer's own pieces."""
+    args = ("--holdout", 0.3, "--eval_every", 4, "--lr", "1e-3", "--steps", 4, "--ref_refresh", 2)
+    log = train(lists, tiny, tmp_path / "run", *args)
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in log[0]["config"].items()}
+    cfg, rows = rankdpo.Config(**config), rows_of(lists)
+    labels, (_, held) = rankdpo.stack_labels(cfg, rows), rankdpo.split_lists(cfg, rows)
+    file_of, _ = rankdpo.lists_to_encode(cfg, rows, torch.float32)
+    errs = []
+    for path in (tmp_path / "run/model", tiny / "sdxl"):
+        pipe = pipelines.load_pipeline(path)
+        family, lists_ = pipelines.family_of(pipe), [(rankdpo.UNSEEN, n) for n in held]
+        read = lambda n: load_file(file_of(n))
+        batch = rankdpo.load_batch(cfg, read, pipe.scheduler, labels, {}, "cpu", torch.float32, lists_)
+        with torch.no_grad():
+            predicted = family.predict(pipe.unet.eval(), batch.x_t, batch.t, batch.cond)
+        err = (predicted.double() - batch.target.double()).square().flatten(1).mean(1)
+        errs.append(err.view(batch.mask.shape))
+    s = errs[0] - errs[1]  # (B, K)
+    place = lambda pick: [pick(range(len(rows[n]["phi"])), key=rows[n]["phi"].__getitem__) for n in held]
+    for name, pick in (("best_s", max), ("worst_s", min)):
+        expected = s[range(len(held)), place(pick)].mean().item()
+        assert log[-1][f"held_out_{name}"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_log_warns_of_growth_and_not_of_noise(tmp_path, capsys):
+    def warned(**row):
+        cfg = rankdpo.Config(out=str(tmp_path))
+        log = rankdpo.Log(cfg, {}, 0, 0, 0)
+        for step in range(50):
+            log.write(dict(step=step, loss=1, accuracy=1, worst_s=0, **row), False)
+        log.file.close()
+        return "above" in capsys.readouterr().out
+
+    assert warned(best_s=0.02) and not warned(best_s=7e-4)
+    assert warned(best_s=0.0, held_out_best_s=0.02) and not warned(best_s=0.02, held_out_best_s=1e-3)
