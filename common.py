@@ -213,19 +213,6 @@ def to_device(t, device):
     return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
 
 
-USABLE = 0.92  # share of a GPU's free memory; the rest is for fragments, NCCL and kernels
-
-
-def free_bytes(device):
-    """Memory of a GPU that may be used, the least of all processes. Infinite elsewhere."""
-    if device.type != "cuda":
-        return math.inf
-    free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
-    if process_rank()[1] > 1:
-        dist.all_reduce(free, dist.ReduceOp.MIN)
-    return USABLE * free.item()
-
-
 def any_process(flag, device):
     """Is the flag set on any process? The same answer on all of them."""
     value = torch.tensor(float(flag), device=device)
