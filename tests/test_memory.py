@@ -3,6 +3,7 @@
 pytest -q tests/test_memory.py
 """
 
+import os
 import re
 
 import pytest
@@ -73,8 +74,8 @@ def test_every_copy_of_the_policy_is_counted():
 
 
 def test_memory_of_a_pass_is_counted(capsys):
-    """SD3-Medium at 1024 px: what one image's pass keeps, and the table of what to run on which GPUs. PyTorch's
-    own allocator took 56.9 GB on null GPUs for one list, kept gathered (docs/memory.md)."""
+    """SD3-Medium at 1024 px: what one image's pass keeps, and the table of what to run on which GPUs. One list,
+    kept gathered on 8, took 56.9 GB of PyTorch's own allocator (docs/memory.md)."""
     memory.main(["--model", "random:sd3"])
     said = capsys.readouterr().out
     kept, recomputed = map(float, re.findall(r"pass: ([\d.]+) GB, recomputed ([\d.]+) GB", said)[0])
@@ -111,6 +112,34 @@ def test_hours_of_the_papers_run(capsys):
     assert "training on 8 GPUs: 15.4 on an A100 at 100 TFLOP/s, 7.7 on" in capsys.readouterr().out
 
 
+def test_segments_expand_unless_the_environment_says_otherwise(monkeypatch):
+    """Where the driver has virtual memory; this driver is a stand-in."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+    class Driver:
+        has_it = 0
+
+        def cuInit(self, flags):
+            pass
+
+        def cuDeviceGetAttribute(self, out, attribute, device):
+            assert attribute == 102 and device == 0
+            out._obj.value = self.has_it
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Driver())
+    settings = lambda: [os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("", "CUDA_")]
+    memory.use_expandable_segments()
+    assert settings() == [None, None]
+    Driver.has_it = 1
+    memory.use_expandable_segments()
+    assert "expandable_segments:True" in settings()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    memory.use_expandable_segments()
+    assert settings() == [None, "max_split_size_mb:512"]
+
+
 def test_the_card_that_is_asked_for_stands_between_its_neighbours():
     assert list(memory.cards(memory.Plan(gpus=8, gb=80))) == [(8, 80), (8, 96), (8, 48)]
     assert list(memory.cards(memory.Plan(gpus=2, gb=500))) == [(2, 500), (2, 192)]
@@ -134,4 +163,6 @@ def test_pictures_at_once_that_fit(capsys):
 
 
 def test_a_resolution_that_cannot_be_is_refused(capsys):
-    fails(memory.main, ["--model", "random:flux", "--resolution", "1000"], "--resolution", "16", capsys=capsys)
+    fails(
+        memory.main, ["--model", "random:flux", "--resolution", "1000"], "--resolution", "16", capsys=capsys
+    )
