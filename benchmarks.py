@@ -367,7 +367,7 @@ def relations(a, b):
 
 
 def objects_around(found, half):
-    """[(class or None, colour, x, y)], as toyworld.find_objects gives them -> the objects of geneval_verdict:
+    """[(class or None, colour, x, y)], as world.find_objects gives them -> the objects of geneval_verdict:
     boxes of 2 half a side, of confidence 1. What is of no class is left out."""
     objects = {}
     for name, colour, x, y in found:

@@ -20,13 +20,13 @@ from test_kills_synpic import killed_at
 
 import evaluate
 import rewards as scorers
-import toyworld
+from toy import world
 
 
 def command(tiny, out, *more, models=("base={}/sdxl", "same={}/sdxl", "other={}/sd15"), seeds=2):
     """Ten prompts in GenEval's form, the exact checker and two rewards (clip brings diversity)."""
     prompts = out.parent / "held.jsonl"
-    rows = [{"prompt": p, "tag": toyworld.grammar()[p]["tag"]} for p in PROMPTS]
+    rows = [{"prompt": p, "tag": world.grammar()[p]["tag"]} for p in PROMPTS]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = ["--models", *(m.format(tiny) for m in models), "--prompts", prompts, "--out", out]
     scored = ["--rewards", "toyworld", *rewards(tiny)[::2], "--batch_size", 4]
@@ -360,7 +360,7 @@ def test_agreement_golden():
 
 
 def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
-    rows = [dict(tag=toyworld.grammar()[p]["tag"], include=[], prompt=p) for p in PROMPTS]
+    rows = [dict(tag=world.grammar()[p]["tag"], include=[], prompt=p) for p in PROMPTS]
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def judge(bench, folder, rows, files, device, batch_size, sources):
