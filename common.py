@@ -15,9 +15,11 @@ import csv
 import ctypes
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,12 +32,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import field, fields, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, features
 from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
@@ -77,14 +78,14 @@ def one_line_errors(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            fail("interrupted; what was complete is kept, and the same command goes on from there", 130)
+            fail("interrupted; the same command goes on from what is saved", 130)
         except Exception as e:
             what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else " ".join(str(e).split())
             # safetensors, torch and others report a full disk by exceptions of their own
             full = any(text in what for text in ("No space left", "Read-only file", "Permission denied"))
             if not isinstance(e, OSError) and not full:
                 raise
-            fail(f"{what[-200:]}; what was complete is kept, and the same command goes on from there")
+            fail(f"{what[-200:]}; the same command goes on from what is saved")
         finally:
             cleanup.close()
 
@@ -136,13 +137,35 @@ def read_value(field, text):
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+def headings(config):
+    """{option: heading}. A comment line inside the dataclass is the heading of the options below it."""
+    found, heading = {}, "options"
+    for cls in reversed(config.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            if comment := re.match(r"    # (.+)", line):
+                heading = comment[1]
+            elif name := re.match(r"    (\w+): ", line):
+                found[name[1]] = heading
+    return found
+
+
 def parse(config, doc, argv=None):
-    """Fill the dataclass `config` from the command line. A wrong option ends in one line and status 2."""
+    """Fill the dataclass `config` from the command line. A wrong option ends in one line and status 2.
+
+    Scripts also call this before they import torch, so that --help and a misspelt option cost no seconds."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{parser.prog}: {message} (--help lists the options)", 2)
-    for f in fields(config):
-        choices, default = f.metadata["choices"], f.default
+    names = [f"--{f.name.rstrip('_')}" for f in fields(config)]  # from_ is --from
+
+    def error(message):
+        wrong = message.split()[2:] if message.startswith("unrecognized arguments") else []
+        near = [name for word in wrong for name in get_close_matches(word.split("=")[0], names, 1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        fail(f"{parser.prog}: {message}{hint} (--help lists the options)", 2)
+
+    parser.error, groups, heading_of = error, {}, headings(config)
+    for f, name in zip(fields(config), names):
+        choices, default, heading = f.metadata["choices"], f.default, heading_of[f.name]
         more = {"choices": choices} if choices else {"metavar": f.name.upper()}
         if f.type is bool:
             more.update(nargs="?", const=True)  # --flag, --flag true, --flag false
@@ -151,7 +174,9 @@ def parse(config, doc, argv=None):
             default = " ".join(default or ())
         text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
-        parser.add_argument(f"--{f.name.rstrip('_')}", dest=f.name, **more)  # from_ is --from
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups[heading].add_argument(name, dest=f.name, **more)
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -169,20 +194,28 @@ def fill_in(cfg, values, why):
 
 def process_rank():
     """(rank, world size) as torchrun sets them; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    text = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    if not all(number.isdecimal() for number in text) or not int(text[0]) < int(text[1]):
+        wanted = "a rank below the number of processes; start with torchrun, or unset both"
+        raise SystemExit(f"RANK={text[0]} WORLD_SIZE={text[1]}: must be {wanted}")  # fail() asks for the rank
+    return int(text[0]), int(text[1])
 
 
 def pick_device(name="auto"):
     """The device of this process: under torchrun its own GPU, or the CPU."""
-    world, local = process_rank()[1], int(os.environ.get("LOCAL_RANK", 0))
+    import torch
+
+    world, local = process_rank()[1], os.environ.get("LOCAL_RANK", "0")
+    if not local.isdecimal():
+        fail(f"LOCAL_RANK={local}: a whole number is wanted; start with torchrun, or unset it")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if world == 1 and name == "cpu" and torch.backends.mps.is_available():
             name = "mps"
     if name == "cuda" and torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
+        if int(local) >= torch.cuda.device_count():
             fail(f"{world} processes, but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(local))
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -198,9 +231,17 @@ def start_processes(device_name, minutes=10):
     A process that is lost, or silent for `minutes`, ends the run; torchrun may then restart it."""
     device, world = pick_device(device_name), process_rank()[1]
     if world > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes)
-        )
+        import torch.distributed as dist
+
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if not os.environ.get(name)]:
+            fail(f"WORLD_SIZE={world} without {', '.join(missing)}; start with torchrun, or unset WORLD_SIZE")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        except (dist.DistError, ValueError) as e:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            fail(f"{place}: the processes cannot meet there ({str(e).splitlines()[0][:200]})")
         slow_group.append(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
         cleanup.callback(slow_group.clear)
         cleanup.callback(dist.destroy_process_group)
@@ -211,6 +252,9 @@ def gather(rows):
     """Concatenate the rows (n, M) of all processes in the order of their ranks -> (world n, M)."""
     if process_rank()[1] == 1:
         return rows
+    import torch
+    import torch.distributed as dist
+
     whole = [torch.empty_like(rows) for _ in range(process_rank()[1])]
     dist.all_gather(whole, rows.contiguous())
     return torch.cat(whole)
@@ -218,6 +262,8 @@ def gather(rows):
 
 def to_device(t, device):
     """Copy a CPU tensor to the device; the caller does not wait for a copy to a GPU."""
+    import torch
+
     on_gpu = torch.device(device).type == "cuda"
     return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
 
@@ -229,6 +275,9 @@ def free_bytes(device):
     """Memory of a GPU that may be used, the least of all processes. Infinite elsewhere."""
     if device.type != "cuda":
         return math.inf
+    import torch
+    import torch.distributed as dist
+
     free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
     if process_rank()[1] > 1:
         dist.all_reduce(free, dist.ReduceOp.MIN)
@@ -237,9 +286,13 @@ def free_bytes(device):
 
 def any_process(flag, device):
     """True on every process if the flag is set on one of them."""
+    if process_rank()[1] == 1:
+        return bool(flag)
+    import torch
+    import torch.distributed as dist
+
     value = torch.tensor(float(flag), device=device)
-    if process_rank()[1] > 1:
-        dist.all_reduce(value)
+    dist.all_reduce(value)
     return bool(value)
 
 
@@ -247,6 +300,8 @@ def wait_for_all(slow=False):
     """Return once every process has called this. With `slow` it waits up to a day: for reading, encoding or
     writing by one of them."""
     if process_rank()[1] > 1:
+        import torch.distributed as dist
+
         dist.barrier(slow_group[0] if slow else None)
 
 
@@ -266,6 +321,8 @@ def ahead(work, items, depth, threads=1):
 
 def check_finite(values, device, message):
     """End the run on every process if one of the tensors holds inf or nan."""
+    import torch
+
     local = [p.to_local() if hasattr(p, "to_local") else p for p in values]
     if any_process(not torch.stack([p.isfinite().all() for p in local]).all(), device):
         fail(message)
@@ -273,6 +330,8 @@ def check_finite(values, device, message):
 
 def pick_dtype(precision, device):
     """The compute type of --precision; auto is bf16 on a GPU and fp32 elsewhere."""
+    import torch
+
     if precision == "auto":
         precision = "bf16" if device.type in ("cuda", "meta") else "fp32"
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -282,6 +341,7 @@ def pick_dtype(precision, device):
 def provenance(device):
     """What a result depends on besides its options: the commit, library versions, the device."""
     import diffusers
+    import torch
     import transformers
 
     describe, commit = ["git", "describe", "--always", "--dirty"], ""
@@ -297,12 +357,23 @@ def provenance(device):
 # ----------------------------------------------------------------------------- writing
 
 
+MARKER = ".replaceable"  # publish() puts this file into its folders, and replaces only folders that have it
+
+
+def check_replaceable(path):
+    """Refuse to replace a folder that publish() did not write: call this before hours of work."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+        fail(f"{path}: would replace a folder that was not written here; move it away or choose another name")
+
+
 def publish(path, write, sync=True, unique=False):
-    """Replace a file or folder as a whole: write(temporary path), then rename.
+    """Replace a file, or a folder of its own, as a whole: write(temporary path), then rename.
 
     The temporary name is always the same, so that a run overwrites what a killed run left. `unique` adds the
     process id, for files that several runs may write at once. `sync` waits until a file is on the disk."""
     path = Path(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tag = f".{os.getpid()}" if unique else ""
     tmp = path.with_name(f".tmp{tag}.{path.name}")  # the suffix stays: it names the format
@@ -310,7 +381,11 @@ def publish(path, write, sync=True, unique=False):
     remove(tmp)
     try:
         write(tmp)
-        if sync and tmp.is_file():
+        if tmp.is_dir():
+            (tmp / MARKER).touch()
+        elif path.is_dir():
+            fail(f"{path}: a file would replace this folder; move it away")
+        elif sync:
             with open(tmp, "rb") as f:
                 os.fsync(f.fileno())
         if path.is_dir() and not swap_paths(tmp, path):  # without that system call it takes two renames
@@ -374,8 +449,8 @@ def lock(path, message="", shared=False, wait=False):
     except ImportError:
         yield
         return
-    folder = Path(path).is_dir()
-    f = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o644)
+    how = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    f = os.open(path, how, 0o644)
     try:
         try:
             fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -404,6 +479,9 @@ def appending(path, busy, keep=lambda line: True):
     """Open a file to append lines, after a torn last line and the lines that `keep` refuses are removed.
 
     The file is locked meanwhile. If another process holds the lock, this fails with `busy`; "" waits."""
+    for link in (path, path.parent):
+        if link.is_symlink():
+            fail(f"{link}: is a link, and nothing is written through links; replace it by what it links to")
     path.parent.mkdir(exist_ok=True)
     with lock(path.with_name(f".{path.stem}.lock"), f"{path}: {busy}", wait=not busy):
         whole = b"".join(line + b"\n" for line in whole_lines(path) if keep(line))
@@ -543,13 +621,25 @@ def read_prompts(path, limit=0, offset=0, column=""):
 # ----------------------------------------------------------------------------- pictures
 
 
+# PIL would start Ghostscript for a PostScript file, whatever its name is: these formats only
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
+IMAGE_FORMATS += ["AVIF"] if features.check("avif") else []
+ORIENTATION = 0x0112  # EXIF: how a camera was held
+
+
 def open_image(image):
     """Read a file, or a PIL image, in its own mode; ValueError if it cannot be read.
 
-    16-bit grey becomes 8-bit by its high byte. PIL's own conversion would clip it to white."""
+    16-bit grey becomes 8-bit by its high byte. PIL's own conversion would clip it to white. A picture is
+    turned as its EXIF orientation says, as viewers and datasets' imagefolder show it."""
     try:
-        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as image:
+        if isinstance(image, str | Path) and os.path.exists(image) and not os.path.isfile(image):
+            raise ValueError("a folder, a pipe or a device")
+        opened = isinstance(image, Image.Image)
+        with nullcontext(image) if opened else Image.open(image, formats=IMAGE_FORMATS) as image:
             image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             deep = np.asarray(image)
             if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:
@@ -577,6 +667,8 @@ def read_pixels(path, resolution):
         left, top = (w - resolution) // 2, (h - resolution) // 2
         box = (left, top, left + resolution, top + resolution)
         image = image.resize((w, h), Image.Resampling.LANCZOS).crop(box)
+    import torch
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
