@@ -55,7 +55,7 @@ def test_the_toy_task_prints_its_three_commands():
         (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "GPUS": "all"}, "GPUS=all"),
         (["dro"], {"EVAL_PROMPTS": "README.md"}, "PICKAPIC"),
         (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "REWARDS": " "}, "REWARDS is blank"),
-        (["sd15"], {"PICKAPIC": "README.md", "EVAL_PROMPTS": "README.md", "REWARDS": "\t"}, "REWARDS is blank"),
+        (["sd15"], {"PICKAPIC": "README.md", "EVAL_PROMPTS": "README.md", "REWARDS": "\t"}, "REWARDS is"),
         (["sd3"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "MODELS": " "}, "MODELS is blank"),
     ],
 )
@@ -99,7 +99,7 @@ def test_the_dro_recipe_is_that_of_the_public_code():
 
 @pytest.mark.parametrize("options", ["--lora_rank 64", "--lora_rank=64", "--compile true --lora_rank  8"])
 def test_adapters_get_their_rate_and_are_evaluated_upon_their_base(options):
-    """Trained at the rate of all weights, and evaluated without their base, they failed after all training."""
+    """They were trained at the rate of all weights, and failed at the evaluation, after all training."""
     env = dict(BIN="", GPUS="8", PROMPTS="README.md", EVAL_PROMPTS="README.md", OUT="o", MODEL="m")
     _, train, evaluation = commands_of(train_sh("sdxl", check=True, TRAIN_OPTIONS=options, **env))
     assert "--lr 1e-4 " in " ".join(train) and "tuned=m+o/rankdpo/model" in evaluation
