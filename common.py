@@ -163,9 +163,10 @@ def parse(config, doc, argv=None):
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         fail(f"{parser.prog}: {message}{hint} (--help lists the options)", 2)
 
-    parser.error, groups, heading_of = error, {}, headings(config)
+    parser.error, heading = error, headings(config)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(heading.values())}
     for f, name in zip(fields(config), names):
-        choices, default, heading = f.metadata["choices"], f.default, heading_of[f.name]
+        choices, default = f.metadata["choices"], f.default
         more = {"choices": choices} if choices else {"metavar": f.name.upper()}
         if f.type is bool:
             more.update(nargs="?", const=True)  # --flag, --flag true, --flag false
@@ -174,9 +175,7 @@ def parse(config, doc, argv=None):
             default = " ".join(default or ())
         text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        groups[heading].add_argument(name, dest=f.name, **more)
+        groups[heading[f.name]].add_argument(name, dest=f.name, **more)
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -194,28 +193,31 @@ def fill_in(cfg, values, why):
 
 def process_rank():
     """(rank, world size) as torchrun sets them; (0, 1) without torchrun."""
-    text = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
-    if not all(number.isdecimal() for number in text) or not int(text[0]) < int(text[1]):
-        wanted = "a rank below the number of processes; start with torchrun, or unset both"
-        raise SystemExit(f"RANK={text[0]} WORLD_SIZE={text[1]}: must be {wanted}")  # fail() asks for the rank
-    return int(text[0]), int(text[1])
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    numbers = rank.isdecimal() and world.isdecimal() and os.environ.get("LOCAL_RANK", "0").isdecimal()
+    if not numbers or int(rank) >= int(world):
+        names = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+        found = " ".join(f"{name}={os.environ[name]}" for name in names)
+        raise SystemExit(f"{found}: not what torchrun sets; unset them, or start with torchrun")
+    return int(rank), int(world)
 
 
 def pick_device(name="auto"):
     """The device of this process: under torchrun its own GPU, or the CPU."""
     import torch
 
-    world, local = process_rank()[1], os.environ.get("LOCAL_RANK", "0")
-    if not local.isdecimal():
-        fail(f"LOCAL_RANK={local}: a whole number is wanted; start with torchrun, or unset it")
+    world, local = process_rank()[1], int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if world == 1 and name == "cpu" and torch.backends.mps.is_available():
             name = "mps"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if name == "cpu" and os.path.exists("/dev/nvidiactl") and not hidden:
+            fail("torch cannot use this machine's GPU (torch build, driver); --device cpu runs without it")
     if name == "cuda" and torch.cuda.is_available():
-        if int(local) >= torch.cuda.device_count():
+        if local >= torch.cuda.device_count():
             fail(f"{world} processes, but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
-        torch.cuda.set_device(int(local))
+        torch.cuda.set_device(local)
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:

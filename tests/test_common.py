@@ -75,7 +75,7 @@ def start(args):
         (dict(RANK="5", WORLD_SIZE="2"), "RANK=5 WORLD_SIZE=2"),
         (dict(RANK="0", WORLD_SIZE="0"), "WORLD_SIZE=0"),
         (dict(RANK="0", WORLD_SIZE="many"), "WORLD_SIZE=many"),
-        (dict(RANK="1"), "RANK=1 WORLD_SIZE=1"),
+        (dict(RANK="1"), "RANK=1: not what torchrun sets"),
         (dict(RANK="-1", WORLD_SIZE="2"), "RANK=-1"),
         (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
         (dict(RANK="0", WORLD_SIZE="2"), "without MASTER_ADDR, MASTER_PORT"),
@@ -89,6 +89,19 @@ def test_variables_that_a_scheduler_left_end_in_one_line(env, says, monkeypatch)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     fails(start, [], says)
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch):
+    """An old driver: training would start on the CPU and take weeks."""
+    there = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl" or there(path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(SystemExit, match="cannot use this machine's GPU.*--device cpu"):
+        common.pick_device()
+    assert common.pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert common.pick_device().type == "cpu"
 
 
 def test_a_taken_port_ends_in_one_line(tmp_path):
