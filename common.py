@@ -270,22 +270,6 @@ def to_device(t, device):
     return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
 
 
-USABLE = 0.92  # share of a GPU's free memory; the rest is for fragments, NCCL and kernels
-
-
-def free_bytes(device):
-    """Memory of a GPU that may be used, the least of all processes. Infinite elsewhere."""
-    if device.type != "cuda":
-        return math.inf
-    import torch
-    import torch.distributed as dist
-
-    free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
-    if process_rank()[1] > 1:
-        dist.all_reduce(free, dist.ReduceOp.MIN)
-    return USABLE * free.item()
-
-
 def any_process(flag, device):
     """True on every process if the flag is set on one of them."""
     if process_rank()[1] == 1:

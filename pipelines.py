@@ -14,7 +14,6 @@ family a model is of.
 
 import hashlib
 import re
-import weakref
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -26,10 +25,6 @@ import transformers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import fail, parse_json, process_rank, publish, read_text
 
@@ -637,82 +632,6 @@ def save_tuned(folder, base, model, part, adapters, about):
             (tmp / "README.md").write_text(model_card(base, adapters, about), encoding="utf-8")
 
         publish(folder, write)
-
-
-def stand_in(denoiser, item, lora_rank):
-    """(network, x, t, cond) of one image on the meta device; `item` is a list as cached."""
-    with torch.device("meta"):
-        network = type(denoiser).from_config(denoiser.config).eval()
-        cond = {name: torch.empty(1, *t.shape) for name, t in item.items() if name != "latents"}
-        x, t = torch.empty(1, *item["latents"].shape[1:]), torch.empty(1)
-        return add_adapters(network, lora_rank, torch.float32) if lora_rank else network, x, t, cond
-
-
-def count_flops(family, denoiser, item, lora_rank=0):
-    """(FLOPs, trained parameters, frozen ones) of one image a step: forward of the reference, forward and
-    backward of the policy. On the meta device, where nothing is computed."""
-    network, x, t, cond = stand_in(denoiser, item, lora_rank)
-    with FlopCounterMode(display=False) as counter:
-        prediction = family.predict(network, x, t, cond)
-        forward = counter.get_total_flops()
-        prediction.sum().backward()
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in network.parameters()) - trained
-    return forward + counter.get_total_flops(), trained, frozen
-
-
-class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes at a time of what was computed under it since begin(). Copies of what was there
-    before (weights, in the compute type) do not count: the caller knows their size."""
-
-    def begin(self):
-        self.now, self.peak, self.given = 0, 0, set(self.alive)
-
-    def __enter__(self):
-        self.now, self.peak, self.alive, self.given = 0, 0, {}, set()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        copies = (
-            function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.given
-        )
-        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
-            key, size = storage._cdata, 0 if copies else storage.nbytes()
-            if key not in self.alive:
-                self.now += size
-                self.alive[key] = weakref.ref(storage, lambda _, key=key, size=size: self.gone(key, size))
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def gone(self, key, size):
-        self.now -= size
-        del self.alive[key]
-
-
-def count_bytes(family, denoiser, item, lora_rank, dtype, recompute):
-    """Bytes that an image takes at the peak of the policy's forward and backward, beside weights, their
-    copies in the compute type, and gradients. On fake tensors, nothing is computed: they lie on the CPU,
-    whose attention keeps as little as a GPU's, but norms run in fp32, as under a GPU's autocast."""
-    network, *inputs = stand_in(denoiser, item, lora_rank)
-    if recompute:
-        network.enable_gradient_checkpointing()
-    with FakeTensorMode(), LiveBytes() as live, torch.autocast("cpu", dtype, dtype == torch.bfloat16):
-        fake = lambda t: torch.empty(t.shape, dtype=t.dtype)
-        for module in network.modules():
-            for values in (module._parameters, module._buffers, vars(module)):
-                for name, t in [(n, t) for n, t in values.items() if isinstance(t, torch.Tensor)]:
-                    is_parameter = isinstance(t, torch.nn.Parameter)
-                    values[name] = torch.nn.Parameter(fake(t), t.requires_grad) if is_parameter else fake(t)
-            if "Norm" in type(module).__name__ and dtype == torch.bfloat16:
-                module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
-        for p in network.parameters():
-            if p.requires_grad:  # counted by the caller
-                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        x, t, cond = tree_map_only(torch.Tensor, fake, tuple(inputs))
-        live.begin()
-        family.predict(network, x, t, cond).float().square().sum().backward()
-    return live.peak
 
 
 # ----------------------------------------------------------------------------- sampling

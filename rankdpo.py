@@ -40,16 +40,14 @@ timestep depend on (seed, step, list) alone. One process runs plain, several sha
 import copy
 import hashlib
 import json
-import math
 import os
 import signal
 import time
 import warnings
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +67,7 @@ from tqdm import tqdm
 import common
 import lists
 import losses
+import memory
 import pipelines
 from common import HERE, fail, option, process_rank
 
@@ -153,7 +152,7 @@ class Config(Method):
     """How it is computed and recorded: this may change between the parts of one run."""
 
     # memory
-    device: str = option("auto", "cuda, mps or cpu; meta counts FLOPs and memory, and ends")
+    device: str = option("auto", "cuda, mps or cpu")
     # the fastest that fits a GPU is taken where these four are not given
     device_batch_size: int = option(None, "lists a forward pass on one device; accumulation follows", above=0)
     images_per_forward: int = option(None, "images a pass, where memory is short; 0 = all", at_least=0)
@@ -180,8 +179,6 @@ class Config(Method):
 def check_options(cfg):
     """What is wrong whatever the data holds."""
     world = process_rank()[1]
-    if cfg.device == "meta" and cfg.data != "random":
-        fail("--device meta: counts and reads no lists; give --data random, with --model as it is")
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
     lists.check_label(cfg.label, (*STORED, *losses.LABELS))
@@ -858,88 +855,6 @@ def adamw(cfg, device, whole):
     return partial(AdamW8bit, weight_decay=cfg.weight_decay)
 
 
-def suits_device(cfg, family, denoiser, item, K, dtype, device, room):
-    """(the options with the fastest of the memory settings that fits the device, FLOPs of a list of K images,
-    recomputation not counted). `room`: bytes to use on it. Prints the arithmetic; for --device meta, of
-    several GPUs."""
-    try:
-        flops, *sizes = pipelines.count_flops(family, denoiser, item, cfg.lora_rank)
-    except Exception as e:  # where nothing is computed: only sizes and kinds can be wrong
-        fail(f"{cfg.model}: the parts of the pipeline do not fit together ({' '.join(str(e).split())[:200]})")
-    passes = 4 * K + (cfg.sampler_steps + 1 if cfg.loss == "dro" else 0)  # forwards; a backward takes two
-    (rank, world), trained = process_rank(), sizes[0]
-    say = print if rank == 0 else lambda *_: None
-    cost = f"a list of {K} takes {passes * flops / 4e12:.1f} TFLOP"
-    say(f"{cfg.loss}: {trained / 1e6:.1f} M parameters are trained, computed in {dtype}; {cost}")
-    images = dict.fromkeys((False, True), 0)
-    if device.type in ("cuda", "meta"):
-        count = partial(pipelines.count_bytes, family, denoiser, item, cfg.lora_rank, dtype)
-        images = {recompute: count(recompute) for recompute in images}
-        say("an image's pass: {:.2f} GB, recomputed {:.2f} GB".format(*(n / 1e9 for n in images.values())))
-
-    def setting_in(room, gpus):
-        return fastest(cfg, K, images, partial(weight_bytes, cfg, *sizes, dtype, gpus), room, gpus)
-
-    if device.type == "meta":
-        for gpus, gb in product((1, 8), (24, 40, 80)):
-            say(f"{gpus} x {gb} GB:", describe(setting_in(common.USABLE * gb * 1e9, gpus)))
-    setting = setting_in(room, world)
-    if device.type == "cuda":
-        say(f"{room / 1e9:.1f} GB to use on each of {world}:", describe(setting))
-    return replace(cfg, **setting.options), passes * flops / 4
-
-
-def weight_bytes(cfg, trained, frozen, dtype, world, keep_gathered):
-    """Of weights, gradients and optimiser on each of `world` devices."""
-    wide, half = max(4, dtype.itemsize), dtype.itemsize
-    moments = 2 if cfg.adam_8bit else 2 * wide
-    # weights, gradients, an average, a sampler
-    own = ((2 + (cfg.ema > 0) + (cfg.loss == "dro")) * wide + moments) * trained
-    if cfg.lora_rank:
-        return own + wide * trained + half * frozen  # values of the reference; frozen weights
-    if world == 1:
-        copy = half if half < wide else 0  # of the policy, in the compute type
-        return own + (half + copy) * trained
-    gathered = (2 * half + wide) * trained if keep_gathered else 0  # policy, reference, whole gradients
-    return (own + wide * trained) / world + gathered
-
-
-Setting = namedtuple("Setting", "options gb time fits")  # `time`: over that of the least passes
-
-
-def fastest(cfg, K, images, weights, room, world):
-    """The fastest memory setting in `room` bytes, or the smallest; options that are given stay. `images`:
-    {recompute: bytes an image}, `weights`: keep_gathered -> bytes."""
-    local, sharded = max(1, cfg.global_batch_size // world), world > 1 and not cfg.lora_rank
-    machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world)) or 1
-    keeps = [sharded and cfg.keep_gathered] if cfg.keep_gathered is not None else {sharded, False}
-    recomputes = (False, True) if cfg.gradient_checkpointing is None else [cfg.gradient_checkpointing]
-    settings = []
-    for keep, recompute in product(keeps, recomputes):
-        fit = 10**6  # images
-        if room < math.inf:
-            fit = max(1, int((room - weights(keep)) / images[recompute]))
-        lists = min(cfg.device_batch_size or min(32, max(1, fit // K)), local)
-        together = cfg.images_per_forward
-        if together is None:
-            together = 0 if lists * K <= fit else fit
-        needed = weights(keep) + images[recompute] * (min(together, lists * K) or lists * K)
-        # both networks' forward and the backward take 4, recomputing .8; gathering in every pass a fifth,
-        # between machines twice the time
-        passes = 4 + 0.8 * recompute + (0 < together < lists * K)
-        factor = passes / 4 * (1 if keep or not sharded else 1.2 if machines == 1 else 2)
-        options = dict(device_batch_size=lists, images_per_forward=together, gradient_checkpointing=recompute)
-        options["keep_gathered"] = keep
-        settings.append(Setting(options, needed / 1e9, factor, needed <= room))
-    return min(settings, key=lambda s: (not s.fits, s.time if s.fits else s.gb))
-
-
-def describe(setting):
-    options = [f"--{name} {str(value).lower()}" for name, value in setting.options.items()]
-    fits = "" if setting.fits else ", DOES NOT FIT"
-    return f"{' '.join(options)}: {setting.gb:.1f} GB, {setting.time:.2f} x the time{fits}"
-
-
 # ----------------------------------------------------------------------------- checkpoints
 
 
@@ -991,7 +906,7 @@ def identity(cfg, rows, policy):
     options = {f.name: getattr(cfg, f.name) for f in fields(Method)}
     parts = [sorted(Path(part).rglob("*.safetensors")) for part in cfg.model.split("+")]  # base, adapters
     ends = [common.ends_of(file, 1 << 20) for files in parts for file in files]
-    if not all(parts) and process_rank()[0] == 0 and cfg.device != "meta":  # from the hub: which revision?
+    if not all(parts) and process_rank()[0] == 0:  # from the hub: which revision?
         ends += [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
     weights = hashlib.sha256(json.dumps(ends).encode())
     now = {**options, "weights": weights.hexdigest()[:16], "lists": digest.hexdigest()[:16]}
@@ -1167,12 +1082,12 @@ def main(argv=None):
     check_options(cfg)
     cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
-    room = common.free_bytes(device)  # before anything is there
+    free = memory.free_bytes(device)  # before anything is there
     sharded = world > 1 and not cfg.lora_rank
     scale = (world if sharded else 1) / cfg.global_batch_size  # mean over lists; FSDP averages over processes
     dtype = common.pick_dtype(cfg.precision, device)
     optimizer_of = adamw(cfg, device, whole=not sharded and dtype != torch.float64)
-    mixed = dtype == torch.bfloat16 and device.type != "meta"
+    mixed = dtype == torch.bfloat16
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
 
     # ---- data and model
@@ -1192,9 +1107,8 @@ def main(argv=None):
     read = lambda n: load_file(file_of(n))
     if cfg.data == "random":
         read = random_lists(family.shapes(policy.config), k=1 if cfg.loss == "dro" else 4)
-    cfg, flops = suits_device(cfg, family, policy, read(seen[0]), labels.mask.shape[1], dtype, device, room)
-    if device.type == "meta":
-        return
+    item, K = read(seen[0]), labels.mask.shape[1]
+    cfg, flops = memory.choose(cfg, family, policy, item, K, dtype, device, free)
     nothing = dropped_caption(cfg, pipe, read(seen[0]), device, dtype)
     sample = prepare_samples(cfg, pipe, rows, read(seen[0]), device, dtype, autocast)
     scheduler, predicts = pipe.scheduler, partial(predict_some, family, autocast)

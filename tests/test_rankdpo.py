@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import common
 import losses
+import memory
 import pipelines
 import rankdpo
 from lists import read_metadata
@@ -424,7 +425,7 @@ def test_a_list_of_four_takes_sixteen_forwards(model, forward):
     denoiser = pipelines.denoiser_of(pipelines.load_pipeline(f"random:{model}", "meta"))[1]
     family = pipelines.TRAINABLE[model]
     item = rankdpo.random_lists(family.shapes(denoiser.config), 4)(0)
-    flops, _, _ = pipelines.count_flops(family, denoiser, item)
+    flops, _, _ = memory.count_flops(family, denoiser, item)
     assert 4 * flops / 1e12 == pytest.approx(16 * forward, rel=0.02)
 
 
