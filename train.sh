@@ -86,7 +86,9 @@ case "$task" in
   sd15)  # arXiv 2503.12575, Sec. IV: 2000 steps of 128 pairs, the reference refreshed every 100
     model=stable-diffusion-v1-5/stable-diffusion-v1-5
     sampling="--steps 50 --guidance 7.5"
-    : "${REWARDS:=pickscore hpsv2 clip aesthetic}" "${LOSS:=balanced}" "${REF_REFRESH:=100}" "${BETA:=2500}"
+    # PickScore's unit is the papers' cosine, so that LOSS=dpo with --label sum adds what they add
+    [ -n "${REWARDS-}" ] || : "${EVAL_REWARDS:=pickscore hpsv2 clip aesthetic}"
+    : "${REWARDS=pickscore-cosine hpsv2 clip aesthetic}" "${LOSS:=balanced}" "${REF_REFRESH:=100}" "${BETA:=2500}"
     : "${STEPS:=2000}" "${BATCH:=128}" "${RESOLUTION:=512}" "${SCHEDULE:=constant}" "${WARMUP:=500}"
     : "${LR:=1.3e-6}" "${SAVE_EVERY:=100}" "${TRAIN_OPTIONS:=--sample_every 500}"  # 1e-8 times the batch
     ;;

@@ -87,15 +87,16 @@ def commands(tiny, tmp_path_factory):
     one = [f"sdxl={tiny}/sdxl,steps=1,seed={seed}" for seed in range(3)]
     clip = f"clip={tiny}/rewards/clip"
     four = [
-        "hpsv2=" + f"{tiny}/rewards/hps",
+        f"hpsv2={tiny}/rewards/hps",
         clip,
         f"pickscore={tiny}/rewards/pick",
         f"aesthetic={root}/aesthetic",
     ]
+    labellers = " ".join(four).replace("pickscore=", "pickscore-cosine=")
     env = dict(SDXL=f"{tiny}/sdxl", SD3=f"{tiny}/sd3", SD15=f"{tiny}/sd15", PROMPTS=f"{tiny}/prompts.txt")
     env.update(DPO_SDXL=f"{root}/dpo-sdxl", DPO_SD15=f"{root}/dpo-sd15", VQASCORE=clip)
     env.update(GENERATORS=" ".join(many), ONE_GENERATOR=" ".join(one))
-    env.update(REWARDS5=" ".join(rewards(tiny)), REWARDS4=" ".join(four))
+    env.update(REWARDS5=" ".join(rewards(tiny)), REWARDS4=" ".join(four), LABELLERS=labellers)
     env.update(PICKAPIC=str(pickapic(root / "people.parquet", CHOICES)), **write_benchmarks(root))
     return commands_of_the_page({**os.environ, **env})
 
