@@ -78,7 +78,7 @@ def test_the_balanced_recipe_is_the_papers(tmp_path):
     assert all(option in options for option in wanted.split("|")) and "--label_rewards clip mps" in options
     del env["REWARDS"]
     options = " ".join(commands_of(train_sh("sd15", check=True, **env))[3])
-    assert "--label_rewards pickscore-cosine hpsv2 clip aesthetic" in options  # HPS v2.0, as the paper's means show
+    assert "--label_rewards pickscore-cosine hpsv2 clip aesthetic" in options  # HPS v2.0: the paper's means
     assert "--schedule constant" in options and "--warmup_steps 500" in options
     options = " ".join(commands_of(train_sh("sd15", check=True, LOSS="dpo", **env))[3])
     assert "--loss dpo" in options and "--label_rewards" not in options  # phi, stored, is of those rewards
