@@ -12,6 +12,8 @@ that is only sampled (PixArt, Stable Cascade) overrides `sampling` alone. No oth
 """
 
 import hashlib
+import json
+import os
 import re
 import weakref
 from contextlib import suppress
@@ -30,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import fail, parse_json, process_rank, publish, read_text
+from common import ends_of, fail, parse_json, process_rank, publish, read_text
 
 # ----------------------------------------------------------------------------- families
 
@@ -415,6 +417,68 @@ def clean_latents(scheduler, x_t, prediction, alpha, sigma):
     if kind == "epsilon":
         return (x_t - sigma * prediction) / alpha
     return alpha * x_t - sigma * prediction if kind == "v_prediction" else x_t - sigma * prediction
+
+
+# ----------------------------------------------------------------------------- what a path names
+
+
+def split_spec(path):
+    """The parts of "base+first+second", a list. A + in the name of a path that exists does not split it."""
+    parts, words = [], str(path).split("+")
+    while words:
+        longest = (n for n in range(len(words), 1, -1) if os.path.exists("+".join(words[:n])))
+        n = next(longest, 1)
+        parts.append("+".join(words[:n]))
+        words = words[n:]
+    return parts
+
+
+SAVED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth")  # configurations, vocabularies, weights
+
+
+def fingerprint(path):
+    """{part: hash} of all that changes a picture or a latent of load_pipeline(path).
+
+    Parts of a base folder are named after their folders ("scheduler", "vae", "unet"). Its model_index.json is
+    "pipeline", and what is added to it is "+1", "+2". A hub id stands for itself: its files may not be here
+    yet. A copy has the fingerprint of its original."""
+    base, *additions = split_spec(path)
+    hashes = {"pipeline": base, **{f"+{n}": added for n, added in enumerate(additions, 1)}}
+    files = {"pipeline": [Path(base, "model_index.json")]}
+    for file in sorted(Path(base).glob("*/*")) if os.path.isdir(base) else ():
+        files.setdefault(file.parent.name, []).append(file)
+    for n, added in enumerate(map(Path, additions), 1):
+        folders = (added, added / "unet", added / "transformer")
+        files[f"+{n}"] = [added, *(file for folder in folders for file in sorted(folder.glob("*")))]
+    for name, there in files.items():
+        there = [file for file in there if file.suffix in SAVED and file.is_file()]
+        digests = [
+            file_digest(file) if len(there) == 1 else [file.name, *file_digest(file)] for file in there
+        ]
+        if digests:
+            hashes[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+    return hashes
+
+
+def file_digest(file):
+    """[size, hash] of a file. Reading 24 GB would take minutes, so of safetensors above 16 MiB the header and
+    the first 4 KiB of each tensor count: training may spare both ends of a file, but not the beginning of a
+    tensor. A large .bin is a zip archive, which ends in a checksum of each tensor."""
+    size = file.stat().st_size
+    if size <= 16 << 20:
+        return [size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    if file.suffix != ".safetensors":
+        return [*ends_of(file, 8 << 20)]
+    with open(file, "rb") as f, suppress(Exception):  # torn: the loader says so
+        start = 8 + int.from_bytes(f.read(8), "little")
+        header = f.read(min(start, size) - 8)
+        digest = hashlib.sha256(header)
+        tensors = parse_json(header.decode())
+        for name in sorted(tensors.keys() - {"__metadata__"}):
+            begin, end = tensors[name]["data_offsets"]
+            f.seek(start + begin)
+            digest.update(f.read(min(4096, end - begin)))
+    return [size, digest.hexdigest()]
 
 
 # ----------------------------------------------------------------------------- load and save
