@@ -14,11 +14,11 @@ under any other name, is a function of yours, (PIL images, prompts) -> scores. L
                  laion/CLIP-ViT-H-14-laion2B-s32B-b79K
     hpsv2.1      the same, xswu/HPSv2 HPS_v2.1_compressed.pt          2.0 GB  Apache-2.0  cosine, .2 to .35
     hpsv2        the same, xswu/HPSv2 HPS_v2_compressed.pt            2.0 GB  Apache-2.0  cosine, .2 to .3
-    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1          3.9 GB  MIT         cosine x100, 15 to 25
+    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1          3.9 GB  MIT         100 cos, 15 to 25
     pickscore-cosine  the same                                                            cosine, .15 to .25
     imagereward  BLIP-L + MLP, zai-org/ImageReward ImageReward.pt     1.8 GB  Apache-2.0  z-score, -2.3 to 2
     cyclereward  BLIP-L + MLP, carolineec/CycleReward-Combo           1.8 GB  MIT         logits, unbounded
-    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                4.4 GB  not stated  cosine x100, 0 to 15
+    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                4.4 GB  not stated  100 cos, 0 to 15
     vqascore     CLIP-L/336 + Flan-T5-XXL, zhiqiulin/clip-flant5-xxl  23 GB   Apache-2.0  P("Yes"), 0 to 1
     vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl   6.3 GB  Apache-2.0  P("Yes"), 0 to 1
     aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  points, 1 to 10;

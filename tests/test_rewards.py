@@ -267,7 +267,7 @@ PICKSCORES = ("pickscore", "pickscore-cosine")
 
 def test_the_table_of_rewards_says_the_unit_of_each():
     table = rewards.__doc__.partition("unit and usual range")[2].partition("\n\n")[0]
-    units = "cosine|z-score|logits|P\\(|points|if shown"
+    units = "cos|z-score|logits|P\\(|points|if shown"
     for name in rewards.LOADERS:
         line = re.search(rf"^ +{re.escape(name.removesuffix('-bf16'))}  .*$", table, re.MULTILINE)
         assert line and re.search(units, line[0]), name
