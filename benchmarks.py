@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
+    HERE,
     appending,
     fail,
     parallel_files,
@@ -366,16 +367,6 @@ def relations(a, b):
     return [relation for relation, holds in zip(RELATIONS, held) if holds]
 
 
-def objects_around(found, half):
-    """[(class or None, colour, x, y)], as toyworld.find_objects gives them -> the objects of geneval_verdict:
-    boxes of 2 half a side, of confidence 1. What is of no class is left out."""
-    objects = {}
-    for name, colour, x, y in found:
-        if name is not None:
-            objects.setdefault(name, []).append(((x - half, y - half, x + half, y + half, 1.0), colour))
-    return objects
-
-
 # ----------------------------------------------------------------------------- answers that are kept
 
 
@@ -397,7 +388,7 @@ def measured(folder, name, sources, load, jobs, device, batch_size):
             batch = jobs[start : start + batch_size]
             if all(keys[job] in known or keys[job][2] is None for job in batch):
                 continue
-            answer = answer or loaded(load, sources, device)
+            answer = answer or load_judge(load, sources, device)
             answers = answer([Path(folder) / file for file, _ in batch], [text for _, text in batch])
             for key, value in zip((keys[job] for job in batch), answers):
                 if value is not None and key not in known:
@@ -425,8 +416,8 @@ def stored_answers(place, name):
     return known
 
 
-def loaded(load, sources, device):
-    """load(sources, device); the program ends with one line where that cannot be."""
+def load_judge(load, sources, device):
+    """load(sources, device), or one line that names the sources."""
     try:
         return load(sources, device)
     except Exception as e:  # a missing file, a wrong format, no hub
@@ -435,7 +426,7 @@ def loaded(load, sources, device):
 
 
 def scores_of(scorer):
-    """The same as scorer.stream, as a function of a batch: None where a picture cannot be read."""
+    """scorer.stream as a function of a batch; None where a picture cannot be read."""
     return lambda paths, texts: [score for score, _ in scorer.stream(paths, texts, len(paths))]
 
 
@@ -662,10 +653,7 @@ def measure_geneval(folder, rows, files, sources, ask):
                 results.append(geneval_result(f"{folder}/{file}", row, answer))
                 values[i, s] = results[-1]["correct"]
     if process_rank()[0] == 0 and results:
-        import pandas
-
-        lines = pandas.DataFrame(results)
-        publish(Path(folder) / "results.jsonl", lambda tmp: lines.to_json(tmp, orient="records", lines=True))
+        write_text(Path(folder) / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
         write_text(Path(folder) / "summary.txt", geneval_summary(results))
     note = f"detector {models['detector']} in transformers; official: the same architecture trained in mmdet"
     return values, [note, *lost_pictures(answers)]
@@ -771,9 +759,8 @@ def noun_phrases(prompts, file):
     if file:
         with suppress(ValueError):  # what is no JSON holds no prompt either
             phrases = parse_json(read_text(file))
-        if missing := [
-            p for p in prompts if not isinstance(phrases, dict) or type(phrases.get(p)) is not list
-        ]:
+        known = phrases if isinstance(phrases, dict) else {}
+        if missing := [prompt for prompt in prompts if not isinstance(known.get(prompt), list)]:
             fail(f"{file}: no JSON {{prompt: [noun phrases]}} with {missing[0]!r}")
     elif prompts:
         try:
@@ -781,9 +768,7 @@ def noun_phrases(prompts, file):
 
             find = spacy.load("en_core_web_sm")
         except (ImportError, OSError):
-            advice = (
-                "install both, or name a file {prompt: [noun phrases]} with --bench_models phrases=FILE.json"
-            )
+            advice = "install both, or name a file of them with --bench_models phrases=FILE.json"
             fail(f"T2I-CompBench's noun phrases: spaCy or its en_core_web_sm is not here; {advice}")
         phrases = {prompt: [chunk.text for chunk in find(prompt).noun_chunks] for prompt in prompts}
     return [[f"{p}?" for p in phrases[prompt] if p not in NO_PHRASES][:MOST_PHRASES] for prompt in prompts]
@@ -837,55 +822,34 @@ def hps_table(tags, scores):
     return {**columns, "Average": float(100 * scores.mean())}
 
 
-PAPERS = {  # benchmark: source and columns, then a line a model; win rates in per cent, best of five seeds
-    "geneval": """RankDPO, Table 1: Mean, Single, Two, Counting, Colors, Position, Color Attribution
-        SDXL: .55 .98 .74 .39 .85 .15 .23
-        SDXL + RankDPO: .61 1.00 .86 .46 .90 .14 .29
-        SD3-Medium: .70 1.00 .87 .63 .84 .28 .58
-        SD3-Medium + RankDPO: .74 1.00 .90 .72 .87 .31 .66""",
-    "t2i-compbench": """RankDPO, Table 2: Color, Shape, Texture, Spatial, Non-Spatial, Complex
-        SDXL: 58.79 46.87 52.99 21.31 31.19 32.37
-        SDXL + RankDPO: 72.33 56.93 69.67 24.53 31.33 45.47
-        SD3-Medium: 81.31 59.06 75.91 34.30 31.13 47.93
-        SD3-Medium + RankDPO: 83.26 63.45 78.72 36.49 31.25 48.65""",
-    "dpg": """RankDPO, Table 3: DSG Score, VQA Score, Q-Align Score
-        SDXL: 74.65 84.33 .72
-        SDXL + DPO: 76.74 85.67 .74
-        SDXL + MaPO: 74.53 84.54 .80
-        SDXL + SPO: 74.73 84.71 .82
-        SDXL + RankDPO: 79.26 87.52 .81
-        SD3-Medium: 85.54 90.58 .67
-        SD3-Medium + RankDPO: 86.78 90.99 .68""",
-    "pickapic": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
-        DiffusionDPO vs SD1.5: 70.71 57.24 56.23 52.86
-        BalancedDPO vs SD1.5: 85.19 78.45 64.31 69.36
-        BalancedDPO vs DiffusionDPO: 73.06 73.40 65.99 69.70
-        DiffusionDPO vs SDXL: 78.00 59.00 45.00 21.00
-        BalancedDPO vs SDXL: 98.00 88.00 62.00 44.00
-        BalancedDPO vs DiffusionDPO-SDXL: 82.00 77.00 64.00 81.00""",
-    "parti": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
-        DiffusionDPO vs SD1.5: 67.76 56.24 50.75 50.49
-        BalancedDPO vs SD1.5: 70.06 65.19 56.33 62.18
-        BalancedDPO vs DiffusionDPO: 61.20 62.80 56.95 62.62
-        DiffusionDPO vs SDXL: 76.00 58.00 52.00 26.00
-        BalancedDPO vs SDXL: 96.00 94.00 76.00 66.00
-        BalancedDPO vs DiffusionDPO-SDXL: 88.00 86.00 80.00 93.00""",
-    "hpdv2": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
-        DiffusionDPO vs SD1.5: 74.00 50.67 47.33 56.00
-        BalancedDPO vs SD1.5: 72.67 72.67 60.67 63.33
-        BalancedDPO vs DiffusionDPO: 57.33 69.33 64.00 60.00
-        DiffusionDPO vs SDXL: 78.00 55.00 38.00 14.00
-        BalancedDPO vs SDXL: 97.00 78.00 50.00 42.00
-        BalancedDPO vs DiffusionDPO-SDXL: 80.00 74.00 75.00 83.00""",
-}
+def read_papers(path=HERE / "docs/papers.txt"):
+    """{benchmark: dict(source, columns, rows {model: {column: number}}, n {model: prompts})}."""
+    tables = {}
+    for block in re.sub("(?m)^#.*\n", "", read_text(path)).strip().split("\n\n"):
+        (bench, source, header), *lines = (line.split("; ") for line in block.split("\n"))
+        table = dict(source=source, columns=header.split(", "), rows={}, n={})
+        for n, model, text in lines:
+            values = [float("nan" if cell == "-" else cell) for cell in text.split()]
+            table["rows"][model], table["n"][model] = dict(zip(table["columns"], values)), int(n)
+        tables[bench] = table
+    return tables
 
 
-def parse_paper(text):
-    """dict(source, columns, rows {model: {column: number}}) of a table above."""
-    (source, header), *lines = (line.strip().rsplit(": ", 1) for line in text.split("\n"))
-    columns = header.split(", ")
-    rows = {model: dict(zip(columns, map(float, numbers.split()))) for model, numbers in lines}
-    return dict(source=source, columns=columns, rows=rows)
+PAPER_TABLES = read_papers()
 
 
-PAPER_TABLES = {bench: parse_paper(text) for bench, text in PAPERS.items()}
+def paper_table(bench, results, rows, scores):
+    """(header, rows): ours above the papers', in the papers' own columns: values of scores {model: {metric:
+    (P, S)}}, or win rates of the best seed from evaluate.py's results."""
+    paper = PAPER_TABLES[bench]
+    ours = {name: summarise_bench(bench, rows, metrics) for name, metrics in scores.items()}
+    if "win rates" in paper["source"]:
+        names = dict(zip(paper["columns"], ("hpsv2.1", "clip", "pickscore", "aesthetic")))
+        for name, result in results.items():
+            for other, pair in result["against"].items():
+                wins = {column: 100 * pair[r]["best"]["rate"] for column, r in names.items() if r in pair}
+                ours[f"{name} vs {other}"] = wins
+    every = {**ours, **{f"{name} (paper)": values for name, values in paper["rows"].items()}}
+    columns = dict.fromkeys([*paper["columns"], *(column for values in ours.values() for column in values)])
+    cells = lambda values: [f"{values[c]:.2f}" if np.isfinite(values.get(c, np.nan)) else "" for c in columns]
+    return [f"{bench}; {paper['source']}", *columns], [[n, *cells(values)] for n, values in every.items()]

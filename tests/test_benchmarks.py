@@ -339,6 +339,17 @@ def test_geneval_edges():
     assert at(20, 20) == (True, "")  # left and above
     assert at(80, 20) == (False, "expected cat left of target, found right of and above target")
     assert b.geneval_verdict({}, {"include": [], "exclude": [{"class": "dog", "count": 1}]}) == (True, "")
+    assert b.geneval_keep([[0, 0, 1, 1, 0.5]], "colors") == [0] and b.geneval_verdict({}, {})[0]
+
+
+def objects_around(found, half):
+    """[(class or None, colour, x, y)] of toyworld.find_objects -> the objects of geneval_verdict: boxes of
+    2 half a side, of confidence 1. What is of no class is left out."""
+    objects = {}
+    for name, colour, x, y in found:
+        if name is not None:
+            objects.setdefault(name, []).append(((x - half, y - half, x + half, y + half, 1.0), colour))
+    return objects
 
 
 def test_geneval_on_the_toy_world_equals_the_exact_checker():
@@ -351,7 +362,7 @@ def test_geneval_on_the_toy_world_equals_the_exact_checker():
             judged["exclude"] = [{**item, "count": item["count"] + 1} for item in row["include"]]
         for drawn in [toyworld.slip(spec, rng)] + [spec] * (n % 3 == 0):
             image = toyworld.render(drawn, rng)
-            objects = b.objects_around(toyworld.find_objects(image), half=4.5)
+            objects = objects_around(toyworld.find_objects(image), half=4.5)
             assert (
                 b.geneval_verdict(objects, judged)[0]
                 == toyworld.check(row["prompt"], image)
@@ -361,7 +372,7 @@ def test_geneval_on_the_toy_world_equals_the_exact_checker():
     assert {*shown} == {(tag, right) for tag in toyworld.CATEGORIES for right in (True, False)}
     more = toyworld.draw([("circle", "red"), ("square", "red")], np.array([[8, 8], [24, 24]]), (4.5, 4.5))
     image, row = Image.fromarray(more), {"include": [{"class": "circle", "count": 1}]}
-    objects = b.objects_around(toyworld.find_objects(image), half=4.5)  # something more: the rules part here
+    objects = objects_around(toyworld.find_objects(image), half=4.5)  # something more: the rules part here
     assert b.geneval_verdict(objects, row)[0] and not toyworld.check("a circle", image)
 
 

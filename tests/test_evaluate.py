@@ -158,12 +158,13 @@ def test_the_page_holds_every_score_and_thumbnails_only(compared):
 
 
 def test_a_prompt_cannot_break_the_page(tmp_path):
-    names, row = dict(models=["a"], rewards=["r"]), {"prompt": "</script><img src=x>"}
-    evaluate.write_html(
-        tmp_path / "page.html", "<b>", [(["<i>", "n"], [["**a**", "<u>"]])], names, iter([row])
-    )
-    assert data_of(tmp_path / "page.html")["rows"] == [row]
-    assert "<u>" not in (tmp_path / "page.html").read_text()
+    row, table = {"prompt": "</script><img src=x>"}, (["<i>", "n"], [["**a**", "<u>"]])
+    head = dict(models=["a"], rewards=["r"], setting="<b>", tables=[table])
+    evaluate.write_html(tmp_path / "page.html", head, iter([row]))
+    data = data_of(tmp_path / "page.html")
+    assert data["rows"] == [row] and data["setting"] == "<b>" and data["tables"][0][1] == [["**a**", "<u>"]]
+    text = (tmp_path / "page.html").read_text()
+    assert "<u>" not in text and "<b>" not in text and "innerHTML" not in text  # all of it is set as text
 
 
 @pytest.mark.skipif(not Path("/usr/bin/chromium").is_file(), reason="no chromium here")
@@ -368,7 +369,7 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
         values[3] = np.nan  # as where a category has no judge
         return {bench: values}, [f"judged by {sources['detector']}"]
 
-    monkeypatch.setattr(evaluate, "measure", judge)
+    monkeypatch.setattr(evaluate.benchmarks, "measure", judge)
     args = command(tiny, tmp_path / "out", models=("base={}/sdxl", "other={}/sd15"))
     args += ["--bench", "geneval", "--prompts", tmp_path, "--bench_models", "detector=mine", "--limit", 4]
     evaluate.main([*map(str, args), "--rewards", rewards(tiny)[0]])
@@ -408,7 +409,3 @@ def test_a_benchmark_without_a_metric_needs_rewards(tiny, tmp_path, capsys):
     models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15"]
     bench = ["--bench", "parti", "--prompts", tmp_path, "--out", tmp_path / "out"]
     fails(evaluate.main, [*models, *bench], "--bench parti", "--rewards", capsys=capsys)
-
-
-def test_the_rules_of_geneval_are_here_too(compared):
-    assert evaluate.geneval_keep([[0, 0, 1, 1, 0.5]], "colors") == [0] and evaluate.geneval_verdict({}, {})[0]
