@@ -5,7 +5,7 @@ fail, one_line_errors        bad input ends in one line and a status that is not
 process_rank, pick_device    torchrun's processes, or one; the only place that knows rank and world
 publish, write_text, lock    a reader of a file sees the old one or the new one, never half
 appending, whole_lines       files that grow by lines, of which a killed run may leave half of the last
-read_jsonl, read_prompts, read_metadata, read_image
+read_jsonl, read_prompts, read_image
                              one reader of each format, so that each complaint stands once
 picture_grid, plot_curves    rows of captioned pictures, curves of a log
 """
@@ -56,6 +56,12 @@ def fail(message, status=1):
         raise SystemExit(message)  # python prints it at the very end and exits with 1
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def print_problems(problems, what):
+    if problems:
+        print("\n".join(problems[:20]))
+        print(f"{len(problems)} {what}; at most 20 of them are listed above")
 
 
 at_end = ExitStack()  # what is undone when a script ends, however it ends: locks, the process group
@@ -544,102 +550,6 @@ def read_prompts(path, limit=0, offset=0, column=""):
     if not chosen:
         fail(f"--prompts {path}: holds no prompt" + (f" after --offset {offset}" if offset else ""))
     return chosen
-
-
-def read_metadata(folder, lists=False, labelled=False):
-    """Rows of folder/metadata.jsonl, one a list of images: prompt, file_names; scores, phi where they are.
-
-    Rows of other programs may say caption or text, and file_name. With `lists`, every row must have at least
-    two images, which are there; with `labelled`, also a phi in [0, 1] for each, so that it can be trained on.
-    A bad row ends the run with file, line and what to do."""
-    path, rows, lines, real = Path(folder) / "metadata.jsonl", [], {}, os.path.realpath(folder)
-    if not path.is_file():
-        fail(f"{path}: no such file; make it with synpic.py, or name its folder with --data")
-    mend = "mend or delete that row" + (" (synpic.py --stages label writes phi anew)" if labelled else "")
-    for n, row in read_jsonl(path):
-        try:
-            rows.append(row := checked_row(real, row, lists, labelled))
-            if (first := lines.setdefault((row["prompt"], *row["file_names"]), n)) < n:
-                raise ValueError(f"the same prompt and images as line {first}")
-        except (ValueError, TypeError, AttributeError) as e:
-            fail(f"{path}, line {n}: {e}; {mend}")
-    if not rows:
-        fail(f"{path}: no rows; run synpic.py to the end first, with all of its stages")
-    return rows
-
-
-def checked_row(folder, row, lists, labelled):
-    """A row of metadata.jsonl with its keys in our names; ValueError with what is wrong with it. `folder` is
-    text, without links: a Path for each of 232 k files would take longer than a look at them."""
-    prompt = next((row[k] for k in TEXT if k in row), None)
-    files = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
-    if not isinstance(prompt, str) or not isinstance(files, list) or not files:
-        raise ValueError("needs prompt (or caption, text) and file_names (or file_name)")
-    plain = [os.path.normpath(str(f)) for f in files]  # ./a.png is a.png
-    for f, name in zip(files, plain):
-        if not isinstance(f, str) or "\0" in f or os.path.isabs(f) or ".." in f.split("/"):
-            raise ValueError(f"image {f!r}: must be a path inside the folder")
-        if plain.count(name) > 1:
-            raise ValueError(f"image {f} stands {plain.count(name)} times in the list")
-    for f in {f if os.path.islink(f"{folder}/{f}") else os.path.dirname(f) for f in files}:
-        if not f"{os.path.realpath(f'{folder}/{f}')}/".startswith(f"{folder}/"):
-            raise ValueError(f"image {f}: a link out of the folder; copy what it links to")
-    scores, k = {} if row.get("scores") is None else row["scores"], len(files)
-    if not isinstance(scores, dict):
-        raise ValueError("scores must be an object, {reward: [a number an image]}")
-    for name, values in scores.items():
-        if not isinstance(values, list) or len(values) != k or not all(map(is_number, values)):
-            raise ValueError(f"scores of {name}: as many finite numbers as file_names are wanted")
-    if labelled:
-        phi = row.get("phi")
-        if not isinstance(phi, list) or len(phi) != k:
-            raise ValueError("needs as many phi as file_names")
-        if not all(is_number(p) and 0 <= p <= 1 for p in phi):
-            raise ValueError("phi must lie in [0, 1]")
-    if lists or labelled:
-        if k < 2:
-            raise ValueError("needs at least two file_names")
-        if missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]:
-            raise ValueError(f"image {missing[0]} is not in the folder")
-    scores = {name: values for name, values in scores.items() if name not in EVALUATION_ONLY}
-    return {**row, "prompt": prompt, "file_names": files, "scores": scores}
-
-
-EVALUATION_ONLY = ("toyworld", "diversity")  # rewards from which no label comes
-
-
-def check_label(label, known):
-    if label not in known and not label.startswith("single:"):
-        fail(f"--label {label}: there are {', '.join(known)} and single:REWARD")
-
-
-def stored_rewards(folder, rows, label, wanted=()):
-    """(names, rewards) that a label counts: names of R stored scores and for each row of metadata.jsonl a
-    tensor (K, R), fp64. They are the `wanted` scores, or all there are, or that of single:REWARD alone."""
-    there = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    if label.startswith("single:"):
-        wanted = [label[7:]]
-    names = [name for name in there if name in (wanted or there)]
-    lacking = [name for name in wanted if name not in there]
-    if lacking or (not names and label != "random"):
-        found = f"no such scores: {', '.join(lacking)} (there are {', '.join(there) or 'none'})"
-        first = (
-            f"score first: python rewards.py --score {folder} --rewards NAME, then synpic.py --stages label"
-        )
-        fail(f"--label {label}: {folder}/metadata.jsonl: {found}; {first}")
-    if label == "random":  # it looks at none
-        names = [name for name in names if all(name in row["scores"] for row in rows)]
-    for n, row in enumerate(rows, 1):
-        if missing := [name for name in names if name not in row["scores"]]:
-            problem = f"{folder}/metadata.jsonl, row {n}: no scores of {missing[0]}"
-            fail(f"{problem}; score it (python rewards.py --score {folder}) or delete that row")
-    rewards = [torch.tensor([row["scores"][name] for name in names], dtype=torch.float64) for row in rows]
-    return names, [r.view(len(names), len(row["file_names"])).T for r, row in zip(rewards, rows)]
-
-
-def is_number(value):
-    """A finite number of fp32's range, not text that looks like one."""
-    return type(value) in (int, float) and abs(value) < 3e38
 
 
 # ----------------------------------------------------------------------------- pictures

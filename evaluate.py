@@ -40,7 +40,7 @@ from PIL import Image
 from scipy.stats import binomtest, wilcoxon
 
 import benchmarks
-import synpic
+import draw
 from common import (
     HERE,
     fail,
@@ -55,16 +55,16 @@ from common import (
     provenance,
     publish,
     read_image,
-    read_metadata,
     read_prompts,
     read_text,
     start_processes,
     writable_folder,
     write_text,
 )
+from lists import read_metadata
 from pipelines import check_pipeline, family_of, load_pipeline
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
-from toyworld import COLORS, find_objects, grammar
+from toy.world import COLORS, find_objects, grammar
 
 STAGES = ("draw", "score", "report")
 TEMPLATES = HERE / "docs/templates"
@@ -460,14 +460,14 @@ def suited(cfg, models):
     if drawn is None or None not in (cfg.steps, cfg.guidance):
         return cfg
     if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
-        began = next(iter(synpic.read_settings(drawn.folder)[0]["models"].values()))
+        began = next(iter(draw.read_settings(drawn.folder)[0]["models"].values()))
         return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
     pipe = load_pipeline(drawn.path, denoiser=False)  # its size says enough
     return fill_in(cfg, family_of(pipe).suits(pipe), "sampling")
 
 
 def drawings(cfg, models):
-    """[(options, settings, a model a seed, pictures)] for synpic.py's stage of all models that are to be
+    """[(options, settings, a model a seed, pictures)] for draw.py's stage of all models that are to be
     drawn. What lies there must have been drawn like that, also where it is only reported."""
     plans = []
     for name, pictures in models.items():
@@ -476,29 +476,22 @@ def drawings(cfg, models):
             how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution, dtype="bf16")
             how.update(name=name, path=pictures.path, noise="")
             seeds = [dict(how, seed=cfg.seed + s) for s in range(cfg.seeds)]
-            drawing = synpic.Config(
-                out=str(folder),
-                batch_size=cfg.batch_size,
-                on_error=cfg.on_error,
-                precision=cfg.precision,
-                device=cfg.device,
-                stages=("generate",) if "draw" in cfg.stages else (),
-            )
-            settings = synpic.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
-            synpic.check_settings(drawing, settings)
+            drawing = replace(cfg, out=str(folder))
+            settings = draw.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
+            draw.check_settings(folder, settings, drawing="draw" in cfg.stages)
             plans.append((drawing, settings, seeds, pictures))
     return plans
 
 
 def draw_stage(plans, mine, device):
-    """The missing pictures of every model, by synpic.py's stage: there, a seed is another model."""
+    """The missing pictures of every model, by draw.py's stage: there, a seed is another model."""
     todo = []
     for drawing, _, seeds, pictures in plans:
         batches = [[pictures.rows[i] for i in batch] for batch in mine]
-        todo.append(synpic.to_draw(drawing, batches, seeds))
-    with synpic.progress("draw", sum(todo, [])) as bar:
+        todo.append(draw.to_draw(drawing, batches, seeds))
+    with draw.progress("draw", sum(todo, [])) as bar:
         for (drawing, settings, _, pictures), of_model in zip(plans, todo):
-            synpic.generate_stage(drawing, of_model, device, settings, bar)
+            draw.generate_stage(drawing, of_model, device, settings, bar)
             rows = "".join(json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows)
             write = lambda tmp: tmp.write_text(rows, encoding="utf-8")
             publish(f"{drawing.out}/metadata.jsonl", write, unique=True)
@@ -517,7 +510,7 @@ def score_stage(cfg, models, mine, device, part):
 def is_readable(path):
     """Is this a PNG with its end, or else a picture that can be read?"""
     with suppress(ValueError):
-        return synpic.is_whole(path) or bool(read_image(path))
+        return draw.is_whole(path) or bool(read_image(path))
     return False
 
 
@@ -770,7 +763,7 @@ def main(argv=None):
         rows = read_prompts(cfg.prompts, cfg.limit)
     tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
     check_choices(cfg, [row["prompt"] for row in rows])
-    part, parts, index, count = synpic.share_of(cfg.shard)
+    part, parts, index, count = draw.share_of(cfg.shard)
     models = {name: pictures_of(cfg, name, path, rows) for name, path in paths.items()}
     device, out, stages = pick_device(cfg.device), writable_folder("out", cfg.out), set(cfg.stages)
     cfg = suited(cfg, models)
@@ -781,7 +774,7 @@ def main(argv=None):
     starts = range(0, len(rows), cfg.batch_size)
     batches = [range(len(rows))[start : start + cfg.batch_size] for start in starts]
     mine = batches[index::count]  # a batch of prompts belongs to one process, by its place
-    with synpic.folder_lock(out, index, count, "evaluate.py"):
+    with draw.folder_lock(out, index, count, "evaluate.py"):
         if "draw" in stages:
             draw_stage(plans, mine, device)
         if "score" in stages:

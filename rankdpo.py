@@ -67,6 +67,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 import common
+import lists
 import losses
 import pipelines
 from common import HERE, fail, option, process_rank
@@ -183,7 +184,7 @@ def check_options(cfg):
         fail("--device meta: counts and reads no lists; give --data random, with --model as it is")
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
-    common.check_label(cfg.label, (*STORED, *losses.LABELS))
+    lists.check_label(cfg.label, (*STORED, *losses.LABELS))
     if cfg.loss in VOTES and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
         fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
     looks = not cfg.label.startswith(("single:", "random")) and (cfg.label not in STORED or cfg.loss in VOTES)
@@ -225,9 +226,9 @@ def read_lists(cfg):
         phi = [1.0, 2 / 3, 1 / 3, 0.0]
         return [{"prompt": "", "phi": phi, "scores": {"random": phi}}] * cfg.global_batch_size
     stored = cfg.label in STORED
-    rows = common.read_metadata(cfg.data, lists=True, labelled=stored)
+    rows = lists.read_metadata(cfg.data, lists=True, labelled=stored)
     if cfg.label_rewards or not stored:
-        names, rewards = common.stored_rewards(cfg.data, rows, cfg.label, cfg.label_rewards)
+        names, rewards = lists.stored_rewards(cfg.data, rows, cfg.label, cfg.label_rewards)
         rows = [dict(row, scores={name: row["scores"][name] for name in names}) for row in rows]
     if not stored:
         every_phi = losses.preference_labels(cfg.label, rewards, cfg.seed)

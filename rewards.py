@@ -25,7 +25,7 @@ under any other name, is a function of yours, (PIL images, prompts) -> scores. L
                  HPSv3.safetensors
     diversity    the image tower of clip, to evaluate only                                mean 1 - cosine to
                                                                                           the other pictures
-    toyworld     the exact checker of toyworld.py, to evaluate only                       1 if shown, else 0
+    toyworld     the exact checker of toy/world.py, to evaluate only                       1 if shown, else 0
 
 The weights of mps state no licence (their authors' code is MIT). PickScore and MPS are logit scale x cosine.
 All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take half the memory. Text beyond a model's
@@ -71,11 +71,11 @@ from common import (
     parse,
     parse_json,
     pick_device,
-    read_metadata,
     read_text,
     whole_lines,
     writable_folder,
 )
+from lists import read_metadata
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
@@ -992,11 +992,11 @@ def load_aesthetic(name, source, device, *hub):
 
 def load_toyworld(name, source, device):
     """The exact checker as a scorer. It is the truth of the toy world: never label training lists with it."""
-    import toyworld
+    from toy import world
 
     def forward(images, prompts):
         try:
-            return torch.tensor([float(toyworld.check(p, i)) for i, p in zip(images, prompts)])
+            return torch.tensor([float(world.check(p, i)) for i, p in zip(images, prompts)])
         except ValueError as e:
             fail(f"reward toyworld: {e}")
 

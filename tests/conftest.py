@@ -39,7 +39,7 @@ PROMPTS = [
     "a circle above a triangle",
 ]
 OURS = (
-    r"(common|losses|pipelines|toyworld|rewards|synpic|rankdpo|evaluate|benchmarks|toy\.build|conftest"
+    r"(common|losses|pipelines|draw|lists|toy\.world|rewards|synpic|rankdpo|evaluate|benchmarks|toy\.build|conftest"
     r"|test_\w+)$"
 )
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win

@@ -14,8 +14,8 @@ from PIL import Image
 
 import benchmarks as b
 import rewards
-import toyworld
 from common import HERE
+from toy import world
 
 COCO = {i: name for i, name in enumerate(b.CLASSES)}
 
@@ -306,7 +306,7 @@ def random_case(rng, tag):
 def test_geneval_rules_against_a_slow_reference():
     rng, passed, kinds = np.random.default_rng(0), 0, set()
     for n in range(2000):
-        row, found = random_case(rng, toyworld.CATEGORIES[n % 6])
+        row, found = random_case(rng, world.CATEGORIES[n % 6])
         objects = {}
         for name, (boxes, colours) in found.items():
             kept = b.geneval_keep(boxes, row["tag"])
@@ -343,7 +343,7 @@ def test_geneval_edges():
 
 
 def objects_around(found, half):
-    """[(class or None, colour, x, y)] of toyworld.find_objects -> the objects of geneval_verdict: boxes of
+    """[(class or None, colour, x, y)] of world.find_objects -> the objects of geneval_verdict: boxes of
     2 half a side, of confidence 1. What is of no class is left out."""
     objects = {}
     for name, colour, x, y in found:
@@ -357,23 +357,21 @@ def test_geneval_on_the_toy_world_equals_the_exact_checker():
     so that one more is right by GenEval's rule and wrong by the checker's: it is given one here."""
     rng, rows, shown = np.random.default_rng(0), b.read_bench("geneval", HERE / "toy/heldout.jsonl"), []
     for n, row in enumerate(rows):
-        spec, judged = toyworld.grammar()[row["prompt"]], dict(row)
+        spec, judged = world.grammar()[row["prompt"]], dict(row)
         if row["tag"] == "counting":
             judged["exclude"] = [{**item, "count": item["count"] + 1} for item in row["include"]]
-        for drawn in [toyworld.slip(spec, rng)] + [spec] * (n % 3 == 0):
-            image = toyworld.render(drawn, rng)
-            objects = objects_around(toyworld.find_objects(image), half=4.5)
+        for drawn in [world.slip(spec, rng)] + [spec] * (n % 3 == 0):
+            image = world.render(drawn, rng)
+            objects = objects_around(world.find_objects(image), half=4.5)
             assert (
-                b.geneval_verdict(objects, judged)[0]
-                == toyworld.check(row["prompt"], image)
-                == (drawn == spec)
+                b.geneval_verdict(objects, judged)[0] == world.check(row["prompt"], image) == (drawn == spec)
             )
             shown.append((row["tag"], drawn == spec))
-    assert {*shown} == {(tag, right) for tag in toyworld.CATEGORIES for right in (True, False)}
-    more = toyworld.draw([("circle", "red"), ("square", "red")], np.array([[8, 8], [24, 24]]), (4.5, 4.5))
+    assert {*shown} == {(tag, right) for tag in world.CATEGORIES for right in (True, False)}
+    more = world.draw([("circle", "red"), ("square", "red")], np.array([[8, 8], [24, 24]]), (4.5, 4.5))
     image, row = Image.fromarray(more), {"include": [{"class": "circle", "count": 1}]}
-    objects = objects_around(toyworld.find_objects(image), half=4.5)  # something more: the rules part here
-    assert b.geneval_verdict(objects, row)[0] and not toyworld.check("a circle", image)
+    objects = objects_around(world.find_objects(image), half=4.5)  # something more: the rules part here
+    assert b.geneval_verdict(objects, row)[0] and not world.check("a circle", image)
 
 
 # ----------------------------------------------------------------------------- models

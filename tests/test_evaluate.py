@@ -20,13 +20,13 @@ from test_kills_synpic import killed_at
 
 import evaluate
 import rewards as scorers
-import toyworld
+from toy import world
 
 
 def command(tiny, out, *more, models=("base={}/sdxl", "same={}/sdxl", "other={}/sd15"), seeds=2):
     """Ten prompts in GenEval's form, the exact checker and two rewards (clip brings diversity)."""
     prompts = out.parent / "held.jsonl"
-    rows = [{"prompt": p, "tag": toyworld.grammar()[p]["tag"]} for p in PROMPTS]
+    rows = [{"prompt": p, "tag": world.grammar()[p]["tag"]} for p in PROMPTS]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = ["--models", *(m.format(tiny) for m in models), "--prompts", prompts, "--out", out]
     scored = ["--rewards", "toyworld", *rewards(tiny)[::2], "--batch_size", 4]
@@ -187,7 +187,7 @@ def test_the_page_sorts_and_filters_in_a_browser(compared, tmp_path):
 
 
 def test_more_models_and_seeds_draw_only_what_is_new(tiny, compared, tmp_path, monkeypatch):
-    out, drawn, generate_each = tmp_path / "out", [], evaluate.synpic.generate_each
+    out, drawn, generate_each = tmp_path / "out", [], evaluate.draw.generate_each
     shutil.copytree(compared, out)
 
     def noted(pipe, prompts, seeds, settings):
@@ -303,7 +303,7 @@ def test_missing_and_torn_pictures_are_named_and_left_out(tiny, compared, tmp_pa
 
 
 def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
-    generate = evaluate.synpic.generate_each
+    generate = evaluate.draw.generate_each
 
     def failing(pipe, prompts, seeds, settings):
         done = generate(pipe, prompts, seeds, settings)
@@ -361,7 +361,7 @@ def test_agreement_golden():
 
 
 def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
-    rows = [dict(tag=toyworld.grammar()[p]["tag"], include=[], prompt=p) for p in PROMPTS]
+    rows = [dict(tag=world.grammar()[p]["tag"], include=[], prompt=p) for p in PROMPTS]
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def judge(bench, folder, rows, files, device, batch_size, sources):

@@ -29,10 +29,9 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import rewards
 import synpic
-import toyworld
 from common import open_image, read_image
 from rewards import Scorer, crop, crop_rgb, letterbox, load_reward, read_scores, score_rows, square, warn_cut
-from toy import build
+from toy import build, world
 
 TEXTS = ["a red circle", "two squares", "a photo of a cross left of a circle"]
 STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -1017,7 +1016,7 @@ def test_pictures_that_cannot_be_read_are_problems_by_name(folders, tmp_path):
 def test_the_checker_is_a_scorer():
     rng = np.random.default_rng(0)
     prompts = ["two circles", "a red square"]
-    images = [toyworld.render(p, rng) for p in prompts]
+    images = [world.render(p, rng) for p in prompts]
     assert load_reward("toyworld")(images, prompts).tolist() == [1, 1]
     assert load_reward("toyworld")(images[::-1], prompts).tolist() == [0, 0]
     with pytest.raises(SystemExit, match="reward toyworld:.*'a horse' is not a sentence of the toy world"):
@@ -1439,6 +1438,6 @@ def test_a_batch_has_at_least_one_image(value, tmp_path, capsys):
 
 
 def test_importing_rewards_needs_no_scorers_package():
-    heavy = {"ImageReward", "clip", "timm", "open_clip", "transformers", "toyworld", "synpic", "rankdpo"}
+    heavy = {"ImageReward", "clip", "timm", "open_clip", "transformers", "toy.world", "synpic", "rankdpo"}
     code = f"import sys, rewards; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rewards.__file__).parent)

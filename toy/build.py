@@ -52,7 +52,7 @@ from pipelines import (
 )
 from rewards import MEAN, STD, TOY_REWARDS, BlipReward, load_reward, sizes
 from synpic import TOY_MODELS, parse_model
-from toyworld import (
+from toy.world import (
     CATEGORIES,
     COLORS,
     NUMBERS,
