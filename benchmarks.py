@@ -12,9 +12,9 @@
     hpdv2          folder of the styles' .json, or zhwang/HPDv2      100 x HPSv2 by style
     pickapic       parquet file, or a folder of them                 the rewards
 
-Pictures lie where the official scorer looks for them; write_layout adds what else it reads. What a model saw
-in a picture is appended to FOLDER/measured/NAME.jsonl as it comes, and verdicts are computed from that anew
-each time. docs/benchmarks.md says what differs from each original. Q-Align is not run: it needs remote code.
+Pictures lie where the official scorer looks for them; write_layout adds what else it reads. Answers of the
+judging models are appended to FOLDER/measured/NAME.jsonl as they come; each report computes its verdicts from
+them. docs/benchmarks.md says what differs from each original, docs/papers.txt holds the papers' rows.
 """
 
 import json

@@ -228,11 +228,10 @@ def colour_entropy(counts, seed, n=2000):
     sample = np.random.default_rng(seed).integers(len(base), size=(n, len(base)))
     bits = lambda c: entropy(c / np.maximum(c.sum(-1, keepdims=True), 1e-12))
     for name, c in counts.items():
-        share = c.sum(0) / c.sum()
-        low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5])
-        change = dict(gain=float(entropy(share) - bits(base.sum(0))), low=float(low), high=float(high))
-        results[name] = dict(bits=float(entropy(share)), change=change, prompts=len(c))
-        results[name]["share"] = dict(zip(COLORS, share.tolist()))
+        total, share = float(bits(c.sum(0))), dict(zip(COLORS, (c.sum(0) / c.sum()).tolist()))
+        low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5]).tolist()
+        change = dict(gain=total - float(bits(base.sum(0))), low=low, high=high)
+        results[name] = dict(bits=total, change=change, prompts=len(c), share=share)
     return results
 
 
@@ -252,16 +251,21 @@ def win_text(w):
     return f"{rate}; {w['wins']} : {w['ties']} : {w['losses']}; {p_text(w)}"
 
 
+def gain_cells(result, base, metric):
+    """[gain with its interval, p] over the first model; empty in that model's own row."""
+    if base not in result["against"]:
+        return ["", ""]
+    gain = result["against"][base][metric]["gain"]
+    return [interval_text(gain), p_text(gain)]
+
+
 def accuracy_table(results, metric, title):
     base, rows = next(iter(results)), []
     for name, result in results.items():
-        accuracy, change = result["categories"][metric], ["", ""]
-        if name != base:
-            gain = result["against"][base][metric]["gain"]
-            change = [interval_text(gain), p_text(gain)]
+        cells = [f"{value:.2f}" for value in result["categories"][metric].values()]
         overall = f"**{result['means'][metric]:.3f}**"
-        rows.append([name, overall, *(f"{value:.2f}" for value in accuracy.values()), *change])
-    return [title, "overall", *accuracy, "gain (95 %)", "p"], rows
+        rows.append([name, overall, *cells, *gain_cells(result, base, metric)])
+    return [title, "overall", *result["categories"][metric], "gain (95 %)", "p"], rows
 
 
 def diversity_table(results, colours):
@@ -273,12 +277,9 @@ def diversity_table(results, colours):
     for name, result in results.items():
         cells = ["", "", ""]
         if "diversity" in result["means"]:
-            cells[0] = f"**{result['means']['diversity']:.3f}**"
-            if name != base:
-                gain = result["against"][base]["diversity"]["gain"]
-                cells[1:] = [interval_text(gain), p_text(gain)]
-        if colours:
-            own = colours[name]
+            mean = result["means"]["diversity"]
+            cells = [f"**{mean:.3f}**", *gain_cells(result, base, "diversity")]
+        if own := colours.get(name):
             change = "" if name == base else interval_text(own["change"], 2)
             cells += [f"**{own['bits']:.2f}**", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
         rows.append([name, *cells])
@@ -372,10 +373,8 @@ def html_rows(found, seeds, budget=1000):
 
 def draw_grid(path, found):
     """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model."""
-    by_tag, rows = {}, []
-    for i, tag in enumerate(found.tags):
-        by_tag.setdefault(tag, []).append(i)
-    for i in [member for members in by_tag.values() for member in members[:2]][:12]:
+    tags, rows = np.array(found.tags), []
+    for i in [i for tag in dict.fromkeys(found.tags) for i in np.flatnonzero(tags == tag)[:2]][:12]:
         cells = []
         for name, pictures in found.models.items():
             passed = found.scores[name].get("toyworld")
@@ -492,8 +491,8 @@ def draw_stage(plans, mine, device):
     with draw.progress("draw", sum(todo, [])) as bar:
         for (drawing, settings, _, pictures), of_model in zip(plans, todo):
             draw.generate_stage(drawing, of_model, device, settings, bar)
-            rows = "".join(json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows)
-            write = lambda tmp: tmp.write_text(rows, encoding="utf-8")
+            rows = [json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows]
+            write = lambda tmp: tmp.write_text("".join(rows), encoding="utf-8")
             publish(f"{drawing.out}/metadata.jsonl", write, unique=True)
 
 
@@ -616,9 +615,7 @@ def phrase(cfg, found, where):
 
 def write_report(cfg, found, setting, note, tables, where):
     """report.md, results.json, report.html and grid.png; the text is also printed."""
-    out, raw = Path(cfg.out), {}
-    for name, by_reward in found.scores.items():
-        raw[name] = {reward: rounded(s) for reward, s in by_reward.items()}  # (P, S) each
+    out, raw = Path(cfg.out), {n: {r: rounded(s) for r, s in of.items()} for n, of in found.scores.items()}
     record = dict(config=asdict(cfg), **where, prompts=found.prompts, tags=found.tags, models=found.results)
     record.update(free_colours=found.colours, scores=raw, left_out=found.left_out)
     write_text(out / "results.json", json.dumps(record))
@@ -709,11 +706,10 @@ def study_results(key, votes):
     """Per two models: votes and majorities of one, with Wilson intervals, and how far people agree."""
     by_models = {}
     for pair in key["pairs"]:
-        first, second = sorted(pair["models"])
+        base, mine = sorted(pair["models"])
         name_of = {"1": pair["models"][0], "2": pair["models"][1], "tie": "tie"}
         said = Counter(name_of[vote] for vote in votes[pair["id"]])
-        counts = [said[second], said["tie"], said[first]]
-        by_models.setdefault((second, first), []).append(counts)
+        by_models.setdefault((mine, base), []).append([said[mine], said["tie"], said[base]])
     results = {}
     for (mine, base), counts in by_models.items():
         counts = np.array([c for c in counts if sum(c)] or np.zeros((0, 3), int))  # (N, win tie loss)
@@ -765,15 +761,13 @@ def main(argv=None):
     check_choices(cfg, [row["prompt"] for row in rows])
     part, parts, index, count = draw.share_of(cfg.shard)
     models = {name: pictures_of(cfg, name, path, rows) for name, path in paths.items()}
-    device, out, stages = pick_device(cfg.device), writable_folder("out", cfg.out), set(cfg.stages)
+    device, out = pick_device(cfg.device), writable_folder("out", cfg.out)
+    stages = set(cfg.stages) - ({"report"} if parts > 1 else set())  # the parts do not wait for each other
     cfg = suited(cfg, models)
     plans = drawings(cfg, models)
-    if parts > 1:
-        stages.discard("report")  # the parts do not wait for each other
     rank, world = process_rank()
-    starts = range(0, len(rows), cfg.batch_size)
-    batches = [range(len(rows))[start : start + cfg.batch_size] for start in starts]
-    mine = batches[index::count]  # a batch of prompts belongs to one process, by its place
+    starts = range(0, len(rows), cfg.batch_size)[index::count]  # a batch belongs to one process, by its place
+    mine = [range(len(rows))[start : start + cfg.batch_size] for start in starts]
     with draw.folder_lock(out, index, count, "evaluate.py"):
         if "draw" in stages:
             draw_stage(plans, mine, device)
