@@ -46,18 +46,17 @@ from common import (
     whole_lines,
     write_text,
 )
-from rewards import (
-    LOADERS,
+from rewards import LOADERS, files_version, load_reward, picture_version
+from scorers import (
+    BERT,
+    BLIP_WORDS,
     Scorer,
     clip_tokenizer,
     cosine,
     crop,
-    files_version,
     load_tokenizer,
-    load_vqascore,
     normalised,
     one_line,
-    picture_version,
     pretrained,
     tokenize,
 )
@@ -465,17 +464,15 @@ def load_clip_scorer(sources, device):
 def load_vqa(sources, device):
     """P(yes) of pictures and questions: BLIP-VQA as T2I-CompBench has it, or rewards.py's VQAScore."""
     source = sources["vqa"]
-    name, _, folder = source.partition("=")
+    name = source.partition("=")[0]
     if name.startswith("vqascore") and name in LOADERS:
         question = "\n{} Please answer yes or no. ASSISTANT: "
-        return scores_of(load_vqascore(name, folder, device, *LOADERS[name][1:], question=question))
+        return scores_of(load_reward(source, device, question=question))
     from transformers import BertTokenizer, BlipForQuestionAnswering
 
     model = pretrained(BlipForQuestionAnswering, source)[0].to(device)
     words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
-    tokenizer = load_tokenizer(
-        BertTokenizer, source, words, "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")
-    )
+    tokenizer = load_tokenizer(BertTokenizer, source, words, BERT, BLIP_WORDS)
     yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
 
     def prepare(image):

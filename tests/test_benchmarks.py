@@ -14,6 +14,7 @@ from PIL import Image
 
 import benchmarks as b
 import rewards
+import scorers
 from common import HERE
 from toy import world
 
@@ -456,9 +457,9 @@ def slow_instances(model, x, cut, full):
 
 def slow_colour(clip, image, box, mask, name):
     pixels = np.where(mask[..., None], np.asarray(image), 0x99).astype(np.uint8)
-    x = rewards.crop(Image.fromarray(pixels[box[1] : box[3], box[0] : box[2]]), 32)[None]
+    x = scorers.crop(Image.fromarray(pixels[box[1] : box[3], box[0] : box[2]]), 32)[None]
     seen = clip.get_image_features(pixel_values=x).pooler_output[0]
-    tokenizer, similarity = rewards.clip_tokenizer("", 49408), []
+    tokenizer, similarity = scorers.clip_tokenizer("", 49408), []
     for colour in b.COLOURS:
         kinds = [
             f"a photo of a {colour} {name}",
@@ -576,7 +577,7 @@ def test_blip_vqa_is_the_first_word_of_its_answer(models, tmp_path):
     for file, question, p in zip(files, ["a red dog?", "the green bench?", questions[2]], got):
         ids = torch.tensor([[enc, *tokenizer(question).input_ids[1:]]])
         x = Image.open(file).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
-        x = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255 - rewards.MEAN) / rewards.STD
+        x = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255 - scorers.MEAN) / scorers.STD
         seen = model.vision_model(pixel_values=x[None]).last_hidden_state
         read = model.text_encoder(input_ids=ids, encoder_hidden_states=seen).last_hidden_state
         first = model.text_decoder.generate(

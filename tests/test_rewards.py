@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import rewards
+import scorers
 import synpic
 from common import open_image, read_image
-from rewards import Scorer, crop, crop_rgb, letterbox, load_reward, read_scores, score_rows, square, warn_cut
+from rewards import load_reward, read_scores, score_rows
+from scorers import Scorer, crop, crop_rgb, letterbox, square, warn_cut
 from toy import build, world
 
 TEXTS = ["a red circle", "two squares", "a photo of a cross left of a circle"]
@@ -220,7 +222,7 @@ def test_parity_of_clip_and_hpsv2_with_open_clips_cosine(english, table, name):
         a = models["open"].encode_image(of_pairs(pixels), normalize=True)
         b = models["open"].encode_text(ids, normalize=True)
     scorer, ours = prepared(f"{name}={root / 'open'}")
-    our_ids = rewards.open_clip_ids(root / "open", config["text_cfg"], name)(ODD)
+    our_ids = scorers.open_clip_ids(root / "open", config["text_cfg"], name)(ODD)
     same(table, name, (ours, pixels), (our_ids.tolist(), ids.tolist()), (score_odd(scorer), (a * b).sum(-1)))
 
 
@@ -245,7 +247,7 @@ def test_parity_of_pickscore_with_the_diagonal_of_clipmodels_logits(english, cli
     with torch.no_grad():
         logits = models["hf"](input_ids=ids, pixel_values=of_pairs(pixels)).logits_per_image
     scorer, ours = prepared(f"pickscore={root / 'hf'}")
-    our_ids = rewards.tokenize(rewards.clip_tokenizer(root / "hf", 49408), ODD, 77, "pickscore")[0]
+    our_ids = scorers.tokenize(scorers.clip_tokenizer(root / "hf", 49408), ODD, 77, "pickscore")[0]
     scores = score_odd(scorer), logits.diagonal()
     same(table, "pickscore", (ours, pixels), (our_ids.tolist(), ids.tolist()), scores, 1e-4)
 
@@ -257,7 +259,7 @@ def test_one_model_has_one_tokenizer_and_one_preprocessing_as_folder_and_as_file
 
     root, models, config = english
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
-    monkeypatch.setattr(rewards, "VIT_H", models["hf"].config.to_dict())
+    monkeypatch.setattr(scorers, "VIT_H", models["hf"].config.to_dict())
     for name, folder, file in (
         ("clip", "open", "open_clip_model.safetensors"),
         ("hpsv2", "open", "open_clip_model.safetensors"),
@@ -265,7 +267,7 @@ def test_one_model_has_one_tokenizer_and_one_preprocessing_as_folder_and_as_file
     ):
         by_folder = score_odd(load_reward(f"{name}={root / folder}"))
         assert torch.equal(by_folder, score_odd(load_reward(f"{name}={root / folder / file}")))
-    assert CLIPConfig(**rewards.VIT_H).text_config.vocab_size == 49408
+    assert CLIPConfig(**scorers.VIT_H).text_config.vocab_size == 49408
 
 
 # ----------------------------------------------------------------------------- parity: BLIP
@@ -369,9 +371,9 @@ def test_parity_of_imagereward_and_cyclereward_with_the_package(original_blip, t
     if name == "imagereward":
         reference = (reference - 0.16717362830052426) / 1.0333394966054072
     scorer, ours = prepared(f"{name}={tmp_path}")
-    words = rewards.load_tokenizer(BertTokenizer, tmp_path, size, extra=("[DEC]", "[ENC]"))
-    lowered = [rewards.lower(p, words.get_added_vocab()) for p in ODD]
-    ids = rewards.tokenize(words, lowered, length, name)[0].tolist(), text.input_ids.tolist()
+    words = scorers.load_tokenizer(BertTokenizer, tmp_path, size, extra=("[DEC]", "[ENC]"))
+    lowered = [scorers.lower(p, words.get_added_vocab()) for p in ODD]
+    ids = scorers.tokenize(words, lowered, length, name)[0].tolist(), text.input_ids.tolist()
     atol = 1e-5 * max(1, reference.abs().max().item())
     same(table, name, (ours, pixels), ids, (score_odd(scorer), reference), atol)
 
@@ -458,16 +460,16 @@ def test_parity_of_mps_with_a_slow_loop_whatever_the_batch(
     english, clip_words, table, tmp_path, monkeypatch, tau
 ):
     clip, state = mps_folder(english, tmp_path)
-    monkeypatch.setattr(rewards, "TAU", tau)
+    monkeypatch.setattr(scorers, "TAU", tau)
     pixels, ids = [processor()(i.convert("RGB")) for i in ODD_IMAGES], clip_words(ODD)
-    condition = clip_words([rewards.CONDITION])[0]
+    condition = clip_words([scorers.CONDITION])[0]
     chosen = range(0, len(PAIRS), 3)
     reference = [
         slow_mps(state, clip, ids[n], condition, pixels[n % len(pixels)], tau).detach() for n in chosen
     ]
     scorer, ours = prepared(f"mps={tmp_path}")
     scores = score_odd(scorer)
-    our_ids = rewards.tokenize(rewards.clip_tokenizer(tmp_path, 49408), ODD, 77, "mps")[0]
+    our_ids = scorers.tokenize(scorers.clip_tokenizer(tmp_path, 49408), ODD, 77, "mps")[0]
     both = torch.stack([scores[n] for n in chosen]), torch.stack(reference)
     name = "mps" if tau == 0.01 else "mps, tau .7"
     same(table, name, (ours, pixels), (our_ids.tolist(), ids.tolist()), both, 1e-4)
@@ -567,7 +569,7 @@ def test_parity_of_vqascore_with_the_loss_of_t5_one_pair_at_a_time(tmp_path, tab
     images, prompts = [i for i, _ in PAIRS], [p for _, p in PAIRS]
     reference = vqa_reference(tok, t5, tower, projector, images, prompts)
     scorer, ours = prepared(f"{name}={tmp_path}")
-    asked = [rewards.QUESTION.format(p) for p in ODD]
+    asked = [scorers.QUESTION.format(p) for p in ODD]
     ids = tok(asked).input_ids, [vqa_ids(tok, p)[1][0].tolist() for p in ODD]
     pixels = [llava_pixels(i, 32) for i in ODD_IMAGES]
     same(table, name, (ours, pixels), ids, (score_odd(scorer), reference), 1e-6)
@@ -657,9 +659,9 @@ def test_the_published_sizes_are_those_of_the_papers():
     from transformers import BlipConfig, CLIPConfig, CLIPModel
 
     with torch.device("meta"):
-        clip = CLIPModel(CLIPConfig(**rewards.VIT_H))
-        blip = rewards.BlipReward(BlipConfig(**rewards.BLIP_L), gelu=False)
-        mps = rewards.MpsModel(CLIPConfig(**rewards.VIT_H))
+        clip = CLIPModel(CLIPConfig(**scorers.VIT_H))
+        blip = scorers.BlipReward(BlipConfig(**scorers.BLIP_L), gelu=False)
+        mps = scorers.MpsModel(CLIPConfig(**scorers.VIT_H))
         twin = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
     count = lambda model: sum(p.numel() for p in model.parameters())
     assert count(clip) == count(twin) and count(blip.mlp) == 927_969
@@ -672,7 +674,7 @@ def test_the_published_sizes_are_those_of_the_papers():
 
 
 def weights_of(folder):
-    path = next(p for p in sorted(folder.iterdir()) if p.suffix in rewards.WEIGHTS)
+    path = next(p for p in sorted(folder.iterdir()) if p.suffix in scorers.WEIGHTS)
     return path, load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
@@ -880,7 +882,7 @@ def test_a_tokenizer_that_is_gone_or_another_models_is_refused(every, tmp_path, 
             shutil.copy(other / file, folder / file)
     if how == "permuted":
         words = (folder / "vocab.txt").read_text().split("\n")[:-1]
-        monkeypatch.setitem(rewards.KNOWN, len(words), [2, 5, 9])
+        monkeypatch.setitem(scorers.KNOWN, len(words), [2, 5, 9])
     with pytest.raises(SystemExit, match="tokenizer") as e:
         load_reward(f"{name}={folder}")
     assert "\n" not in str(e.value)
@@ -889,7 +891,7 @@ def test_a_tokenizer_that_is_gone_or_another_models_is_refused(every, tmp_path, 
 def test_a_weights_file_brings_no_tokenizer(every, tmp_path, monkeypatch):
     """imagereward=FILE.pt on a node without the hub: every prompt would get the same score."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(rewards, "BLIP_L", json.loads((every / "imagereward/config.json").read_text()))
+    monkeypatch.setattr(scorers, "BLIP_L", json.loads((every / "imagereward/config.json").read_text()))
     state = torch.load(every / "imagereward/weights.pt", weights_only=True)
     torch.save(state, tmp_path / "imagereward.pt")
     shutil.copy(every / "imagereward/vocab.txt", tmp_path)
@@ -905,7 +907,7 @@ def test_clips_own_vocabulary_is_never_read_from_a_folder(english, clip_words, t
     plain = load_reward(f"pickscore={folder}")(IMAGES, TEXTS)
     build.make_tokenizer().save_pretrained(folder)
     assert torch.equal(load_reward(f"pickscore={folder}")(IMAGES, TEXTS), plain)
-    ids = rewards.tokenize(rewards.clip_tokenizer("", 49408), ODD, 77, "test")[0]
+    ids = scorers.tokenize(scorers.clip_tokenizer("", 49408), ODD, 77, "test")[0]
     assert torch.equal(ids, clip_words(ODD))
 
 

@@ -50,7 +50,8 @@ from pipelines import (
     save_pipeline,
     text_encoders_of,
 )
-from rewards import MEAN, STD, TOY_REWARDS, BlipReward, load_reward, sizes
+from rewards import TOY_REWARDS, load_reward
+from scorers import MEAN, STD, BlipReward, sizes
 from synpic import TOY_MODELS, parse_model
 from toy.world import (
     CATEGORIES,
