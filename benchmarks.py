@@ -28,13 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from common import (
     HERE,
-    appending,
     fail,
-    parallel_files,
     parse_json,
     process_rank,
     prompt_rows,
@@ -43,10 +40,10 @@ from common import (
     read_jsonl,
     read_text,
     wait_for_all,
-    whole_lines,
     write_text,
 )
-from rewards import LOADERS, files_version, load_reward, picture_version
+from lists import is_number
+from rewards import LOADERS, Store, answer_rows, files_version, load_reward, read_answers
 from scorers import (
     BERT,
     BLIP_WORDS,
@@ -241,6 +238,16 @@ def picture_files(name, rows, seeds):
     return [[f"pictures/{i:05d}/{s}.png" for s in range(seeds)] for i in range(len(rows))]
 
 
+def of_another_prompt(folder, file, prompt):
+    """What is wrong with GenEval's metadata.jsonl of a picture; "" where there is none, or the prompt's."""
+    note, said = Path(folder) / Path(file).parts[0] / "metadata.jsonl", None
+    if not note.is_file():
+        return ""
+    with suppress(ValueError, AttributeError):
+        said = parse_json(read_text(note)).get("prompt")
+    return "" if said == prompt else f"{note} is damaged, or of another prompt than {prompt!r}"
+
+
 def write_layout(name, folder, rows, files):
     """What else the official scorer reads, where it is missing or older than its pictures: GenEval's
     NNNNN/metadata.jsonl; under official/ DPG-Bench's 2 x 2 grids and HPSv2's jpgs (the first seed)."""
@@ -369,50 +376,29 @@ def relations(a, b):
 # ----------------------------------------------------------------------------- answers that are kept
 
 
-def measured(folder, name, sources, load, jobs, device, batch_size):
-    """{(file, question): answer, or None where the picture is missing or unreadable} of these jobs: what is
-    in folder/measured/NAME.jsonl, if picture and models are the same, and the others by load(sources, device)
-    -> answer(paths, questions).
+def measured(folder, name, sources, load, jobs, device, batch_size, fits=is_number):
+    """{(file, question): answer, or None where the picture is missing or unreadable} of these jobs. The store
+    is folder/measured/NAME.jsonl; load(sources, device) -> a Scorer that answers what is not there.
 
-    Answers are appended as they come. Batches are cut by position: a resumed run, and several processes (all
-    of which must call this), answer as an unbroken one does."""
-    (rank, world), place = process_rank(), Path(folder) / "measured"
-    path = place / (f"{name}@{rank}of{world}.jsonl" if world > 1 else f"{name}.jsonl")
+    Batches are cut by position: a resumed run, and several processes (all of which must call this), answer as
+    an unbroken one does."""
     version = [files_version([role, 1, source], local_folder(source)) for role, source in sources.items()]
-    keys = {job: ("-".join(version), job[0], picture_version(f"{folder}/{job[0]}"), job[1]) for job in jobs}
-    with appending(path, "another run is measuring there") as f:
-        known, answer = stored_answers(place, name), None
-        starts = range(rank * batch_size, len(jobs), world * batch_size)
-        for start in tqdm(starts, desc=f"measure {name}", unit="batch", disable=rank > 0):
-            batch = jobs[start : start + batch_size]
-            if all(keys[job] in known or keys[job][2] is None for job in batch):
-                continue
-            answer = answer or load_judge(load, sources, device)
-            answers = answer([Path(folder) / file for file, _ in batch], [text for _, text in batch])
-            for key, value in zip((keys[job] for job in batch), answers):
-                if value is not None and key not in known:
-                    f.write(json.dumps([*key, value]).encode() + b"\n")
-                    f.flush()
+    store = Store(str(folder), name, "-".join(version), "measured", fits)
+    rows, (rank, world) = [(question, [file]) for file, question in jobs], process_rank()
+    starts = range(0, len(rows), batch_size)[rank::world]
+    mine = [row for start in starts for row in rows[start : start + batch_size]]
+    part, judge = f"@{rank}of{world}" * (world > 1), lambda: load_judge(load, sources, device)
+    answer_rows(store, mine, judge, batch_size, "leave", part)
     wait_for_all(hours=True)
-    known = stored_answers(place, name)
-    return {job: known.get(key) for job, key in keys.items()}
+    known = read_answers(store, rows)
+    there = lambda i: i in known and (Path(folder) / rows[i][1][0]).is_file()
+    return {job: known[i][0] if there(i) else None for i, job in enumerate(jobs)}
 
 
 def local_folder(source):
     """The folder or file of "folder" or "name=folder"; "" of a name on the hub."""
     path = source.rpartition("=")[2]
     return path if Path(path).exists() else ""
-
-
-def stored_answers(place, name):
-    """{(models, file, picture, question): answer} of NAME.jsonl and of the files of parallel runs."""
-    known = {}
-    for path in parallel_files(place, name):
-        for line in whole_lines(path):
-            with suppress(ValueError, TypeError):  # what is no row of ours is answered anew
-                *key, answer = parse_json(line.decode())
-                known[tuple(key)] = answer
-    return known
 
 
 def load_judge(load, sources, device):
@@ -422,11 +408,6 @@ def load_judge(load, sources, device):
     except Exception as e:  # a missing file, a wrong format, no hub
         names = " ".join(f"{role}={source}" for role, source in sources.items())
         fail(f"--bench_models {names}: could not be loaded: {one_line(e)}")
-
-
-def scores_of(scorer):
-    """scorer.stream as a function of a batch; None where a picture cannot be read."""
-    return lambda paths, texts: [score for score, _ in scorer.stream(paths, texts, len(paths))]
 
 
 def lost_pictures(answers):
@@ -458,7 +439,7 @@ def load_clip(source, device):
 def load_clip_scorer(sources, device):
     """T2I-CompBench's CLIPScore: the cosine of a picture and its prompt."""
     see, read, prepare = load_clip(sources["clip"], device)
-    return scores_of(Scorer("clip", prepare, lambda x, prompts: cosine(1.0, see(x), read(prompts)), device))
+    return Scorer("clip", prepare, lambda x, prompts: cosine(1.0, see(x), read(prompts)), device)
 
 
 def load_vqa(sources, device):
@@ -467,7 +448,7 @@ def load_vqa(sources, device):
     name = source.partition("=")[0]
     if name.startswith("vqascore") and name in LOADERS:
         question = "\n{} Please answer yes or no. ASSISTANT: "
-        return scores_of(load_reward(source, device, question=question))
+        return load_reward(source, device, question=question)
     from transformers import BertTokenizer, BlipForQuestionAnswering
 
     model = pretrained(BlipForQuestionAnswering, source)[0].to(device)
@@ -493,7 +474,7 @@ def load_vqa(sources, device):
             chance[rows] = (logits[:, 0, yes] - logits[:, 0, no]).sigmoid()  # P(yes) / (P(yes) + P(no))
         return chance
 
-    return scores_of(Scorer("vqa", prepare, forward, device))
+    return Scorer("vqa", prepare, forward, device)
 
 
 def plain_question(text):
@@ -597,25 +578,35 @@ def load_colours(source, device):
     return colours
 
 
+class Finder(Scorer):
+    """A Scorer whose answer about a picture is {class: [[x0, y0, x1, y1, confidence, colour or None], ...]}.
+    The question is JSON, {class: of how many of the best the colour is asked}."""
+
+    def score_batch(self, loaded, questions):
+        pairs = zip(loaded, questions)
+        return [(None, problem) if problem else (self.forward(x, q), None) for (x, problem), q in pairs]
+
+
 def load_finder(sources, device):
-    """Answers {class: [[x0, y0, x1, y1, confidence, colour or None], ...]} of pictures and questions: JSON,
-    {class: of how many of the best the colour is asked}."""
     detect, colours = load_detector(sources["detector"], device), load_colours(sources["colours"], device)
 
-    def find(path, question):
-        try:
-            image = read_image(path)
-        except ValueError:
-            return None
-        answer = {}
+    def find(image, question):
+        answer, asked = {}, json.loads(question)
         for name, (boxes, masks) in detect(image).items():
-            best = geneval_keep(boxes, "")[: json.loads(question).get(name, 0)]
+            best = geneval_keep(boxes, "")[: asked.get(name, 0)]
             seen = colours(image, [boxes[i] for i in best], [masks[i] for i in best], name) if best else []
             named = dict(zip(best, seen))
             answer[name] = [[*box, named.get(i)] for i, box in enumerate(boxes)]
         return answer
 
-    return lambda paths, questions: [find(*pair) for pair in zip(paths, questions)]
+    return Finder("finder", lambda image: image.convert("RGB"), find, device)
+
+
+def is_finding(answer):
+    """What a Finder answers, as a file may hold it."""
+    boxes = [box for found in answer.values() for box in found]
+    known = (None, *COLOURS)
+    return all(len(box) == 6 and all(map(is_number, box[:5])) and box[5] in known for box in boxes)
 
 
 # ----------------------------------------------------------------------------- metrics
@@ -641,7 +632,7 @@ def measure_geneval(folder, rows, files, sources, ask):
     """1 where a picture passes, else 0. Writes results.jsonl and summary.txt as the original does."""
     models = {role: sources[role] for role in ("detector", "colours")}
     jobs = [(file, colours_asked(row)) for row, of_row in zip(rows, files) for file in of_row]
-    answers = ask("geneval", models, load_finder, jobs)
+    answers = ask("geneval", models, load_finder, jobs, fits=is_finding)
     values, results = np.full((len(rows), len(files[0])), np.nan), []
     for i, (row, of_row) in enumerate(zip(rows, files)):
         for s, file in enumerate(of_row):

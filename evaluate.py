@@ -12,8 +12,7 @@
 Prompts are a file of any kind that synpic.py reads; a column `tag`, as GenEval has it, makes categories. With
 --bench they are that benchmark's own files, and pictures lie where its official scorer looks for them.
 
-    draw     OUT/NAME/00000/samples/0000.png ...     resumed, checked, in parallel; prompt and seed choose the
-                                                     noise, so all models start from the same
+    draw     OUT/NAME/00000/samples/0000.png ...     all models start from the noise of prompt and seed
     score    OUT/NAME/scores/REWARD.jsonl            python rewards.py --score OUT/NAME, run elsewhere, counts
     report   report.html, report.md, results.json, grid.png
 
@@ -30,7 +29,6 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +103,7 @@ class Config:
     batch_size: int = option(64, "images a batch", at_least=1)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
     # people
-    study: int = option(0, "that many pairs for a blind study, in OUT/study", at_least=0)
+    study: int = option(0, "a blind study in OUT/study: pairs of each model and the first", at_least=0)
     study_answers: tuple = option((), "files that people sent back: who wins, and how far people agree")
 
 
@@ -361,7 +359,7 @@ def html_rows(found, seeds, budget=1000):
     models, scores = found.models, found.scores
     shown = int(np.clip(budget // (len(found.tags) * len(models)), 1, seeds))
     for i, tag in enumerate(found.tags):
-        row = dict(prompt=found.prompts[i], tag=tag)
+        row = dict(prompt=found.rows[i]["prompt"], tag=tag)
         row["scores"] = [[rounded(s[i].mean(), 4) for s in scores[name].values()] for name in models]
         if all("toyworld" in by_reward for by_reward in scores.values()):
             row["passed"] = [scores[name]["toyworld"][i].astype(int).tolist() for name in models]
@@ -381,7 +379,7 @@ def draw_grid(path, found):
             for s, file in enumerate(pictures.rows[i][1][:4]):
                 verdict = "" if passed is None else (" -", " ok")[int(passed[i, s])]
                 cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
-        rows.append((found.prompts[i], cells))
+        rows.append((found.rows[i]["prompt"], cells))
     picture_grid(rows, path, side=96)
 
 
@@ -419,16 +417,9 @@ def pictures_of(cfg, name, path, rows):
             row = same.pop(0) if len(same) > 1 else same[0]  # a benchmark may ask the same thing twice
             found = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
             drawn[i] = (row["prompt"], found + files[len(found) :])
-        note = here / Path(files[0]).parts[0] / "metadata.jsonl"  # GenEval's own
-        if not described and note.is_file() and prompt_of(note) != prompt:
-            fail(f"--models {name}={path}: {note} is damaged, or of another prompt than {prompt!r}")
+        elif not described and (wrong := benchmarks.of_another_prompt(here, files[0], prompt)):
+            fail(f"--models {name}={path}: {wrong}")
     return Pictures("", path, drawn)
-
-
-def prompt_of(note):
-    """What GenEval's metadata.jsonl of one prompt says; None where it says none."""
-    with suppress(ValueError, AttributeError):
-        return parse_json(read_text(note)).get("prompt")
 
 
 def check_choices(cfg, prompts):
@@ -550,8 +541,8 @@ def stored(cfg, models):
     stop_or_skip(cfg, problems, count)
     complete = [i for i in range(count) if i not in problems]
     scores = {name: {} for name in models}
-    for (name, spec), of_rows in found.items():
-        scores[name][reward_name(spec)] = np.array([of_rows[i] for i in complete])
+    for (name, spec), known in found.items():
+        scores[name][reward_name(spec)] = np.array([known[i] for i in complete])
     return scores, complete, problems
 
 
@@ -571,7 +562,6 @@ class Found(NamedTuple):
 
     models: dict  # {name: Pictures}
     rows: list  # (P,) dicts of the prompt file
-    prompts: list  # (P,)
     tags: list  # (P,) categories
     scores: dict  # {model: {reward or metric: (P, S)}}
     results: dict  # compare() of the scores
@@ -580,27 +570,25 @@ class Found(NamedTuple):
     notes: list  # what the benchmark's judge differs in
 
 
-def compute(cfg, models, rows, tags, of_bench):
-    """Everything that the report says, as numbers."""
+def compute(cfg, models, every, tags, of_bench):
+    """Everything that the report says, as numbers; `every` row of the prompt file, (P,) categories."""
     (metrics, notes), (scores, complete, problems) = of_bench, stored(cfg, models)
     for name in metrics:
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
     models = {n: Pictures(p.path, p.folder, [p.rows[i] for i in complete]) for n, p in models.items()}
-    prompts, kept = [rows[i]["prompt"] for i in complete], [tags[i] for i in complete]
-    colours = {}
+    rows, tags, colours = [every[i] for i in complete], [tags[i] for i in complete], {}
+    left_out = {every[i]["prompt"]: what for i, what in sorted(problems.items())}
     if "toyworld" in map(reward_name, cfg.rewards):
-        free = [not any(color for _, color in grammar()[prompt]["objects"]) for prompt in prompts]
+        free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
         colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
         colours = colour_entropy(colours, cfg.seed)
-    left_out = {rows[i]["prompt"]: what for i, what in sorted(problems.items())}
-    chosen, results = [rows[i] for i in complete], compare(scores, kept, cfg.seed)
-    return Found(models, chosen, prompts, kept, scores, results, colours, left_out, notes)
+    return Found(models, rows, tags, scores, compare(scores, tags, cfg.seed), colours, left_out, notes)
 
 
 def phrase(cfg, found, where):
     """(setting, notes, tables) of the report, as text."""
     sampling = f"{cfg.steps} steps, guidance {cfg.guidance:g}; " if cfg.steps else ""
-    setting = f"{len(found.prompts)} held-out prompts x {cfg.seeds} seeds, {sampling}"
+    setting = f"{len(found.rows)} held-out prompts x {cfg.seeds} seeds, {sampling}"
     setting += f"{where['device']}; commit {where['commit']}"
     if found.left_out:
         first = next(iter(found.left_out.values()))
@@ -616,8 +604,9 @@ def phrase(cfg, found, where):
 def write_report(cfg, found, setting, note, tables, where):
     """report.md, results.json, report.html and grid.png; the text is also printed."""
     out, raw = Path(cfg.out), {n: {r: rounded(s) for r, s in of.items()} for n, of in found.scores.items()}
-    record = dict(config=asdict(cfg), **where, prompts=found.prompts, tags=found.tags, models=found.results)
-    record.update(free_colours=found.colours, scores=raw, left_out=found.left_out)
+    record = dict(config=asdict(cfg), **where, prompts=[row["prompt"] for row in found.rows])
+    record.update(tags=found.tags, models=found.results, free_colours=found.colours, scores=raw)
+    record["left_out"] = found.left_out
     write_text(out / "results.json", json.dumps(record))
     text = "\n\n".join([setting, "".join(markdown(*table) for table in tables).strip(), note]) + "\n"
     write_text(out / "report.md", text)
@@ -646,15 +635,14 @@ def report_stage(cfg, models, rows, tags, device, of_bench):
 
 def make_study(cfg, models):
     """OUT/study, to be sent to people, and OUT/key.json, to be kept: who drew which picture of each pair."""
-    rng, pairs = np.random.default_rng(cfg.seed), list(combinations(models, 2))
-    count = len(next(iter(models.values())).rows)
-    if cfg.study > count * len(pairs):
-        fail(f"--study {cfg.study}: {count} prompts make {count * len(pairs)} pairs at most")
-    order, key, page = [rng.permutation(count) for _ in pairs], [], []
-    chosen = [(pairs[j % len(pairs)], int(order[j % len(pairs)][j // len(pairs)])) for j in range(cfg.study)]
-    for n, j in enumerate(rng.permutation(cfg.study)):
-        sides, i = rng.permutation(chosen[j][0]).tolist(), chosen[j][1]
-        prompt, files = models[sides[0]].rows[i][0], []
+    rng, (base, *others) = np.random.default_rng(cfg.seed), models
+    prompts, key, page = [prompt for prompt, _ in models[base].rows], [], []
+    if cfg.study > len(prompts):
+        fail(f"--study {cfg.study}: there are {len(prompts)} prompts; each pair of models takes one once")
+    chosen = [(other, i) for other in others for i in rng.permutation(len(prompts))[: cfg.study].tolist()]
+    for n, j in enumerate(rng.permutation(len(chosen))):
+        sides, i = rng.permutation([base, chosen[j][0]]).tolist(), chosen[j][1]
+        prompt, files = prompts[i], []
         for name in sides:
             files.append(f"{models[name].folder}/{models[name].rows[i][1][rng.integers(cfg.seeds)]}")
         key.append(dict(id=str(n), prompt=prompt, models=sides, files=files))
@@ -672,7 +660,7 @@ def make_study(cfg, models):
 
     write_text(Path(cfg.out) / "key.json", json.dumps({"study": name, "pairs": key}, indent=1))
     publish(Path(cfg.out) / "study", write)
-    print(f"{cfg.out}/study/index.html: {cfg.study} pairs; send that folder, keep {cfg.out}/key.json")
+    print(f"{cfg.out}/study/index.html: {len(key)} pairs; send that folder, keep {cfg.out}/key.json")
 
 
 def read_answers(cfg, key):

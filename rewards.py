@@ -36,15 +36,14 @@ in scorers.py; docs/rewards.md says how far each agrees with its original.
 
 import hashlib
 import json
-import math
 import os
 import sys
 import traceback
 import types
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +63,7 @@ from common import (
     whole_lines,
     writable_folder,
 )
-from lists import read_metadata
+from lists import is_number, read_metadata
 from scorers import PUBLISHED, WEIGHTS, Scorer, crop, find_weights, one_line, open_clip_model
 
 TOY_REWARDS = tuple(
@@ -308,25 +307,40 @@ def picture_hash(path, changed, size):
     return hashlib.sha256(repr(ends_of(path, 4096)).encode()).hexdigest()[:12]
 
 
-def stored_row(line):
-    """A line of scores/NAME.jsonl as a dict; None if it is no row of scores."""
+class Store(NamedTuple):
+    """Where a model's answers about pictures are kept: a line a prompt in folder/PLACE/NAME.jsonl."""
+
+    folder: str
+    name: str
+    version: str  # of the model: the answers of another version do not count
+    place: str = "scores"
+    fits: Callable = is_number  # is that an answer?
+
+
+def store_of(folder, spec):
+    """The store of a reward's scores."""
+    return Store(str(folder), reward_name(spec), reward_version(spec))
+
+
+def stored_row(line, fits=is_number):
+    """A line of a store as a dict; None if it is no row of answers."""
     try:
         row = json.loads(line)
         files, scores = row["file_names"], row["scores"]
         lengths = {len(v) for v in (files, scores, row.get("pictures")) if v is not None}
         names = [row["prompt"], *files]
-        fits = len(lengths) == 1 and all(isinstance(name, str) for name in names)
-        fits &= all(type(s) in (int, float) and math.isfinite(s) for s in scores or [])
+        whole = len(lengths) == 1 and all(isinstance(name, str) for name in names)
+        whole &= all(fits(score) for score in scores or [])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    return row if fits else None
+    return row if whole else None
 
 
-def stored_lines(folder, name):
-    """Yield (file, line number, row or None) of folder/scores/NAME.jsonl, and of those of parallel runs."""
-    for path in parallel_files(Path(folder) / "scores", name):
+def stored_lines(folder, name, place="scores", fits=is_number):
+    """Yield (file, line number, row or None) of a store, the files of parallel runs included."""
+    for path in parallel_files(Path(folder) / place, name):
         for n, line in enumerate(whole_lines(path), 1):
-            yield path, n, stored_row(line)
+            yield path, n, stored_row(line, fits)
 
 
 def version_there(folder, name, lines, spec):
@@ -346,8 +360,13 @@ def read_scores(folder, spec, rows):
     """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored, as stored. What
     another version scored does not count, nor does a torn last line, nor a score of a picture that was
     replaced since."""
-    name = reward_name(spec)
-    return stored_scores(folder, name, stored_lines(folder, name), rows, reward_version(spec))[0]
+    return read_answers(store_of(folder, spec), rows)
+
+
+def read_answers(store, rows):
+    """The same of any store: {row index: [k answers]}."""
+    lines = stored_lines(store.folder, store.name, store.place, store.fits)
+    return stored_scores(store.folder, store.name, lines, rows, store.version)[0]
 
 
 def stored_scores(folder, name, lines, rows, version):
@@ -396,43 +415,51 @@ def stream_rows(scorer, folder, rows, todo, batch_size):
                 results = []
 
 
-def score_rows(
-    folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None, bar=None
-):
-    """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes.
-    `part` goes into the file's name, so that processes side by side do not share one. `load` stands in for
-    load_reward where one scorer serves several folders, `bar` for a progress bar of this folder alone.
+def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None):
+    """Score what is not scored yet; see answer_rows. `load` stands in for load_reward where one scorer serves
+    several folders."""
+    scorer = lambda: (load or load_reward)(spec, device)
+    return answer_rows(store_of(folder, spec), rows, scorer, batch_size, on_error, part)
+
+
+def answer_rows(store, rows, load, batch_size, on_error, part=""):
+    """Append load()'s answers about the rows [(prompt, file_names)] that lack them, a line a row as it comes.
+    `part` goes into the file's name, so that processes side by side do not share one.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run
-    (on_error="stop"), or is stored as a row without scores and tried again next time ("skip"). Returns how
-    many rows were scored, and {row index: problem} of the skipped."""
-    todo = set(range(len(rows))) - read_scores(folder, spec, rows).keys()
+    (on_error="stop"), is stored as a row without scores and tried again next time ("skip"), or leaves no
+    trace and is not tried while a picture of it is missing ("leave"). Returns how many rows were answered,
+    and {row index: problem} of the others."""
+    todo = set(range(len(rows))) - read_answers(store, rows).keys()
+    if on_error == "leave":
+        there = lambda i: all(map(os.path.isfile, (f"{store.folder}/{file}" for file in rows[i][1])))
+        todo = {i for i in todo if there(i)}
     if not todo:
         return 0, {}
-    name, version, skipped = reward_name(spec), reward_version(spec), {}
-    path, total = Path(folder) / "scores" / f"{name}{part}.jsonl", sum(len(rows[i][1]) for i in todo)
-    scorer = (load or load_reward)(spec, device)
-    bar = tqdm(total=total, desc=f"score {name}", unit="image") if bar is None else nullcontext(bar)
+    scorer, skipped = load(), {}
+    path = Path(store.folder) / store.place / f"{store.name}{part}.jsonl"
+    total = sum(len(rows[i][1]) for i in todo)
+    keep = partial(stored_row, fits=store.fits)
     try:
-        with appending(path, "another run is scoring there", keep=stored_row) as f, bar as bar:
-            for i, results in stream_rows(scorer, folder, rows, todo, batch_size):
-                row = row_of_scores(folder, *rows[i], results, version)
+        bar = tqdm(total=total, desc=f"score {store.name}", unit="image")
+        with appending(path, "another run is scoring there", keep=keep) as f, bar:
+            for i, results in stream_rows(scorer, store.folder, rows, todo, batch_size):
+                row = row_of_scores(store.folder, *rows[i], results, store.version)
                 if row["scores"] is None and on_error == "stop":
                     advice = "mend that row, or leave such rows out with --on_error skip"
-                    fail(f"reward {spec}: {row['problem']}; {advice}")
+                    fail(f"reward {store.name}: {row['problem']}; {advice}")
                 if row["scores"] is None:
                     skipped[i] = row["problem"]
-                f.write(json.dumps(row).encode() + b"\n")
-                f.flush()
+                if row["scores"] or on_error == "skip":
+                    f.write(json.dumps(row).encode() + b"\n")
+                    f.flush()
                 bar.update(len(results))
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk has no name
         raise
-    if skipped:
-        first = next(iter(skipped.values()))
-        print(
-            f"reward {spec}: {len(skipped)} of {len(rows)} rows skipped, the first: {first}", file=sys.stderr
-        )
+    if skipped and on_error == "skip":
+        what = f"{len(skipped)} of {len(rows)} rows skipped, the first: {next(iter(skipped.values()))}"
+        print(f"reward {store.name}: {what}", file=sys.stderr)
     return len(todo) - len(skipped), skipped
 
 

@@ -573,7 +573,7 @@ def test_blip_vqa_is_the_first_word_of_its_answer(models, tmp_path):
     for n, file in enumerate(files):
         draw(file, n, size=(30 + 20 * n, 40))
     questions = ["a Red dog?", "the (green) bench?", "is there a cat, a dog?"]
-    got = b.load_vqa(models, "cpu")(files, questions)
+    got = b.load_vqa(models, "cpu")(files, questions).tolist()
     for file, question, p in zip(files, ["a red dog?", "the green bench?", questions[2]], got):
         ids = torch.tensor([[enc, *tokenizer(question).input_ids[1:]]])
         x = Image.open(file).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
@@ -600,7 +600,7 @@ def test_vqascore_answers_free_questions(tmp_path):
     vqa_folder(tmp_path / "t5")
     spec, image = f"vqascore={tmp_path / 't5'}", tmp_path / "a.png"
     draw(image, 0)
-    asked = b.load_vqa({"vqa": spec}, "cpu")([image], ['Does this figure show "two squares"?'])
+    asked = b.load_vqa({"vqa": spec}, "cpu")([image], ['Does this figure show "two squares"?']).tolist()
     assert asked == rewards.load_reward(spec)([image], ["two squares"]).tolist()
 
 
@@ -657,7 +657,7 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
     sources = {"vqa": models["vqa"], "clip": models["clip"], "phrases": str(phrases)}
     metrics, notes = b.measure("t2i-compbench", tmp_path, rows, files, sources=sources)
     values = metrics["t2i-compbench"]
-    two = answer([tmp_path / files[1][1]] * 2, ["a red dog?", "the green bench?"])
+    two = answer([tmp_path / files[1][1]] * 2, ["a red dog?", "the green bench?"]).tolist()
     assert values[1, 1] == pytest.approx(two[0] * two[1], abs=2e-4)
     rows_of = {row["tag"]: i for i, row in enumerate(rows)}
     assert (
@@ -665,7 +665,9 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
         and np.isfinite(np.delete(values, rows_of["spatial"], 0)).all()
     )
     i = rows_of["non_spatial"]
-    score = b.load_clip_scorer({"clip": models["clip"]}, "cpu")([tmp_path / files[i][0]], [rows[i]["prompt"]])
+    score = b.load_clip_scorer({"clip": models["clip"]}, "cpu")(
+        [tmp_path / files[i][0]], [rows[i]["prompt"]]
+    ).tolist()
     assert values[i, 0] == pytest.approx(score[0], abs=1e-6) and abs(score[0]) <= 1
     assert (
         notes[0].startswith("answers by") and notes[1] == "spatial: not run, the official scorers need UniDet"

@@ -323,7 +323,7 @@ def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
 def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys):
     shutil.copytree(compared, tmp_path / "out")
     args = [*command(tiny, tmp_path / "out"), "--stages", "report"]
-    evaluate.main([*args, "--study", "12"])
+    evaluate.main([*args, "--study", "6"])
     key = json.loads((tmp_path / "out/key.json").read_text())
     page = (tmp_path / "out/study/index.html").read_text()
     assert len(key["pairs"]) == 12 and not any(name in page for name in ("sdxl", "sd15", "other", "key.json"))
@@ -342,8 +342,8 @@ def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys)
     files = ["--out", str(tmp_path / "out"), "--study_answers", str(tmp_path / "ann.json")]
     evaluate.main([*files, str(tmp_path / "bob.json")])
     r = json.loads((tmp_path / "out/study.json").read_text())
-    assert r["other over base"]["votes"]["wins"] == 8 and r["other over base"]["majority"]["n"] == 4
-    assert r["other over base"]["agreement"] == 1 and r["same over base"]["votes"]["ties"] == 4
+    assert r["other over base"]["votes"]["wins"] == 12 and r["other over base"]["majority"]["n"] == 6
+    assert r["other over base"]["agreement"] == 1 and r["same over base"]["votes"]["ties"] == 6
     assert "other over base" in capsys.readouterr().out
     (tmp_path / "eve.json").write_text('{"study": "1", "answers": {}}')
     fails(evaluate.main, [*files, tmp_path / "eve.json"], "eve.json", "of study 1", capsys=capsys)
