@@ -403,7 +403,7 @@ def measured(folder, name, sources, load, jobs, device, batch_size):
                 if value is not None and key not in known:
                     f.write(json.dumps([*key, value]).encode() + b"\n")
                     f.flush()
-    wait_for_all(hours=True)
+    wait_for_all(slow=True)
     known = stored_answers(place, name)
     return {job: known.get(key) for job, key in keys.items()}
 

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
+    IMAGE_FORMATS,
     TEXT,
     ends_of,
     fail,
@@ -225,7 +226,7 @@ def picture_bytes(picture, folder):
 def keep_picture(out, data):
     """The name of a picture in the folder, made of its bytes: rows share it, and a second run finds it."""
     try:
-        image = Image.open(io.BytesIO(data))  # its head alone
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)  # its head alone
     except Exception as e:  # besides OSError, each format of PIL has its own
         raise ValueError(f"not a readable image ({e})") from None
     digest = hashlib.sha256(data).hexdigest()[:32]
