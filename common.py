@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,13 @@ def print_problems(problems, what):
     if problems:
         print("\n".join(problems[:20]))
         print(f"{len(problems)} {what}; at most 20 of them are listed above")
+
+
+def quoted(value):
+    """repr for a message, at most 80 characters of a text: a damaged file may hold megabytes of it."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 80
+    return shortener.repr(value)
 
 
 cleanup = ExitStack()  # closed when a script ends, also by an error: locks, the process group
@@ -432,6 +440,19 @@ def writable_folder(name, path):
     return Path(path)
 
 
+def path_inside(folder, name):
+    """The path of `name` in the folder, as text. `name` comes from a file that anybody may have written, so
+    ValueError unless it is a relative path that stays in the folder, links followed."""
+    parts = name.split("/") if isinstance(name, str) else []
+    if not name or not parts or "\0" in name or os.path.isabs(name) or ".." in parts:
+        raise ValueError(f"{quoted(name)}: must be a path inside the folder")
+    path = f"{folder}/{name}"
+    if any(os.path.islink("/".join([str(folder), *parts[:n]])) for n in range(1, len(parts) + 1)):
+        if not os.path.realpath(path).startswith(f"{os.path.realpath(folder)}/"):
+            raise ValueError(f"{quoted(name)}: a link out of the folder; copy what it links to")
+    return path
+
+
 def own_folder(name, path, busy):
     """writable_folder, locked until this run ends; another run of the same folder is refused."""
     folder = writable_folder(name, path)
@@ -559,8 +580,28 @@ def read_jsonl(path, torn_end=False):
     return rows
 
 
-def prompt_rows(path, kind):
-    """Rows of a prompt file, including blank ones. `kind` is the file's suffix."""
+TEXT = ("prompt", "caption", "text")  # the keys of a prompt, the first that is there
+
+
+def shards(folder):
+    """The .parquet files of a folder, sorted. Those of several splits are refused: a test split would be
+    trained on without a word."""
+    files = sorted(Path(folder).rglob("*.parquet"))
+    splits = {match[1] for file in files if (match := re.match(r"(\w+)-\d+-of-\d+$", file.stem))}
+    if len(splits) > 1:
+        fail(f"{folder}: holds shards of {', '.join(sorted(splits))}; move those of one to their own folder")
+    return files
+
+
+def prompt_column(names, column):
+    """`column`, else the first of these column names that means a prompt."""
+    known = {str(name).lower(): name for name in names}
+    return column or next((known[name] for name in (*TEXT, "prompts") if name in known), "prompt")
+
+
+def prompt_rows(path, column, also):
+    """Rows of a prompt file, including blank ones."""
+    kind = Path(path).suffix.lower()
     if kind == ".txt":
         return [{"prompt": line} for line in read_text(path).removesuffix("\n").split("\n")]
     if kind == ".jsonl":
@@ -568,13 +609,19 @@ def prompt_rows(path, kind):
     try:
         if kind == ".json":
             rows = parse_json(read_text(path))
+            if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+                rows = list(rows.values())  # GenAI-Bench: {id: {prompt, ...}}
             if not isinstance(rows, list):
                 raise ValueError("not a list of strings or objects")
             return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+        if kind == ".parquet":
+            from pyarrow.parquet import read_schema, read_table
+
+            names = read_schema(path).names  # another column may hold pictures, gigabytes of them
+            wanted = [name for name in (prompt_column(names, column), *also) if name in names]
+            return read_table(path, columns=wanted).to_pylist() if wanted else [{}]
         import pandas  # half a second; only here
 
-        if kind == ".parquet":
-            return pandas.read_parquet(path).to_dict("records")
         if kind in (".csv", ".tsv"):
             how = dict(sep=",") if kind == ".csv" else dict(sep="\t", quoting=csv.QUOTE_NONE)  # PartiPrompts
             as_it_is = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig")
@@ -584,34 +631,33 @@ def prompt_rows(path, kind):
     fail(f"--prompts {path}: a file of prompts ends in .txt, .json, .jsonl, .csv, .tsv or .parquet")
 
 
-TEXT = ("prompt", "caption", "text")  # the keys of a prompt, the first that is there
-
-
-def read_prompts(path, limit=0, offset=0, column=""):
+def read_prompts(path, limit=0, offset=0, column="", also=("tag",)):
     """Rows of a prompt file: dicts with a text under "prompt". Blank and repeated prompts are dropped.
 
-    .txt: a prompt a line. .json: a list of strings or objects (HPDv2). .jsonl, .csv, .tsv, .parquet: the
-    column `column`, else prompt, caption or text. Other columns (GenEval's tag) stay in the row."""
-    kind = Path(path).suffix.lower()
-    if not Path(path).is_file():
-        fail(f"--prompts {path}: no such file")
-    rows = prompt_rows(path, kind)
-    columns = {str(c).lower(): c for c in (rows[0] if rows else ())}
-    column = column or next((columns[name] for name in TEXT if name in columns), "prompt")
-    kept, blank = {}, 0
-    for n, row in enumerate(rows, 1):
-        text = row.get(column, 0)
-        if not isinstance(text, str | None):
-            wanted = f"{', '.join(TEXT)} is wanted, or for synpic.py what --field names"
-            fail(f"--prompts {path}, row {n}: no text under {column!r}; a column {wanted}")
-        text = " ".join((text or "").split())
-        blank += not text
-        if text:
-            kept.setdefault(text, {**row, "prompt": text})
-    repeated = len(rows) - blank - len(kept)
+    .txt: a prompt a line. .json: a list of strings or objects (HPDv2), or an object of objects. .jsonl, .csv,
+    .tsv, .parquet: the column `column`, else prompt, prompts, caption or text. `path` may be a folder of
+    .parquet shards. Other columns (GenEval's tag) stay in the row; of a parquet only those in `also`."""
+    files = [Path(path)] if Path(path).is_file() else shards(path)
+    if not files:
+        fail(f"--prompts {path}: no such file, and no folder of .parquet shards")
+    kept, blank, total = {}, 0, 0
+    for file in files:
+        rows = prompt_rows(file, column, also)
+        name = prompt_column(rows[0] if rows else (), column)
+        for n, row in enumerate(rows, 1):
+            text = row.get(name, 0)
+            if not isinstance(text, str | None):
+                wanted = f"a column {', '.join(TEXT)} is wanted, or what --field names"
+                fail(f"--prompts {file}, row {n}: no text under {name!r}; {wanted}")
+            text = " ".join((text or "").split())
+            blank += not text
+            if text:
+                kept.setdefault(text, {**row, "prompt": text})
+        total += len(rows)
+    repeated = total - blank - len(kept)
     if repeated or blank:
         dropped = f"{blank} blank and {repeated} repeated ones dropped"
-        print(f"{path}: {len(rows)} rows, {dropped}, {len(kept)} prompts kept")
+        print(f"{path}: {total} rows, {dropped}, {len(kept)} prompts kept")
     chosen = list(kept.values())[offset : offset + limit if limit else None]
     if not chosen:
         fail(f"--prompts {path}: holds no prompt" + (f" after --offset {offset}" if offset else ""))
@@ -702,7 +748,7 @@ def picture_grid(rows, path, side=128):
     canvas = Image.new("RGB", (max(columns * (side + 8) + 8, 420), sum(heights) + 8), "white")
     pen, top = ImageDraw.Draw(canvas), 6
     for (title, cells), captions, height in zip(rows, wrap, heights):
-        pen.text((8, top), title, fill="black")
+        pen.text((8, top), title[:300], fill="black")  # PIL cannot draw one of megabytes
         for c, ((image, _), lines) in enumerate(zip(cells, captions)):
             smooth = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
             left = 8 + c * (side + 8)

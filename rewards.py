@@ -75,7 +75,7 @@ from common import (
     whole_lines,
     writable_folder,
 )
-from lists import read_metadata
+from lists import metadata_file, read_metadata
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
@@ -1357,7 +1357,7 @@ def read_folder(folder):
     """[(prompt, file_names)] of an imagefolder (metadata.jsonl with prompt, text or caption and file_names or
     file_name), or of pictures with their caption in a .txt of the same name."""
     folder = Path(folder)
-    if (folder / "metadata.jsonl").is_file():
+    if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
     pictures = (p for p in sorted(folder.glob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
