@@ -143,7 +143,7 @@ def read_compbench(path):
 
 def read_dpg(path):
     table, questions, texts = inside(path, "dpg_bench.csv"), {}, {}
-    for n, row in enumerate(prompt_rows(table, ".csv"), 1):
+    for n, row in enumerate(prompt_rows(table), 1):
         try:
             item, known = row["item_id"], questions.setdefault(row["item_id"], {})
             parents = [int(number) for number in row["dependency"].split(",")]
@@ -182,7 +182,7 @@ def read_hpdv2(path):
             file = from_hub(str(path), f"benchmark/{style}.json")
         elif not file.is_file():
             continue  # fewer styles
-        for n, row in enumerate(prompt_rows(file, ".json")):
+        for n, row in enumerate(prompt_rows(file)):
             yield f"{file}, prompt {n + 1}", {"prompt": row.get("prompt"), "tag": style, "index": n}
 
 
@@ -389,7 +389,7 @@ def measured(folder, name, sources, load, jobs, device, batch_size, fits=is_numb
     mine = [row for start in starts for row in rows[start : start + batch_size]]
     part, judge = f"@{rank}of{world}" * (world > 1), lambda: load_judge(load, sources, device)
     answer_rows(store, mine, judge, batch_size, "leave", part)
-    wait_for_all(hours=True)
+    wait_for_all(slow=True)
     known = read_answers(store, rows)
     there = lambda i: i in known and (Path(folder) / rows[i][1][0]).is_file()
     return {job: known[i][0] if there(i) else None for i, job in enumerate(jobs)}

@@ -11,6 +11,7 @@ precision, device, on_error. settings.json says what the pictures were made with
 import hashlib
 import json
 import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import (
-    ends_of,
+    appending,
     fail,
     lock,
     parse_json,
@@ -28,10 +29,11 @@ from common import (
     print_problems,
     process_rank,
     publish,
+    quoted,
     read_text,
     write_text,
 )
-from pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
+from pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
 
 # ----------------------------------------------------------------------------- drawing
 
@@ -90,7 +92,7 @@ def draw_model(cfg, pipe, k, model, batches, bar):
             for (prompt, files), (image, problem) in zip(batch, results):
                 path = Path(cfg.out) / files[k]
                 if problem:
-                    problems.append(f"{path}, prompt {prompt!r}: {problem}")
+                    problems.append(f"{path}, prompt {quoted(prompt)}: {problem}")
                     path.unlink(missing_ok=True)
                 elif not is_whole(path):
                     writing.append(threads.submit(publish, path, image.save, sync=False))
@@ -108,11 +110,13 @@ def draw_model(cfg, pipe, k, model, batches, bar):
 def is_whole(path):
     """Is this a PNG file with its end? A picture of ours is, unless a copy or a full disk tore it."""
     try:
-        f = os.open(path, os.O_RDONLY)  # plain system calls: a finished folder may have 232 k files
+        # plain system calls, since a finished folder may have 232 k files; a pipe must not be waited for
+        f = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        return os.pread(f, 4, max(0, os.fstat(f).st_size - 8)) == b"IEND"
+        there = os.fstat(f)
+        return stat.S_ISREG(there.st_mode) and os.pread(f, 4, max(0, there.st_size - 8)) == b"IEND"
     finally:
         os.close(f)
 
@@ -138,22 +142,14 @@ def share_of(shard):
 
 
 def settings_of(cfg, rows, models):
-    """What the pictures of a folder depend on; rewards and labels may change at any time."""
-
-    def weights(folder):  # of a local model, wherever it lies; others have a hub id
-        files = sorted(Path(folder).rglob("*.safetensors"))
-        return [[file.name, *ends_of(file, 1 << 20)] for file in files] or folder
-
-    def identity(model):
-        parts = [weights(folder) for folder in model["path"].split("+")]  # base and adapters
-        return {**model, "path": parts if len(parts) > 1 else parts[0]}
-
+    """What the pictures of a folder depend on; rewards and labels may change at any time. A model is known by
+    what its files hold, and may be moved; a model of the hub by its name."""
     on_cpu = pick_device(cfg.device).type == "cpu"  # whose auto is another than a GPU's
     prompts = [prompt for prompt, _ in rows]
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
     return {
         "prompts": [len(prompts), prompts[0], digest],
-        "models": {f"{m['name']}_{m['seed']}": identity(m) for m in models},
+        "models": {f"{m['name']}_{m['seed']}": {**m, "path": fingerprint(m["path"])} for m in models},
         "batch_size": cfg.batch_size,
         "precision": "fp32" if on_cpu and cfg.precision == "auto" else cfg.precision,
     }
@@ -164,17 +160,20 @@ def read_settings(out):
     path = Path(out) / "settings.json"
     try:
         settings = parse_json(read_text(path))
-        models = {name: dict(model) for name, model in settings["models"].items()}
+        models = {name: {**model, "path": dict(model["path"])} for name, model in settings["models"].items()}
         return {**settings, "models": models}, int(settings["prompts"][0])
     except (ValueError, TypeError, LookupError, AttributeError):
-        mend = "delete that file if this very command made the folder, or choose another --out"
+        mend = "delete it and metadata.jsonl if this very command made the folder, or choose another --out"
         fail(f"{path}: damaged, so it is not known what the pictures were made with; {mend}")
 
 
 def check_settings(out, now, drawing=True):
     """A folder is not continued with other settings than it was begun with; each difference is named. Where
-    nothing is drawn, batches and precision may differ."""
+    nothing is drawn, batches and precision may differ. Lists that were not drawn here are not replaced."""
     if not (Path(out) / "settings.json").is_file():
+        if (Path(out) / "metadata.jsonl").exists():
+            how = "choose another --out; rewards.py --score scores them, --stages label ranks them"
+            fail(f"{out}/metadata.jsonl: holds lists that were not drawn here; {how}")
         return
     (before, _), differs = read_settings(out), []
     for key in ("prompts", "batch_size", "precision"):
@@ -187,7 +186,9 @@ def check_settings(out, now, drawing=True):
         elif old != new:
             keys = [key for key in old | new if old.get(key) != new.get(key)]
             changes = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in keys if key != "path"]
-            changes += ["other weights"] if "path" in keys else []
+            parts = {k for k in old["path"] | new["path"] if old["path"].get(k) != new["path"].get(k)}
+            named = {k if k.startswith(("scheduler", "tokenizer")) else "weights" for k in parts}
+            changes += [f"other {name}" for name in sorted(named)]
             differs.append(f"model {name} ({', '.join(changes)})")
     if differs:
         fail(f"{out} was made with other {'; '.join(differs)}. Choose another --out, or delete this one")
@@ -205,5 +206,5 @@ def keep_settings(out, now):
 def note_time(out, stage, name, images, seconds):
     """Append to timings.jsonl what a stage took; the summary adds it up."""
     row = {"stage": stage, "name": name, "images": images, "seconds": round(seconds, 3)}
-    with open(Path(out) / "timings.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
+    with appending(Path(out) / "timings.jsonl", busy="") as f:
+        f.write(json.dumps(row).encode() + b"\n")

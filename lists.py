@@ -7,30 +7,34 @@
 A bad row ends the run with its file, its line and what to do.
 """
 
+import csv
 import hashlib
 import io
 import json
 import os
-import zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from common import (
+    IMAGE_FORMATS,
     TEXT,
     ends_of,
     fail,
     open_image,
     parse_json,
+    path_inside,
     print_problems,
     publish,
+    quoted,
     read_jsonl,
     read_text,
+    shards,
     write_text,
 )
 from losses import preference_labels, preference_rank
@@ -40,17 +44,36 @@ from losses import preference_labels, preference_rank
 EVALUATION_ONLY = ("toyworld", "diversity")  # rewards from which no label comes
 
 
+def metadata_file(folder):
+    """metadata.jsonl of a folder, else the metadata.csv of an imagefolder, or None."""
+    found = (Path(folder) / name for name in ("metadata.jsonl", "metadata.csv"))
+    return next((path for path in found if path.is_file()), None)
+
+
+def metadata_rows(path):
+    """[(line, dict)] of a metadata file."""
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        return [(lines.line_num, row) for row in lines]
+    except csv.Error as e:
+        fail(f"{path}, line {lines.line_num}: {e}")
+
+
 def read_metadata(folder, lists=False, labelled=False):
-    """Rows of folder/metadata.jsonl, one a list of images: prompt, file_names; scores, phi where they are.
+    """Rows of a folder's metadata file, one a list of images: prompt, file_names; scores and phi if there.
 
     Rows of other programs may say caption or text, and file_name. With `lists`, every row must have at least
     two images, which are there; with `labelled`, also a phi in [0, 1] for each, so that it can be trained on.
     A bad row ends the run with file, line and what to do."""
-    path, rows, lines, real = Path(folder) / "metadata.jsonl", [], {}, os.path.realpath(folder)
-    if not path.is_file():
-        fail(f"{path}: no such file; make it with synpic.py, or name its folder with --data")
+    path, rows, lines, real = metadata_file(folder), [], {}, os.path.realpath(folder)
+    if not path:
+        near = [p for p in Path(folder).glob("*/metadata.*") if p.suffix in (".jsonl", ".csv")]
+        hint = f"make it with synpic.py, or name the folder of {near[0] if near else 'one with --data'}"
+        fail(f"{folder}/metadata.jsonl: no such file; {hint}")
     mend = "mend or delete that row" + (" (synpic.py --stages label writes phi anew)" if labelled else "")
-    for n, row in read_jsonl(path):
+    for n, row in metadata_rows(path):
         try:
             rows.append(row := checked_row(real, row, lists, labelled))
             if (first := lines.setdefault((row["prompt"], *row["file_names"]), n)) < n:
@@ -63,21 +86,19 @@ def read_metadata(folder, lists=False, labelled=False):
 
 
 def checked_row(folder, row, lists, labelled):
-    """A row of metadata.jsonl with its keys in our names; ValueError with what is wrong with it. `folder` is
-    text, without links: a Path for each of 232 k files would take longer than a look at them."""
+    """A row of metadata.jsonl with its keys in our names; ValueError says what is wrong with it."""
     prompt = next((row[k] for k in TEXT if k in row), None)
     files = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
     if not isinstance(prompt, str) or not isinstance(files, list) or not files:
         raise ValueError("needs prompt (or caption, text) and file_names (or file_name)")
     plain = [os.path.normpath(str(f)) for f in files]  # ./a.png is a.png
     for f, name in zip(files, plain):
-        if not isinstance(f, str) or "\0" in f or os.path.isabs(f) or ".." in f.split("/"):
-            raise ValueError(f"image {f!r}: must be a path inside the folder")
+        try:
+            path_inside(folder, f)
+        except ValueError as e:
+            raise ValueError(f"image {e}") from None
         if plain.count(name) > 1:
             raise ValueError(f"image {f} stands {plain.count(name)} times in the list")
-    for f in {f if os.path.islink(f"{folder}/{f}") else os.path.dirname(f) for f in files}:
-        if not f"{os.path.realpath(f'{folder}/{f}')}/".startswith(f"{folder}/"):
-            raise ValueError(f"image {f}: a link out of the folder; copy what it links to")
     scores, k = {} if row.get("scores") is None else row["scores"], len(files)
     if not isinstance(scores, dict):
         raise ValueError("scores must be an object, {reward: [a number an image]}")
@@ -135,13 +156,27 @@ def is_number(value):
 
 # ----------------------------------------------------------------------------- import
 
+LARGEST = 1 << 28  # bytes of a picture: a larger member of a zip is a bomb or no picture
+
+
+def ranked_rows(record):
+    """ImageRewardDB has a row a picture; its record is a prompt_id, of which each field is a list."""
+    if len(set(record["prompt"])) > 1:
+        raise ValueError(f"{len(set(record['prompt']))} prompts under one prompt_id")
+    return record["prompt"][0], record["image_path"], [-rank for rank in record["rank"]]
+
+
 # Published choices of people: the fields that a format is known by, and what a record of it says as (prompt,
-# pictures as bytes or names, a number a picture, higher is better). Of ImageRewardDB a record is a prompt_id.
+# pictures as bytes or names, a number a picture, higher is better).
 RANKED = lambda r: (r["prompt"], r["image_path"], [-rank for rank in r["rank"]])
 PICKED = lambda r: (r["caption"], [r["jpg_0"], r["jpg_1"]], [r["label_0"], r["label_1"]])
 FORMATS = {
     "Pick-a-Pic v2": (("caption", "jpg_0", "jpg_1", "label_0", "label_1"), PICKED),
-    "ImageRewardDB": (("prompt_id", "prompt", "image_path", "rank"), RANKED),
+    "ImageRewardDB": (("prompt_id", "prompt", "image_path", "rank"), ranked_rows),
+    "ImageReward test": (
+        ("prompt", "generations", "ranking"),
+        lambda r: (r["prompt"], r["generations"], [-rank for rank in r["ranking"]]),
+    ),
     "HPDv2 test": (("prompt", "image_path", "rank"), RANKED),
     "HPDv2": (
         ("prompt", "file_path", "human_preference"),
@@ -164,7 +199,8 @@ def format_of(path, fields):
 def read_rows(path):
     """(format, rows as dicts) of a file; those of a parquet come one row group after the other."""
     if path.suffix != ".parquet":
-        rows = parse_json(read_text(path))
+        lines = path.suffix == ".jsonl"
+        rows = [row for _, row in read_jsonl(path)] if lines else parse_json(read_text(path))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("not a list of objects")
         return format_of(path, rows[0] if rows else ()), rows
@@ -190,42 +226,58 @@ def read_records(path):
     except Exception as e:  # pyarrow has its own errors
         fail(f"--from {path}: not a readable file ({' '.join(str(e).split())[:200]})")
     for name, rows in lists.items():
-        columns = {key: [row[key] for row in rows] for key in ("image_path", "rank")}
-        yield path, f"prompt_id {name}", kind, {"prompt": rows[0]["prompt"], **columns}
+        columns = {key: [row[key] for row in rows] for key in ("prompt", "image_path", "rank")}
+        yield path, f"prompt_id {name}", kind, columns
 
 
 @lru_cache(maxsize=None)
 def zipped(folder):
-    """{file name: [(zip, member), ...]} of all zips in a folder; publishers cut their paths differently."""
-    members = {}
+    """{file name: [(zip, member), ...]} of all zips in a folder, and the zips that cannot be read. Members go
+    by their last name, since publishers cut the paths before it differently."""
+    members, torn = {}, []
     for path in sorted(folder.rglob("*.zip")):
-        archive = ZipFile(path)
-        for member in archive.namelist():
-            members.setdefault(Path(member).name, []).append((archive, member))
-    return members
+        try:
+            archive = ZipFile(path)
+        except Exception as e:  # zipfile has several kinds
+            torn.append(f"{path.name}: {e}")
+            continue
+        for member in archive.infolist():
+            members.setdefault(Path(member.filename).name, []).append((archive, member))
+    return members, torn
 
 
 def picture_bytes(picture, folder):
-    """A picture of a record: its bytes, or a file of this name in the folder or in a zip there."""
+    """The bytes of a picture of a record, which is bytes, or the name of a file in the folder or in a zip
+    there, or both as datasets saves them: {"bytes", "path"}. ValueError if it cannot be read."""
+    if isinstance(picture, dict):
+        picture = picture.get("bytes") or picture.get("path")
     if isinstance(picture, bytes):
         return picture
-    if not isinstance(picture, str) or not picture or "\0" in picture:
-        raise ValueError(f"no picture ({picture!r})")
-    if (folder / picture).is_file():
-        return (folder / picture).read_bytes()
+    path = path_inside(folder, picture)
+    if os.path.isfile(path):
+        if os.path.getsize(path) > LARGEST:
+            raise ValueError(f"{picture}: larger than {LARGEST >> 20} MB")
+        return Path(path).read_bytes()
+    members, torn = zipped(folder)
+    found = members.get(Path(picture).name, [])
+    if len(found) != 1:
+        what = f"{picture} is {'twice' if found else 'not'} in {folder} and its zips"
+        raise ValueError(
+            what + (f" (of which these cannot be read: {', '.join(torn)[:200]})" if torn else "")
+        )
+    archive, member = found[0]
+    if member.file_size > LARGEST:
+        raise ValueError(f"{picture} in {archive.filename}: larger than {LARGEST >> 20} MB")
     try:
-        found = zipped(folder).get(Path(picture).name, [])
-        if len(found) == 1:
-            return found[0][0].read(found[0][1])
-    except (BadZipFile, zlib.error, EOFError) as e:
-        raise ValueError(f"{picture}: {e}") from None
-    raise ValueError(f"{picture} is {'twice' if found else 'not'} in {folder} and its zips")
+        return archive.read(member)
+    except Exception as e:  # a password, an unknown method, torn data: each method has its own errors
+        raise ValueError(f"{picture} in {archive.filename}: {e}") from None
 
 
 def keep_picture(out, data):
     """The name of a picture in the folder, made of its bytes: rows share it, and a second run finds it."""
     try:
-        image = Image.open(io.BytesIO(data))  # its head alone
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)  # its head alone
     except Exception as e:  # besides OSError, each format of PIL has its own
         raise ValueError(f"not a readable image ({e})") from None
     digest = hashlib.sha256(data).hexdigest()[:32]
@@ -260,7 +312,7 @@ def imported_row(out, kind, record, folder):
         try:
             files.append(keep_picture(out, picture_bytes(picture, folder)))
         except ValueError as e:
-            raise ValueError(f"picture {n} of {prompt!r}: {e}") from None
+            raise ValueError(f"picture {n} of {quoted(prompt)}: {e}") from None
     if len(set(files)) < len(files):
         return None  # nothing to choose between
     phi = preference_labels("phi", [torch.tensor(scores, dtype=torch.float64)[:, None]])[0]
@@ -269,7 +321,7 @@ def imported_row(out, kind, record, folder):
 
 
 def import_lists(cfg, paths, metadata):
-    """Write the lists of all files to `metadata`. Returns how many of which kind, and what went wrong."""
+    """Write the lists of all files to `metadata`. Returns how many of which kind, as text."""
     counts, problems, seen = Counter(lists=0), [], set()
     records = (record for path in paths for record in read_records(path))
     with open(metadata, "w", encoding="utf-8") as f:
@@ -289,29 +341,34 @@ def import_lists(cfg, paths, metadata):
             human = row["scores"]["human"]
             counts.update(lists=1, images=len(human), ties=int(len(set(human)) < len(human)))
             f.write(json.dumps(row) + "\n")
-    return counts, problems
+    print_problems(problems, "lists could not be read")
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    if not counts["lists"]:
+        fail(f"--from {cfg.from_}: {said}, so nothing was imported")
+    return said
 
 
 def import_stage(cfg):
     """metadata.jsonl and images/ from what people chose. The pictures are there first, under names that
-    follow from their bytes, so that a run that was killed writes what is missing, and the same rows."""
-    source, out, done = Path(cfg.from_), Path(cfg.out), []
-    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    follow from their bytes, so that a run that was killed writes what is missing, and the same rows.
+
+    import.json says what was imported. Until metadata.jsonl is there, another file may take its place: what
+    is left of an import that failed is pictures that no row names."""
+    source, out, said = Path(cfg.from_), Path(cfg.out), []
+    paths = shards(source) if source.is_dir() else [source]
     if not cfg.from_ or not paths or not all(path.is_file() for path in paths):
-        fail(f"--from {source}: name a .parquet or .json file, or a folder of .parquet files")
+        fail(f"--from {source}: name a .parquet, .json or .jsonl file, or a folder of .parquet files")
     if cfg.pictures and not Path(cfg.pictures).is_dir():
         fail(f"--pictures {cfg.pictures}: no such folder")
     now = json.dumps([[path.name, *ends_of(path, 1 << 20)] for path in paths]) + "\n"
-    begun = out / "import.json"
-    if begun.is_file() and read_text(begun) != now:
-        fail(f"--out {out}: was begun from another file than {source}; choose another folder")
-    if not begun.is_file() and ((out / "metadata.jsonl").exists() or (out / "images").exists()):
+    begun, done = out / "import.json", (out / "metadata.jsonl").is_file()
+    if done and begun.is_file() and read_text(begun) != now:
+        fail(f"--out {out}: holds the lists of another file than {source}; choose another folder")
+    if not begun.is_file() and (done or (out / "images").exists()):
         fail(f"--out {out}: holds other pictures; choose another folder")
-    if (out / "metadata.jsonl").is_file():
+    if done:
         print(f"{out}: was imported already; delete its metadata.jsonl to do it again")
         return
     write_text(begun, now)
-    publish(out / "metadata.jsonl", lambda tmp: done.extend(import_lists(cfg, paths, tmp)))
-    counts, problems = done
-    print_problems(problems, "lists could not be read")
-    print(f"{out}/metadata.jsonl: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    publish(out / "metadata.jsonl", lambda tmp: said.append(import_lists(cfg, paths, tmp)))
+    print(f"{out}/metadata.jsonl: {said[0]}")

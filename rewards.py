@@ -63,7 +63,7 @@ from common import (
     whole_lines,
     writable_folder,
 )
-from lists import is_number, read_metadata
+from lists import is_number, metadata_file, read_metadata
 from scorers import PUBLISHED, WEIGHTS, Scorer, crop, find_weights, one_line, open_clip_model
 
 TOY_REWARDS = tuple(
@@ -484,7 +484,7 @@ def read_folder(folder):
     """[(prompt, file_names)] of an imagefolder (metadata.jsonl with prompt, text or caption and file_names or
     file_name), or of pictures with their caption in a .txt of the same name."""
     folder = Path(folder)
-    if (folder / "metadata.jsonl").is_file():
+    if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
     pictures = (p for p in sorted(folder.glob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]

@@ -26,6 +26,7 @@ datasets.load_dataset("imagefolder", data_dir=...) reads it.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +67,9 @@ from draw import (
 )
 from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
 from losses import LABELS, preference_labels, preference_rank
+from pipelines import split_spec
 from rewards import (
+    LOADERS,
     TOY_REWARDS,
     check_rewards,
     read_scores,
@@ -101,20 +104,27 @@ STAGES = ("generate", "score", "label")
 @dataclass
 class Config:
     # what is drawn
-    prompts: str = option(f"{HERE}/toy/prompts.txt", "prompts: .txt, .json, .jsonl, .csv, .tsv or .parquet")
-    field: str = option("", "the column of prompts in such a file; empty = prompt, caption or text")
+    prompts: str = option(
+        f"{HERE}/toy/prompts.txt", ".txt, .json, .jsonl, .csv, .tsv, .parquet, or a folder of .parquet shards"
+    )
+    field: str = option("", "the column of prompts in such a file; empty = prompt, prompts, caption or text")
     limit: int = option(0, "use that many prompts; 0 = all", at_least=0)
     offset: int = option(0, "skip that many prompts first", at_least=0)
-    models: tuple = option(TOY_MODELS, "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]...")
+    models: tuple = option(
+        (),
+        "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]... (default: the toy world's, but only for "
+        "the toy's prompts)",
+    )
     from_: str = option(
-        "", "import: .parquet or .json of Pick-a-Pic, HPDv2, HPDv3 or ImageRewardDB, or a folder"
+        "",
+        "import: .parquet, .json or .jsonl of Pick-a-Pic, HPDv2, HPDv3, ImageReward, or a folder of shards",
     )
     pictures: str = option("", "import: folder of its pictures or zips of them; empty = where the file lies")
     # how it is scored and ranked
     rewards: tuple = option(
         (),
-        "reward models, as name or name=source; see rewards.py (default: the toy world's four; to label "
-        "lists that are there, all that scored them)",
+        "reward models, as name or name=source; see rewards.py (default: the toy world's, but only for the toy's "
+        "prompts; to label lists that are there, all that scored them)",
     )
     label: str = option("phi", f"what ranks a list: {', '.join(LABELS)} or single:REWARD")
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
@@ -134,9 +144,19 @@ class Config:
 # ----------------------------------------------------------------------------- generators
 
 
+def split_options(spec):
+    """[name=path, key=value, ...] of "name=path,key=value,..."; a path that exists may hold commas."""
+    words = spec.split(",")
+    for n in range(len(words), 1, -1):
+        head = ",".join(words[:n])
+        if "=" in head and all(map(os.path.exists, split_spec(head.partition("=")[2]))):
+            return [head, *words[n:]]
+    return words
+
+
 def parse_model(spec):
     """ "name[=path][,key=value...]" -> dict(name, path, steps, guidance, resolution, dtype, seed)."""
-    head, *options = spec.split(",")
+    head, *options = split_options(spec)
     name, _, path = head.partition("=")
     if not path and (name not in MODELS or "=" in head):
         fail(f"unknown model {name!r}: use one of {', '.join(MODELS)}, or {name}=folder_or_hub_id")
@@ -213,6 +233,11 @@ def lists_drawn_here(cfg, rows, models):
     return lists
 
 
+def is_known(spec):
+    """Can the reward be loaded? Else it is the name of stored scores alone."""
+    return "=" in spec or spec in LOADERS
+
+
 def lists_from_elsewhere(cfg):
     """The metadata.jsonl that is there, whoever wrote it, with scores that rewards.py --score added since:
     those of the versions that --rewards names, or else of the only ones."""
@@ -223,7 +248,7 @@ def lists_from_elsewhere(cfg):
         print(f"{out}/metadata.jsonl has {len(lists)} rows of {drawn} prompts; {again}")
     rows = [(row["prompt"], row["file_names"]) for row in lists]
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
-    specs = {reward_name(spec): spec for spec in cfg.rewards}
+    specs = {reward_name(spec): spec for spec in cfg.rewards if is_known(spec)}
     for name in sorted(names - set(EVALUATION_ONLY)):
         lines = list(stored_lines(out, name))
         version = version_there(out, name, lines, specs.get(name))
@@ -306,8 +331,8 @@ def summarise(lists, names):
 
 
 def speed_and_cost(cfg, lists):
-    """Images a second of one process and, with --gpu_price, the cost, from timings.jsonl."""
-    path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, 0.0
+    """Images a second of one process, hours a stage and, with --gpu_price, the cost, from timings.jsonl."""
+    path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, {}
     for line in whole_lines(path):
         try:
             t = parse_json(line.decode())
@@ -320,13 +345,15 @@ def speed_and_cost(cfg, lists):
         entry["images"] += images
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["images_per_s"] = round(entry["images"] / max(entry["seconds"], 1e-9), 3)
-        hours += seconds / 3600
-    if not cfg.gpu_price or not hours:
-        return {"speed": speed}
-    cost = {"usd_per_gpu_hour": cfg.gpu_price, "gpu_hours": hours, "usd": hours * cfg.gpu_price}
+        hours[stage] = hours.get(stage, 0.0) + seconds / 3600
+    total = sum(hours.values())
+    if not cfg.gpu_price or not total:
+        return {"speed": speed, "hours": hours}
+    cost = {"usd_per_gpu_hour": cfg.gpu_price, "gpu_hours": total, "usd": total * cfg.gpu_price}
+    cost["usd_by_stage"] = {stage: taken * cfg.gpu_price for stage, taken in hours.items()}
     cost["usd_for_232k_images"] = cost["usd"] * 232_000 / sum(len(row["file_names"]) for row in lists)
     cost["paper_usd_for_232k_images"] = "< 206"
-    return {"speed": speed, "cost": cost}
+    return {"speed": speed, "hours": hours, "cost": cost}
 
 
 def draw_summary(out, summary):
@@ -363,30 +390,53 @@ def print_summary(out, summary):
     if "cost" in summary:
         cost = summary["cost"]
         paper = f"{cost['usd_for_232k_images']:.0f} USD for the paper's 232 k images (the paper: under 206)"
-        print(f"cost at {cost['usd_per_gpu_hour']} USD a GPU hour: {cost['usd']:.2f} USD, so {paper}")
+        names = {"generate": "drawing", "score": "scoring"}
+        parts = [f"{names.get(stage, stage)} {usd:.2f}" for stage, usd in cost["usd_by_stage"].items()]
+        price = f"cost at {cost['usd_per_gpu_hour']} USD a GPU hour"
+        print(f"{price}: {cost['usd']:.2f} USD ({', '.join(parts)}), so {paper}")
     print(f"{summary['lists']} lists in {out}/metadata.jsonl; look at {out}/preview.png (best to worst)")
 
 
 # ----------------------------------------------------------------------------- main
 
 
-def check_choices(cfg):
-    """Wrong names of rewards and labels fail now, not after hours of drawing."""
-    check_rewards(cfg.rewards or (() if set(cfg.stages) == {"label"} else TOY_REWARDS))
-    names = [reward_name(spec) for spec in cfg.rewards or TOY_REWARDS]
+def with_toy_models(cfg):
+    """The toy's generators and rewards, which know the toy's prompts alone, are the default for these. Where
+    other prompts are drawn, both must be named."""
+    if Path(cfg.prompts).resolve().parent == HERE / "toy":
+        return replace(cfg, models=cfg.models or TOY_MODELS, rewards=cfg.rewards or TOY_REWARDS)
+    needed = {"models": "sdxl sd3 pixart cascade"}
+    if set(cfg.stages) != {"generate"}:
+        needed["rewards"] = "hpsv2.1 pickscore imagereward"
+    for name, example in needed.items():
+        if not getattr(cfg, name):
+            fail(f"--{name}: must be named, as in --{name} {example}; the toy's are for the toy's prompts")
+    return cfg
+
+
+def check_choices(cfg, stored):
+    """Wrong names of rewards and labels fail now, not after hours of drawing. `stored` lists may hold scores
+    of a function or of another program: their name is enough."""
+    check_rewards([spec for spec in cfg.rewards if not stored or is_known(spec)])
+    names = [reward_name(spec) for spec in cfg.rewards]
     if only := [name for name in names if name in EVALUATION_ONLY]:
         fail(f"--rewards {only[0]}: is for evaluation only, labels come from reward models")
     check_label(cfg.label, LABELS)
-    if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
+    drawn = names and set(cfg.stages) != {"label"}
+    if drawn and cfg.label.startswith("single:") and cfg.label[7:] not in names:
         fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")
 
 
 @one_line_errors
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    check_choices(cfg)
+    out, stages = Path(cfg.out), set(cfg.stages)
+    stored = stages == {"label"} and (out / "metadata.jsonl").is_file()  # needs neither prompts nor models
+    if "import" not in stages and not stored:
+        cfg = with_toy_models(cfg)
+    check_choices(cfg, stored)
     part, parts, index, count = share_of(cfg.shard)
-    out, stages = writable_folder("out", cfg.out), set(cfg.stages)
+    writable_folder("out", out)
     if "import" in stages:
         if len(stages) > 1:
             fail("--stages import: stands alone; then rewards.py --score and --stages label")
@@ -394,13 +444,12 @@ def main(argv=None):
             with folder_lock(out, 0, 1):
                 import_stage(cfg)
         return
-    if stages == {"label"} and (out / "metadata.jsonl").is_file():  # needs neither prompts nor models
+    if stored:
         if process_rank()[0] == 0:
             with folder_lock(out, 0, 1):
                 label_stage(cfg, lists_from_elsewhere(cfg))
         return
 
-    cfg = replace(cfg, rewards=cfg.rewards or TOY_REWARDS)
     if parts > 1 and stages == set(STAGES):
         stages.remove("label")  # the parts do not wait for each other
     rank, world = process_rank()

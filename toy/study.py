@@ -294,7 +294,7 @@ def run_all(cfg):
                 tried.add(job)
                 continue
             text = json.dumps(run(cfg, job, base)) + "\n"
-            with appending(Path(cfg.results), busy="") as f:
+            with appending(Path(cfg.results).resolve(), busy="") as f:
                 f.write(text.encode())
 
 
