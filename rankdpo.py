@@ -67,6 +67,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 import common
+import lists
 import losses
 import pipelines
 from common import HERE, fail, option, process_rank
@@ -183,7 +184,7 @@ def check_options(cfg):
         fail("--device meta: counts and reads no lists; give --data random, with --model as it is")
     if cfg.global_batch_size % world:
         fail(f"--global_batch_size {cfg.global_batch_size} does not divide by {world} processes")
-    common.check_label(cfg.label, (*STORED, *losses.LABELS))
+    lists.check_label(cfg.label, (*STORED, *losses.LABELS))
     if cfg.loss in VOTES and cfg.label in ("phi", "sum", "normalized_sum", "majority"):
         fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
     looks = not cfg.label.startswith(("single:", "random")) and (cfg.label not in STORED or cfg.loss in VOTES)
@@ -225,9 +226,9 @@ def read_lists(cfg):
         phi = [1.0, 2 / 3, 1 / 3, 0.0]
         return [{"prompt": "", "phi": phi, "scores": {"random": phi}}] * cfg.global_batch_size
     stored = cfg.label in STORED
-    rows = common.read_metadata(cfg.data, lists=True, labelled=stored)
+    rows = lists.read_metadata(cfg.data, lists=True, labelled=stored)
     if cfg.label_rewards or not stored:
-        names, rewards = common.stored_rewards(cfg.data, rows, cfg.label, cfg.label_rewards)
+        names, rewards = lists.stored_rewards(cfg.data, rows, cfg.label, cfg.label_rewards)
         rows = [dict(row, scores={name: row["scores"][name] for name in names}) for row in rows]
     if not stored:
         every_phi = losses.preference_labels(cfg.label, rewards, cfg.seed)
@@ -316,7 +317,7 @@ def load_base(cfg, device, todo):
     loaded_on = device if cfg.model.startswith("random:") else "cpu"
     denoiser = process_rank()[0] == 0
     pipe = pipelines.load_pipeline(cfg.model, loaded_on, denoiser=denoiser, encoders=encoders)
-    common.wait_for_all(hours=True)  # the first process may have fetched them from the hub
+    common.wait_for_all(slow=True)  # the first process may have fetched them from the hub
     family = pipelines.family_of(pipe, trainable=True)
     if encoders and (missing := [name for name in family.encoders if getattr(pipe, name) is None]):
         fail(f"{cfg.model}: has no {', '.join(missing)}, which lists, samples or dropped captions need")
@@ -1187,7 +1188,7 @@ def main(argv=None):
     now = identity(cfg, rows, policy)
     checkpoint, start_step = find_checkpoint(cfg, now)
     encode_lists(cfg, rows, pipe, device, dtype, file_of, todo)
-    common.wait_for_all(hours=True)
+    common.wait_for_all(slow=True)
     read = lambda n: load_file(file_of(n))
     if cfg.data == "random":
         read = random_lists(family.shapes(policy.config), k=1 if cfg.loss == "dro" else 4)
@@ -1219,7 +1220,7 @@ def main(argv=None):
     if rank == 0:
         head = dict(world=world, precision=str(dtype), even_votes=even_votes(cfg, rows))
         head.update(lists=len(seen), held_out=len(held), config=asdict(cfg), **common.provenance(device))
-        log = Log(cfg, head, start_step, flops / world, common.matrix_rate(device))
+        log = Log(cfg, head, start_step, flops / world, 0)
 
     # ---- the training loop
     bad_steps, stop = 0, []  # steps in a row without a finite gradient; a SIGTERM
@@ -1280,7 +1281,7 @@ def main(argv=None):
     pipelines.save_tuned(out / "model", cfg.model, policy, denoiser, cfg.lora_rank > 0, about)
     if rank == 0:
         print(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
-    common.wait_for_all(hours=True)  # or one would be gone while another still talks to it
+    common.wait_for_all(slow=True)  # or one would be gone while another still talks to it
 
 
 if __name__ == "__main__":

@@ -29,27 +29,24 @@ under any other name, is a function of yours, (PIL images, prompts) -> scores. L
                                                                                           the other pictures
     toyworld     the exact checker of the toy world, to evaluate only                     1 if shown, else 0
 
-The weights of mps state no licence (their authors' code is MIT). pickscore and mps multiply the cosine with
-their learned logit scale, of about 100; the tables of BalancedDPO and Diffusion-DPO have PickScore as a plain
-cosine, and a sum of rewards (--label sum) needs that: pickscore-cosine.
-
-All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take half the memory. Text beyond a model's
-context (77 tokens for CLIP, 35 for ImageReward) is cut, which is said once. Alpha is dropped, before or after
-the resize as in each original; 16-bit grey is scaled, where every original clips it. The models are in
-scorers.py; docs/rewards.md says how far each agrees with its original.
+The weights of mps state no licence (their authors' code is MIT). pickscore and mps multiply the cosine by a
+learned scale of about 100. BalancedDPO and Diffusion-DPO report the plain cosine, which also a sum of rewards
+(--label sum) needs: pickscore-cosine. All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take
+half the memory. Text beyond a model's context (77 tokens for CLIP, 35 for ImageReward) is cut, said once.
+scorers.py holds the models; docs/rewards.md says how far each agrees with its original.
 """
 
 import hashlib
 import json
-import math
 import os
 import sys
 import traceback
 import types
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +63,11 @@ from common import (
     parallel_files,
     parse,
     pick_device,
-    read_metadata,
     read_text,
     whole_lines,
     writable_folder,
 )
+from lists import is_number, metadata_file, read_metadata
 from scorers import PUBLISHED, WEIGHTS, Scorer, crop, find_weights, one_line, open_clip_model
 
 TOY_REWARDS = tuple(
@@ -84,9 +81,7 @@ class Config:
     image: str = option("", "an image file to score")
     prompt: str = option("", "its prompt")
     score: str = option("", "a folder to score: an imagefolder, or pictures with .txt captions; resumes")
-    rewards: tuple = option(
-        None, "rewards, as name or name=source (default: the toy world's four, for its own pictures)"
-    )
+    rewards: tuple = option(None, "rewards, as name or name=source (default: the toy world's, for its own)")
     batch_size: int = option(32, "images a forward pass", above=0)
     on_error: str = option("stop", "rows that cannot be scored", ("stop", "skip"))
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
@@ -103,8 +98,7 @@ def load_diversity(name, source, weights, device):
 
 
 def distances(results):
-    """Embeddings of one prompt's pictures -> of each picture the mean of 1 - cosine to the others, so that
-    the mean over the pictures is their mean pairwise distance."""
+    """Embeddings of one prompt's pictures -> of each picture the mean of 1 - cosine to the others."""
     if len(results) < 2 or any(problem for _, problem in results):
         return [(None, problem or "another picture of the prompt is missing") for _, problem in results]
     e = torch.tensor([embedding for embedding, _ in results], dtype=torch.float64)  # (K, D)
@@ -112,16 +106,9 @@ def distances(results):
     return [(distance, None) for distance in apart.tolist()]
 
 
-def toy_world():
-    """The module of the toy world, which is imported only where it is used: it needs scipy."""
-    import toyworld
-
-    return toyworld
-
-
 def load_toyworld(name, source, device):
     """The exact checker as a scorer. It is the truth of the toy world: never label training lists with it."""
-    world = toy_world()
+    from toy import world
 
     def forward(images, prompts):
         try:
@@ -258,19 +245,14 @@ def check_reward(spec):
             fail(f"reward {name}: {e}")
 
 
-RESERVED = {  # what else is written where the names of rewards stand
-    "human": "what people chose",
-    "phi": "the label of a list",
-    "random": "the label by chance",
-    **dict.fromkeys(("geneval", "t2i-compbench", "dpg"), "a benchmark's own metric"),
-}
+RESERVED = ("human", "phi", "random", "geneval", "t2i-compbench", "dpg")  # what people chose, labels, metrics
 
 
 def check_function(spec, name, file, function):
-    if name in RESERVED:
-        fail(f"reward {spec}: {name} is {RESERVED[name]}; call yours by another name")
     if name in LOADERS:
         fail(f"reward {spec}: {name} is a reward that is there already; call yours by another name")
+    if name in RESERVED:
+        fail(f"reward {spec}: {name} has a meaning of its own in the files; call yours by another name")
     if not name.replace("-", "_").replace(".", "_").isidentifier() or name.startswith("."):
         fail(f"reward {spec}: the name, which names a file of scores, must be a word, not {name!r}")
     try:
@@ -307,8 +289,8 @@ def load_reward(spec, device="cpu", **options):
 
 # ----------------------------------------------------------------------------- stored scores
 
-CONFIGS = ("config.json", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
-VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+BESIDE = "config.json open_clip_config.json tokenizer.json tokenizer_config.json".split()  # the weights
+BESIDE += "vocab.txt vocab.json merges.txt spiece.model".split()
 
 
 def reward_version(spec):
@@ -326,12 +308,11 @@ def reward_version(spec):
 def files_version(parts, source):
     """The hash of `parts` and of the weights, config and tokenizer of a local file or folder."""
     parts, path = list(parts), Path(source)
-    if not source:  # Path("") would be the working directory
-        files = []
-    else:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [path] if source else []  # Path("") would be the working folder
+    if source and path.is_dir():
+        files = sorted(path.rglob("*"))
     for file in files:
-        if file == path or file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
+        if file == path or file.suffix in WEIGHTS or file.name in BESIDE:
             parts.append([file.name, *ends_of(file, 1 << 20)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
@@ -351,25 +332,40 @@ def picture_hash(path, changed, size):
     return hashlib.sha256(repr(ends_of(path, 4096)).encode()).hexdigest()[:12]
 
 
-def stored_row(line):
-    """A line of scores/NAME.jsonl as a dict; None if it is no row of scores."""
+class Store(NamedTuple):
+    """Where a model's answers about pictures are kept: a line a prompt in folder/PLACE/NAME.jsonl."""
+
+    folder: str
+    name: str
+    version: str  # of the model: the answers of another version do not count
+    place: str = "scores"
+    fits: Callable = is_number  # is that an answer?
+
+
+def store_of(folder, spec):
+    """The store of a reward's scores."""
+    return Store(str(folder), reward_name(spec), reward_version(spec))
+
+
+def stored_row(line, fits=is_number):
+    """A line of a store as a dict; None if it is no row of answers."""
     try:
         row = json.loads(line)
         files, scores = row["file_names"], row["scores"]
         lengths = {len(v) for v in (files, scores, row.get("pictures")) if v is not None}
         names = [row["prompt"], *files]
-        fits = len(lengths) == 1 and all(isinstance(name, str) for name in names)
-        fits &= all(type(s) in (int, float) and math.isfinite(s) for s in scores or [])
+        whole = len(lengths) == 1 and all(isinstance(name, str) for name in names)
+        whole &= all(fits(score) for score in scores or [])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    return row if fits else None
+    return row if whole else None
 
 
-def stored_lines(folder, name):
-    """Yield (file, line number, row or None) of folder/scores/NAME.jsonl, and of those of parallel runs."""
-    for path in parallel_files(Path(folder) / "scores", name):
+def stored_lines(folder, name, place="scores", fits=is_number):
+    """Yield (file, line number, row or None) of a store, the files of parallel runs included."""
+    for path in parallel_files(Path(folder) / place, name):
         for n, line in enumerate(whole_lines(path), 1):
-            yield path, n, stored_row(line)
+            yield path, n, stored_row(line, fits)
 
 
 def version_there(folder, name, lines, spec):
@@ -378,10 +374,8 @@ def version_there(folder, name, lines, spec):
     versions = {row.get("version") for _, _, row in lines if row and row["scores"]}
     own = reward_version(spec) if spec else None
     if len(versions) > 1 and own not in versions:
-        which = f"--rewards {name} or {name}=source, with all others that count"
-        fail(
-            f"{folder}/scores/{name}.jsonl: scores of {len(versions)} versions of {name}; say whose: {which}"
-        )
+        where = f"{folder}/scores/{name}.jsonl: scores of {len(versions)} versions of {name}"
+        fail(f"{where}; say whose: --rewards {name} or {name}=source, with all others that count")
     return own if own in versions else next(iter(versions), None)
 
 
@@ -389,8 +383,13 @@ def read_scores(folder, spec, rows):
     """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored, as stored. What
     another version scored does not count, nor does a torn last line, nor a score of a picture that was
     replaced since."""
-    name = reward_name(spec)
-    return stored_scores(folder, name, stored_lines(folder, name), rows, reward_version(spec))[0]
+    return read_answers(store_of(folder, spec), rows)
+
+
+def read_answers(store, rows):
+    """The same of any store: {row index: [k answers]}."""
+    lines = stored_lines(store.folder, store.name, store.place, store.fits)
+    return stored_scores(store.folder, store.name, lines, rows, store.version)[0]
 
 
 def stored_scores(folder, name, lines, rows, version):
@@ -439,43 +438,51 @@ def stream_rows(scorer, folder, rows, todo, batch_size):
                 results = []
 
 
-def score_rows(
-    folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None, bar=None
-):
-    """Score what is not yet scored and append it to folder/scores/NAME.jsonl, one line a row as it comes.
-    `part` goes into the file's name, so that processes side by side do not share one. `load` stands in for
-    load_reward where one scorer serves several folders, `bar` for a progress bar of this folder alone.
+def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None):
+    """Score what is not scored yet; see answer_rows. `load` stands in for load_reward where one scorer serves
+    several folders."""
+    load = partial(load or load_reward, spec, device)
+    return answer_rows(store_of(folder, spec), rows, load, batch_size, on_error, part)
+
+
+def answer_rows(store, rows, load, batch_size, on_error, part=""):
+    """Append load()'s answers about the rows [(prompt, file_names)] that lack them, a line a row as it comes.
+    `part` goes into the file's name, so that processes side by side do not share one.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run
-    (on_error="stop"), or is stored as a row without scores and tried again next time ("skip"). Returns how
-    many rows were scored, and {row index: problem} of the skipped."""
-    todo = set(range(len(rows))) - read_scores(folder, spec, rows).keys()
+    (on_error="stop"), is stored as a row without scores and tried again next time ("skip"), or leaves no
+    trace and is not tried while a picture of it is missing ("leave"). Returns how many rows were answered,
+    and {row index: problem} of the others."""
+    todo = set(range(len(rows))) - read_answers(store, rows).keys()
+    if on_error == "leave":
+        there = lambda i: all(map(os.path.isfile, (f"{store.folder}/{file}" for file in rows[i][1])))
+        todo = {i for i in todo if there(i)}
     if not todo:
         return 0, {}
-    name, version, skipped = reward_name(spec), reward_version(spec), {}
-    path, total = Path(folder) / "scores" / f"{name}{part}.jsonl", sum(len(rows[i][1]) for i in todo)
-    scorer = (load or load_reward)(spec, device)
-    bar = tqdm(total=total, desc=f"score {name}", unit="image") if bar is None else nullcontext(bar)
+    scorer, skipped = load(), {}
+    path = Path(store.folder) / store.place / f"{store.name}{part}.jsonl"
+    total = sum(len(rows[i][1]) for i in todo)
+    keep = partial(stored_row, fits=store.fits)
     try:
-        with appending(path, "another run is scoring there", keep=stored_row) as f, bar as bar:
-            for i, results in stream_rows(scorer, folder, rows, todo, batch_size):
-                row = row_of_scores(folder, *rows[i], results, version)
+        bar = tqdm(total=total, desc=f"score {store.name}", unit="image")
+        with appending(path, "another run is scoring there", keep=keep) as f, bar:
+            for i, results in stream_rows(scorer, store.folder, rows, todo, batch_size):
+                row = row_of_scores(store.folder, *rows[i], results, store.version)
                 if row["scores"] is None and on_error == "stop":
                     advice = "mend that row, or leave such rows out with --on_error skip"
-                    fail(f"reward {spec}: {row['problem']}; {advice}")
+                    fail(f"reward {store.name}: {row['problem']}; {advice}")
                 if row["scores"] is None:
                     skipped[i] = row["problem"]
-                f.write(json.dumps(row).encode() + b"\n")
-                f.flush()
+                if row["scores"] or on_error == "skip":
+                    f.write(json.dumps(row).encode() + b"\n")
+                    f.flush()
                 bar.update(len(results))
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk has no name
         raise
-    if skipped:
-        first = next(iter(skipped.values()))
-        print(
-            f"reward {spec}: {len(skipped)} of {len(rows)} rows skipped, the first: {first}", file=sys.stderr
-        )
+    if skipped and on_error == "skip":
+        what = f"{len(skipped)} of {len(rows)} rows skipped, the first: {next(iter(skipped.values()))}"
+        print(f"reward {store.name}: {what}", file=sys.stderr)
     return len(todo) - len(skipped), skipped
 
 
@@ -483,13 +490,9 @@ def row_of_scores(folder, prompt, files, results, version):
     """A line of scores/NAME.jsonl, as a dict."""
     row = dict(version=version, prompt=prompt, file_names=files, scores=[score for score, _ in results])
     row["pictures"] = [picture_version(f"{folder}/{f}") for f in files]
-    problems = [
-        f"{Path(folder) / f}, prompt {prompt!r}: {problem}"
-        for f, (_, problem) in zip(files, results)
-        if problem
-    ]
-    if problems:
-        row.update(scores=None, problem=problems[0])
+    bad = [(file, problem) for file, (_, problem) in zip(files, results) if problem]
+    if bad:
+        row.update(scores=None, problem=f"{Path(folder) / bad[0][0]}, prompt {prompt!r}: {bad[0][1]}")
     return row
 
 
@@ -500,23 +503,24 @@ def read_folder(folder):
     """[(prompt, file_names)] of an imagefolder (metadata.jsonl with prompt, text or caption and file_names or
     file_name), or of pictures with their caption in a .txt of the same name."""
     folder = Path(folder)
-    if (folder / "metadata.jsonl").is_file():
+    if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
     suffixes = (".png", ".jpg", ".jpeg", ".webp")
     pictures = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in suffixes]
     captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
     if not captioned:
         fail(f"{folder}: neither metadata.jsonl nor pictures with a .txt caption beside them")
-    if without := [p.name for p in pictures if p not in captioned]:
-        what = f"{len(without)} of {len(pictures)} pictures have no .txt caption and are left out"
-        print(f"{folder}: {what} (the first: {without[0]})", file=sys.stderr)
+    if bare := sorted(set(pictures) - set(captioned)):
+        what = f"{len(bare)} of {len(pictures)} pictures have no .txt caption and are left out"
+        print(f"{folder}: {what} (the first: {bare[0].name})", file=sys.stderr)
     return [(read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
 
 
 def toy_rewards_fit(folder, rows):
     """May the toy world's scorers be the default for the rows [(prompt, file_names)] of a folder? They judge
     32 x 32 pixels and few sentences: every prompt must be one of those, and the first picture that small."""
-    world = toy_world()
+    from toy import world
+
     for file in rows[0][1][:1]:
         with suppress(Exception), Image.open(Path(folder) / file) as image:  # scoring complains of a bad one
             if image.size != (world.SIZE, world.SIZE):
@@ -539,10 +543,8 @@ def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     check_rewards(cfg.rewards or ())
     if not cfg.score and (not cfg.prompt.strip() or not os.path.isfile(cfg.image)):
-        fail(
-            f"rewards.py: --image {cfg.image!r} must be a file and --prompt not empty, "
-            "or name a folder with --score (--help shows examples)"
-        )
+        what = f"--image {cfg.image!r} must be a file and --prompt not empty, or name a folder with --score"
+        fail(f"rewards.py: {what} (--help shows examples)")
     rows = read_folder(cfg.score) if cfg.score else [(cfg.prompt, [cfg.image])]
     if cfg.rewards is None:
         if not toy_rewards_fit(cfg.score, rows):

@@ -39,8 +39,8 @@ PROMPTS = [
     "a circle above a triangle",
 ]
 OURS = (
-    r"(common|losses|pipelines|toyworld|scorers|rewards|synpic|rankdpo|evaluate|benchmarks|toy\.build|conftest"
-    r"|test_\w+)$"
+    r"(common|losses|pipelines|draw|lists|toy\.world|scorers|rewards|synpic|rankdpo|evaluate|benchmarks"
+    r"|toy\.build|conftest|test_\w+)$"
 )
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win
     # diffusers' schedulers call np.array on a tensor, and torch's __array__ does not know numpy 2's copy

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
+import lists
 import pipelines
 import rankdpo
 
@@ -102,7 +103,7 @@ def test_bytes_that_are_no_text_and_lists_that_stand_twice(data, tiny, tmp_path,
     fails(rankdpo.main, good, "line 2: the same prompt and images as line 1", capsys=capsys)
     separators = {**ROW, "prompt": "one\u2028two\u0085three"}  # no line ends of a JSON lines file
     (data / "metadata.jsonl").write_text(json.dumps(separators, ensure_ascii=False) + "\n")
-    assert common.read_metadata(data)[0]["prompt"] == separators["prompt"]
+    assert lists.read_metadata(data)[0]["prompt"] == separators["prompt"]
 
 
 def bomb(path):

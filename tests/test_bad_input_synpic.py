@@ -11,6 +11,8 @@ import pytest
 from conftest import fails, rewards, rows_of, synpic_args
 from diffusers import DiffusionPipeline
 
+import common
+import draw
 import evaluate
 import synpic
 
@@ -21,7 +23,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 def nothing_is_drawn(monkeypatch):
     """A bad input is found before the first picture."""
     drawn = lambda *args: pytest.fail("it was drawn")
-    monkeypatch.setattr(synpic, "generate_each", drawn)  # evaluate.py draws with it, too
+    monkeypatch.setattr(draw, "generate_each", drawn)  # evaluate.py draws with it, too
 
 
 # ----------------------------------------------------------------------------- options
@@ -279,14 +281,14 @@ def test_a_retrained_model_is_another_model(tiny, tmp_path, capsys):
 
     shutil.copytree(tiny / "sd15", tmp_path / "model")
     cfg, rows = synpic.Config(out=str(tmp_path)), [("a", ["x.png"])]
-    settings = lambda: synpic.settings_of(cfg, rows, [synpic.parse_model(f"sd15={tmp_path}/model")])
+    settings = lambda: draw.settings_of(cfg, rows, [synpic.parse_model(f"sd15={tmp_path}/model")])
     before = settings()
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "model/unet")
     unet.conv_out.bias.data += 1
     unet.save_pretrained(tmp_path / "model/unet")
-    synpic.write_text(tmp_path / "settings.json", json.dumps(before))
+    common.write_text(tmp_path / "settings.json", json.dumps(before))
     with pytest.raises(SystemExit, match=r"model sd15_0 \(other weights\)"):
-        synpic.check_settings(cfg, settings())
+        draw.check_settings(tmp_path, settings())
 
 
 # ----------------------------------------------------------------------------- lists from elsewhere
@@ -407,7 +409,7 @@ def test_ctrl_c_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(synpic, "generate_each", interrupted)
+    monkeypatch.setattr(draw, "generate_each", interrupted)
     fails(synpic.main, synpic_args(tiny, tmp_path / "a"), "interrupted", capsys=capsys)
     two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--prompts", f"{tiny}/prompts.txt"]
     fails(

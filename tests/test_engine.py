@@ -62,7 +62,7 @@ def test_the_cache_has_one_content_whoever_writes_it(lists, tiny, tmp_path, monk
     assert [parts == {"unet"} for parts in read] == [False, False, False, False, True, False]  # also to save
 
     pipe = pipelines.load_pipeline(tiny / "sdxl")
-    for n, row in enumerate(common.read_metadata(data)):
+    for n, row in enumerate(lists.read_metadata(data)):
         cond = pipelines.family_of(pipe).encode_prompts(pipe, [row["prompt"]], (32, 32))
         cached = load_file(folder / f"{n:07d}.safetensors")
         assert all(torch.allclose(cached[name], c[0], atol=1e-6) for name, c in cond.items())

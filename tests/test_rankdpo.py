@@ -25,6 +25,7 @@ import common
 import losses
 import pipelines
 import rankdpo
+from lists import read_metadata
 
 
 def options(data, tiny, out, *more, model="sdxl"):
@@ -493,7 +494,7 @@ def test_samples_start_as_the_pipeline_draws_them(lists, tiny, tmp_path):
         "--precision",
         "fp32",
     )
-    prompts = list(dict.fromkeys(r["prompt"] for r in common.read_metadata(lists)))[:2]
+    prompts = list(dict.fromkeys(r["prompt"] for r in read_metadata(lists)))[:2]
     images = pipelines.load_pipeline(tiny / "sdxl")(
         prompts,
         generator=[torch.Generator().manual_seed(i) for i in range(2)],

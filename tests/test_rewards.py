@@ -31,11 +31,10 @@ import evaluate
 import rewards
 import scorers
 import synpic
-import toyworld
 from common import open_image, read_image
 from rewards import load_reward, read_scores, score_rows
 from scorers import Scorer, crop, crop_rgb, letterbox, square, warn_cut
-from toy import build
+from toy import build, world
 
 TEXTS = ["a red circle", "two squares", "a photo of a cross left of a circle"]
 STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -1119,7 +1118,7 @@ def test_pictures_that_cannot_be_read_are_problems_by_name(folders, tmp_path):
 def test_the_checker_is_a_scorer():
     rng = np.random.default_rng(0)
     prompts = ["two circles", "a red square"]
-    images = [toyworld.render(p, rng) for p in prompts]
+    images = [world.render(p, rng) for p in prompts]
     assert load_reward("toyworld")(images, prompts).tolist() == [1, 1]
     assert load_reward("toyworld")(images[::-1], prompts).tolist() == [0, 0]
     with pytest.raises(SystemExit, match="reward toyworld:.*'a horse' is not a sentence of the toy world"):
@@ -1333,10 +1332,16 @@ def test_a_function_gets_copies_and_the_working_folder_stays(album, monkeypatch)
         ("own={}/exit.py:f", "reward own: .*exit.py, line 1: SystemExit: 3"),
         ("clip={}/good.py:wide", "clip is a reward that is there already"),
         ("toyworld={}/good.py:wide", "toyworld is a reward that is there already"),
-        ("human={}/good.py:wide", "human is what people chose; call yours by another name"),
-        ("phi={}/good.py:wide", "phi is the label of a list; call yours by another name"),
-        ("random={}/good.py:wide", "random is the label by chance; call yours by another name"),
-        ("geneval={}/good.py:wide", "geneval is a benchmark's own metric; call yours by another name"),
+        ("human={}/good.py:wide", "human has a meaning of its own in the files; call yours by another name"),
+        ("phi={}/good.py:wide", "phi has a meaning of its own in the files; call yours by another name"),
+        (
+            "random={}/good.py:wide",
+            "random has a meaning of its own in the files; call yours by another name",
+        ),
+        (
+            "geneval={}/good.py:wide",
+            "geneval has a meaning of its own in the files; call yours by another name",
+        ),
         ("a/b={}/good.py:wide", "must be a word, not 'a/b'"),
         ("={}/good.py:wide", "must be a word, not ''"),
         ("own={}/good.py", "unknown reward .*name=FILE.py:function"),
@@ -1623,7 +1628,7 @@ def test_the_toy_worlds_scorers_are_no_default_for_other_pictures(tmp_path, caps
 def test_the_toy_worlds_scorers_are_the_default_for_its_own_pictures(tmp_path, capsys):
     rng, prompts = np.random.default_rng(0), ["a red circle", "two squares"]
     for i, prompt in enumerate(prompts):
-        toyworld.render(prompt, rng).save(tmp_path / f"{i}.png")
+        world.render(prompt, rng).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(prompt)
     rewards.main(["--score", str(tmp_path), "--device", "cpu"])
     rewards.main(["--image", str(tmp_path / "0.png"), "--prompt", prompts[0], "--device", "cpu"])
@@ -1678,6 +1683,6 @@ def test_a_batch_has_at_least_one_image(value, tmp_path, capsys):
 
 
 def test_importing_rewards_needs_no_scorers_package():
-    heavy = {"ImageReward", "clip", "timm", "open_clip", "transformers", "toyworld", "synpic", "rankdpo"}
+    heavy = {"ImageReward", "clip", "timm", "open_clip", "transformers", "toy.world", "synpic", "rankdpo"}
     code = f"import sys, rewards; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rewards.__file__).parent)

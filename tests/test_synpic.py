@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.stats import kendalltau
 
 import common
+import draw
 import rankdpo
 import rewards as reward_models
 import synpic
@@ -354,10 +355,10 @@ def test_twenty_kills_at_random_moments_change_nothing(lists, tiny, tmp_path):
 def test_a_second_process_is_refused(lists, tiny, tmp_path, capsys):
     out = tmp_path / "locked"
     shutil.copytree(lists, out)
-    with synpic.folder_lock(out, 0, 1):
+    with draw.folder_lock(out, 0, 1):
         fails(synpic.main, synpic_args(tiny, out), "another synpic.py is at work", capsys=capsys)
         fails(synpic.main, synpic_args(tiny, out, "--shard", "0/2"), "another synpic.py", capsys=capsys)
-    with synpic.folder_lock(out, 0, 2):
+    with draw.folder_lock(out, 0, 2):
         fails(synpic.main, synpic_args(tiny, out, "--shard", "0/2"), "another synpic.py", capsys=capsys)
         synpic.main(synpic_args(tiny, out, "--shard", "1/2"))  # another part may
 
@@ -583,7 +584,7 @@ def test_another_base_of_the_same_adapters_is_another_model(tiny, tmp_path):
     shutil.copy(tiny / "sdxl/unet/diffusion_pytorch_model.safetensors", tmp_path / "adapters")
     cfg, rows = synpic.Config(), [("a circle", ["a.png"])]
     model = lambda base: dict(name="m", seed=0, path=f"{base}+{tmp_path}/adapters")
-    one, other = (synpic.settings_of(cfg, rows, [model(base)]) for base in ("org/one", "org/other"))
+    one, other = (draw.settings_of(cfg, rows, [model(base)]) for base in ("org/one", "org/other"))
     assert one["models"] != other["models"]
 
 

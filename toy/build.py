@@ -53,7 +53,7 @@ from pipelines import (
 from rewards import TOY_REWARDS, load_reward
 from scorers import MEAN, STD, BlipReward, sizes
 from synpic import TOY_MODELS, parse_model
-from toyworld import (
+from toy.world import (
     CATEGORIES,
     COLORS,
     NUMBERS,
