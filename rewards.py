@@ -50,7 +50,6 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from common import (
@@ -59,6 +58,7 @@ from common import (
     ends_of,
     fail,
     one_line_errors,
+    open_image,
     option,
     parallel_files,
     parse,
@@ -522,8 +522,8 @@ def toy_rewards_fit(folder, rows):
     from toy import world
 
     for file in rows[0][1][:1]:
-        with suppress(Exception), Image.open(Path(folder) / file) as image:  # scoring complains of a bad one
-            if image.size != (world.SIZE, world.SIZE):
+        with suppress(ValueError):  # where it cannot be read, scoring says so
+            if open_image(Path(folder) / file).size != (world.SIZE, world.SIZE):
                 return False
     return all(prompt in world.grammar() for prompt, _ in rows)
 
