@@ -112,8 +112,8 @@ class Config:
     offset: int = option(0, "skip that many prompts first", at_least=0)
     models: tuple = option(
         (),
-        "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]... (default: the toy world's, but only for "
-        "the toy's prompts)",
+        "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]... (default, for the toy's prompts only: "
+        "the toy's)",
     )
     from_: str = option(
         "",
@@ -123,8 +123,8 @@ class Config:
     # how it is scored and ranked
     rewards: tuple = option(
         (),
-        "reward models, as name or name=source; see rewards.py (default: the toy world's, but only for the toy's "
-        "prompts; to label lists that are there, all that scored them)",
+        "reward models, name or name=source; see rewards.py (default, for the toy's prompts only: the toy's; "
+        "to label lists that are there: all that scored them)",
     )
     label: str = option("phi", f"what ranks a list: {', '.join(LABELS)} or single:REWARD")
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
