@@ -327,6 +327,8 @@ def test_the_toys_models_are_for_the_toys_prompts(tiny, tmp_path, capsys):
     fails(synpic.main, mine, "--models: must be named", capsys=capsys)
     models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15"]
     fails(synpic.main, [*mine, *models], "--rewards: must be named", capsys=capsys)
+    real = ["--models", "sdxl", "sdxl,seed=1", "--out", tmp_path / "out"]
+    fails(synpic.main, real, "--rewards: must be named", capsys=capsys)
     assert not (tmp_path / "out").exists()
     cfg = synpic.with_toy_models(synpic.Config())
     assert cfg.models == synpic.TOY_MODELS and cfg.rewards == synpic.TOY_REWARDS
