@@ -97,7 +97,7 @@ def _antisymmetric(x):
 
 
 def _scores(name, x, dim):
-    """Scores of rewards, or votes, in fp32 or wider. ValueError for fewer than `dim` dimensions and for NaN."""
+    """Scores, or votes, in fp32 or wider. ValueError for fewer than `dim` dimensions and for NaN."""
     if not isinstance(x, torch.Tensor) or x.dim() < dim:
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {got}")
@@ -221,8 +221,8 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
 
     policy_err, ref_err (B, K) errors (see "The scale of beta" above); weights (B, K, K), [i, j] = i is
     preferred to j; mask (B, K) True for real images, so that K may differ between lists. SUM over the pairs
-    of a list, no mean over lists: -> loss (B,), metrics (preference_metrics). fp32 or wider. The gradient goes
-    through policy_err only. ValueError for other shapes."""
+    of a list, no mean over lists: -> loss (B,), fp32 or wider, metrics (see preference_metrics). The gradient
+    goes through policy_err only. ValueError for other shapes."""
     B, K = policy_err.shape if policy_err.dim() == 2 else (0, 0)
     wanted = {"ref_err": (ref_err, (B, K)), "weights": (weights, (B, K, K)), "mask": (mask, (B, K))}
     for name, (x, shape) in wanted.items():
@@ -250,7 +250,7 @@ def preference_metrics(s, weights, real):
 
     accuracy: share of the preferred pairs, those with more weight one way, that s orders rightly, ties 1/2;
     best_s, worst_s: s of the image with most weight won and of the one with most weight lost;
-    weight: of all pairs over the number of preferred ones; unweighted: share of pairs without a preference."""
+    weight: of all pairs over the number of preferred ones; unweighted: share of pairs with no preference."""
     used = weights > weights.transpose(1, 2)  # (B, K, K)
     margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K)
     right = (margin < 0).to(s) + 0.5 * (margin == 0).to(s)
