@@ -290,7 +290,8 @@ def save_checkpoint(cfg, state, identity, step):
     state = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in state.items()}
     writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # safetensors: data, never code
     try:
-        dcp.save(state, storage_writer=writer, no_dist=world == 1)
+        group = common.slow_group[0] if world > 1 else None  # a disk may be slow
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=world == 1)
     except (Exception, CheckpointException) as e:  # torch's own, one error a process, is no Exception
         common.remove(tmp)
         fail(f"{final}: not written ({' '.join(str(e).split())[-200:]}); the checkpoint before it is kept")
@@ -419,8 +420,8 @@ class Log:
     """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. tensorboard
     gets the same numbers where it is installed. `flops`: of a list on one device."""
 
-    def __init__(self, cfg, head, start_step, flops):
-        path = Path(cfg.out) / "log.jsonl"
+    def __init__(self, cfg, head, start_step, flops, device):
+        path, head = Path(cfg.out) / "log.jsonl", {**head, **common.provenance(device)}
         there = start_step and path.is_file()
         rows = [row for _, row in common.read_jsonl(path, torn_end=True)] if there else []
         numbers = ["step", *(key for lines in CURVES.values() for key in lines)]

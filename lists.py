@@ -15,6 +15,7 @@ import io
 import json
 import os
 from collections import Counter, namedtuple
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from zipfile import ZipFile
@@ -22,6 +23,7 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -32,7 +34,6 @@ from common import (
     ahead,
     ends_of,
     fail,
-    is_whole_safetensors,
     open_image,
     parse_json,
     path_inside,
@@ -204,7 +205,7 @@ def check_scores(cfg, rows):
             f"--loss {cfg.loss} needs the scores of every reward for every list: run synpic.py's score stage"
         )
     wanted = {"weighted": ("weight_by", cfg.weight_by), "dro": ("expert_by", cfg.expert_by)}.get(cfg.loss)
-    if not wanted or wanted[1] == "phi" or cfg.data == "random":
+    if not wanted or wanted[1] in (None, "phi") or cfg.data == "random":
         return
     option, name = wanted
     if lacking := [n for n, row in enumerate(rows, 1) if name not in row["scores"]]:
@@ -235,7 +236,7 @@ CHUNK = 16  # lists whose prompts are encoded together: by their place, so whoev
 
 DENOISING = ("unet", "transformer", "scheduler")  # parts of a model that encode nothing
 
-# `folder` has a file a list; without one, lists of k images are random, of the `shapes` of {tensor: shape}
+# `folder` has a file a list; without one, lists of k images are random, of the `shapes` {tensor: shape}
 Cache = namedtuple("Cache", "folder shapes k", defaults=(None, None, None))
 
 
@@ -252,11 +253,19 @@ def find_cache(cfg, rows, dtype, wanted):
     cache = Cache(data / ".cache" / hashlib.sha256(key.encode()).hexdigest()[:16])
     rank, world = process_rank()
     mine = (n for n in sorted(wanted) if n // CHUNK % world == rank)
-    return cache, [n for n in mine if not is_whole_safetensors(cache_file(cache, n))]
+    return cache, [n for n in mine if not is_list(cache, n)]
 
 
 def cache_file(cache, n):
     return cache.folder / f"{n:07d}.safetensors"
+
+
+def is_list(cache, n):
+    """Is the file of list n there, whole, and not that of another list?"""
+    with suppress(OSError, SafetensorError):
+        with safe_open(cache_file(cache, n), "pt") as f:
+            return f.metadata() == {"list": f"{cache.folder.name}/{n}"}
+    return False
 
 
 def read_cached(cache, n):
@@ -305,7 +314,8 @@ def encode(cfg, rows, pipe, device, dtype, cache, missing):
         if not all(t.isfinite().all() for t in tensors.values()):
             fail(f"{cfg.model}: encodes list {n}, {rows[n]['prompt']!r}, to numbers that are not finite")
         # several runs may write the same file; one torn by a power cut is noticed when it is read
-        publish(cache_file(cache, n), partial(save_file, tensors), sync=False, unique=True)
+        write = partial(save_file, tensors, metadata={"list": f"{cache.folder.name}/{n}"})
+        publish(cache_file(cache, n), write, sync=False, unique=True)
 
 
 def encode_no_caption(cfg, pipe, item, device, dtype):

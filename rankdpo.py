@@ -46,6 +46,9 @@ SUITS = {  # (--beta, --lr, --lr of adapters) where they are not given, by the s
 }
 
 
+EXPERTS = ("hpsv2.1", "hpsv2", "pickscore")  # rank the pictures of --loss dro: the first that is there
+
+
 @dataclass
 class Method:
     """What a run is: with another value of one of these it is another run."""
@@ -68,7 +71,7 @@ class Method:
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
     timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
     experts: int = option(500, "--loss dro: best images of --data, against the policy's own", above=0)
-    expert_by: str = option("phi", "--loss dro: what experts are best by, phi or a reward")
+    expert_by: str = option(None, "--loss dro: a reward or phi (default: HPS or PickScore, else phi)")
     margin: float = option(0.001, "--loss dro: margin of the hinge", above=0)
     sampler_steps: int = option(20, "--loss dro: steps of the sampling path, a divisor of 1000", above=1)
     sampler_refresh: int = option(20, "--loss dro: steps between copies into the sampler", above=0)
@@ -155,20 +158,24 @@ def check_options(cfg):
 
 
 def expert_rows(cfg, rows):
-    """--loss dro: a row for each of the best images of all lists. Its phi (1, 0) is the expert's and that of
-    a negative, which the policy draws while it trains."""
+    """--loss dro: a row for each of the best pictures with their captions. A picture that stands in several
+    lists counts once. Its phi (1, 0) is the expert's and that of a negative, which the policy draws."""
     if cfg.data == "random":
         return [dict(row, phi=[1.0, 0.0]) for row in rows]
-    images = []
+    scored = [name for name in EXPERTS if all(name in row["scores"] for row in rows)]
+    by, values = cfg.expert_by or (*scored, "phi")[0], {}
     for row in rows:
-        values = row["phi"] if cfg.expert_by == "phi" else row["scores"][cfg.expert_by]
-        for name, value in zip(row["file_names"], values):
-            images.append((value, dict(row, file_names=[name], phi=[1.0, 0.0], scores={})))
-    best = sorted(images, key=lambda image: -image[0])[: cfg.experts]  # stable: ties in the order of the file
+        for name, value in zip(row["file_names"], row["phi"] if by == "phi" else row["scores"][by]):
+            values[name, row["prompt"]] = max(value, values.get((name, row["prompt"]), value))
+    best = sorted(values, key=values.get, reverse=True)  # stable: ties in the order of the file
+    tied = sum(value == values[best[0]] for value in values.values())
+    if by == "phi" and tied > cfg.experts:
+        fail(f"--expert_by phi: {tied} pictures tie at the top, {cfg.experts} are wanted; name a reward")
+    best = best[: cfg.experts]
     if process_rank()[0] == 0:
-        between = f"{cfg.expert_by} {best[0][0]:g} to {best[-1][0]:g}"
-        print(f"experts: {len(best)} of {len(images)} images, {between}")
-    return [row for _, row in best]
+        between = f"{by} {values[best[0]]:g} to {values[best[-1]]:g}"
+        print(f"experts: {len(best)} of {len(values)} pictures, {between}")
+    return [dict(prompt=prompt, file_names=[name], phi=[1.0, 0.0], scores={}) for name, prompt in best]
 
 
 def list_weights(cfg, row, n):
@@ -512,9 +519,9 @@ def main(argv=None):
     if samples and not start_step:
         engine.draw_samples(cfg, samples, policy, autocast, 0)
     if rank == 0:
+        print(f"resumed from step {start_step}" if start_step else f"{len(train_lists)} lists to train on")
         head = dict(world=world, precision=str(dtype), lists=len(train_lists), held_out=len(held_out))
-        head.update(common.provenance(device), identity=identity)
-        log = engine.Log(cfg, head, start_step, flops / world)
+        log = engine.Log(cfg, {**head, "identity": identity}, start_step, flops / world, device)
 
     # ---- the training loop
     stop, batches = engine.signals(), read_ahead(cfg, data, train_lists, start_step)

@@ -432,6 +432,19 @@ def test_a_damaged_cache_is_made_again(text, lists, tiny, tmp_path):
     assert [r["loss"] for r in log_of(tmp_path / "out")[1:]] == [r["loss"] for r in first[1:]]
 
 
+def test_the_cached_file_of_another_list_is_made_again(lists, tiny, tmp_path):
+    shutil.copytree(lists, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    paths = ["--data", tmp_path / "data", "--model", tiny / "sdxl", "--out", tmp_path / "out"]
+    short = "--steps 3 --global_batch_size 4 --device cpu --resume false".split()
+    command = [str(a) for a in (*paths, *short)]
+    rankdpo.main(command)
+    first, cached = log_of(tmp_path / "out"), sorted((tmp_path / "data/.cache").rglob("*.safetensors"))
+    cached[3].write_bytes(cached[5].read_bytes())
+    rankdpo.main(command)
+    assert cached[3].read_bytes() != cached[5].read_bytes()
+    assert [r["loss"] for r in log_of(tmp_path / "out")[1:]] == [r["loss"] for r in first[1:]]
+
+
 def test_two_trainers_in_one_folder_are_refused(lists, tiny, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with common.lock(tmp_path / "out", "held"):

@@ -132,7 +132,7 @@ def test_held_out_errors_are_the_policys_minus_the_bases(lists, tiny, tmp_path):
 def test_the_log_warns_of_growth_and_not_of_noise(tmp_path, capsys):
     def warned(**row):
         cfg = rankdpo.Config(out=str(tmp_path))
-        log = engine.Log(cfg, {}, 0, 0)
+        log = engine.Log(cfg, {}, 0, 0, torch.device("cpu"))
         for step in range(50):
             log.write(dict(step=step, loss=1, accuracy=1, worst_s=0, **row))
         log.file.close()

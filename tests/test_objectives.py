@@ -202,9 +202,29 @@ def test_experts_are_the_best_images_with_their_captions(capsys):
     names = lambda **more: [r["file_names"] for r in rankdpo.expert_rows(config(**more), rows)]
     assert names(experts=3) == [["a1"], ["b0"], ["b2"]] and "3 of 6 images" in capsys.readouterr().out
     assert names(experts=2, expert_by="clip") == [["b1"], ["a0"]]
-    assert rankdpo.expert_rows(config(experts=1), rows)[0]["prompt"] == "a"
+    assert rankdpo.expert_rows(config(experts=2), rows)[0]["prompt"] == "a"
     cfg = config(loss="dro", expert_by="mps", data="x")
     fails(lambda _: check_scores(cfg, rows), [], "--expert_by mps", "list 1")
+
+
+def test_a_picture_of_several_lists_is_one_expert():
+    """As in Pick-a-Pic, where one picture stands in many pairs; with another caption it is another expert."""
+    scores = {"a.png": 0.9, "b.png": 0.5, "c.png": 0.4, "d.png": 0.3}
+    pairs = [("p", "a.png", "b.png"), ("p", "a.png", "c.png")]
+    pairs += [("p", "d.png", "a.png"), ("q", "a.png", "d.png")]
+    rows = [
+        dict(prompt=p, file_names=pair, phi=[1.0, 0.0], scores={"pickscore": [scores[x] for x in pair]})
+        for p, *pair in pairs
+    ]
+
+    def names(**more):
+        return [(r["prompt"], *r["file_names"]) for r in rankdpo.expert_rows(config(**more), rows)]
+
+    assert names(experts=3) == [("p", "a.png"), ("q", "a.png"), ("p", "b.png")]  # by the reward that is there
+    assert len(names(experts=9)) == 6
+    assert len(names(experts=3, expert_by="phi")) == 3  # the three that won a pair
+    says = ("--expert_by phi", "3 pictures tie", "2 are wanted", "name a reward")
+    fails(lambda _: names(experts=2, expert_by="phi"), [], *says)
 
 
 @pytest.mark.parametrize("model,lora", [("sdxl", 0), ("sd3", 0), ("sd15", 2)])
