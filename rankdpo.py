@@ -307,15 +307,19 @@ def read_ahead(cfg, data, train_lists, first_step):
 
 def predict(family, network, x_t, t, cond, images_per_forward):
     """What a network predicts of x_t (N, C, h, w). Where memory is short, in parts, whose activations are
-    computed again in the backward pass."""
+    computed again in the backward pass. use_reentrant gives each part a backward of its own, at whose end
+    FSDP2 adds its bf16 gradients up in fp32."""
     N, m = len(x_t), images_per_forward or len(x_t)
     if m >= N:
         return family.predict(network, x_t, t, cond)
     parts = []
     for i in range(0, N, m):
-        of_part = {name: c[i : i + m] for name, c in cond.items()}
-        args = network, x_t[i : i + m], t[i : i + m], of_part
-        parts.append(checkpoint(family.predict, *args, use_reentrant=False, preserve_rng_state=False))
+        x, of_part = x_t[i : i + m], {name: c[i : i + m] for name, c in cond.items()}
+        if torch.is_grad_enabled():
+            args = network, x.requires_grad_(), t[i : i + m], of_part
+            parts.append(checkpoint(family.predict, *args, use_reentrant=True, preserve_rng_state=False))
+        else:
+            parts.append(family.predict(network, x, t[i : i + m], of_part))
     engine.ends_with(network, parts[0])
     return torch.cat(parts)
 
