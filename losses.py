@@ -204,7 +204,7 @@ def denoising_error(prediction, target):
     return (prediction.to(wide) - target.to(wide)).square().flatten(2).mean(-1)
 
 
-def preference_loss(policy_err, ref_err, weights, beta, mask=None):
+def preference_loss(policy_err, ref_err, weights, beta, mask=None, loser_weight=1.0):
     """The pairwise loss of the family (RankDPO Eq. 7; Diffusion-DPO for 0/1 weights):
 
         L_b = - sum_ij weights_ij log sigmoid(-beta (s_i - s_j)),   s = policy_err - ref_err, lower is better.
@@ -212,6 +212,9 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     policy_err, ref_err (B, K) errors (see "The scale of beta" above); weights (B, K, K), [i, j] = i is
     preferred to j; mask (B, K) True for real images, so that K may differ between lists. SUM over the pairs
     of a list, no mean over lists: -> loss (B,), metrics. The gradient goes through policy_err only.
+    loser_weight scales the gradient through the less preferred image of each pair, and no value: 1 is the
+    papers' loss. Below 1 the loser's error may not be raised at the price of the winner's; Diffusion-SDPO
+    (arXiv 2511.03317) computes such a factor for every pair.
 
     Metrics are detached, one number a list, (B,), so that a list counts once however many pairs it has:
     accuracy (share of its preferred pairs, those with more weight one way, that s orders rightly, ties 1/2),
@@ -222,7 +225,8 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     if not beta > 0:
         raise ValueError(f"preference_loss: beta must be positive, got {beta}")
     s = policy_err - ref_err  # (B, K)                                                                Eq. 5
-    margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K), s_i - s_j
+    loser = s.detach() + loser_weight * (s - s.detach())  # (B, K), the value of s
+    margin = s.unsqueeze(2) - loser.unsqueeze(1)  # (B, K, K), s_i - s_j
     loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))  # (B,)                              Eq. 7
     with torch.no_grad():
         used = weights > weights.transpose(1, 2)  # (B, K, K)

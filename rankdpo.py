@@ -113,6 +113,7 @@ class Method:
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
     label_smoothing: float = option(0.0, "share of wrong labels (conservative DPO)", at_least=0, below=0.5)
     sft_weight: float = option(0.0, "add this times the error of each list's best image", at_least=0)
+    loser_weight: float = option(1.0, "scales the gradient through the loser of a pair", at_least=0)
     ref_refresh: int = option(
         0, "steps between copies of the policy into the reference; 0 = never", at_least=0
     )
@@ -548,7 +549,7 @@ def list_loss(cfg, policy_err, ref_err, batch):
             s = (policy_err.detach() - ref_err).nan_to_num().masked_fill(~mask, float("inf"))
             weights = losses.dcg_weights(phi, losses.model_rank(s, phi))
         weights = losses.smooth_weights(weights, cfg.label_smoothing)
-        loss, metrics = losses.preference_loss(policy_err, ref_err, weights, cfg.beta, mask)
+        loss, metrics = losses.preference_loss(policy_err, ref_err, weights, cfg.beta, mask, cfg.loser_weight)
     if cfg.sft_weight:  # the mean over the images that are best by phi
         best = ((phi == phi.amax(1, keepdim=True)) & mask).to(loss)  # (B, K)
         loss = loss + cfg.sft_weight * (best * policy_err).sum(1) / best.sum(1)
