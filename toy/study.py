@@ -52,20 +52,28 @@ from toyworld import CATEGORIES, GROUND, check, find_objects, grammar, prompts_o
 
 BASE, PAGE = TOY / "models/sdxl", TOY.parent / "docs/study.md"
 NOISES = 4  # pictures of a prompt
-STEPS, LISTS, POINTS = 90, 32, 3  # of a run: steps, lists a step, models along it
-SEEDS = (2, 10)  # training seeds: of a setting in the grid, of a row
-PREFERENCE = ("--lr 1e-4", "--lr 2e-4", "--lr 4e-4")
-Row = namedtuple("Row", "options grid seeds labels", defaults=((), 10, ()))
+STEPS, LISTS, POINTS = 60, 32, 2  # of a run: steps, lists a step, models along it
+SEEDS = (1, 10)  # training seeds: of a setting in the grid, of a row
+RATES = ("--lr 1e-4", "--lr 2e-4", "--lr 4e-4")
+GUARD = "--loser_weight .5"  # of the defaults, in every preference row
+Row = namedtuple("Row", "options grid seeds labels", defaults=((), SEEDS[1], ()))  # labels: its own rewards
 CONFLICT = ("colours", "count", "ink")  # three rewards that disagree by construction
-AGAINST = "--data CONFLICT --label"
+TOGETHER = "--data CONFLICT --loss dpo --label "
+ALONE = f"{TOGETHER}single:"
 ROWS = {
     "base": Row(""),
-    "sft": Row("--loss sft", PREFERENCE),
-    "dpo": Row("--loss dpo", PREFERENCE),
-    "gain": Row("--loss gain", PREFERENCE),
-    "rankdpo": Row("--loss rankdpo", PREFERENCE),
-    "vote": Row("--loss balanced", PREFERENCE),
-    "vote, refresh 10": Row("--loss balanced --ref_refresh 10", PREFERENCE),
+    "sft": Row("--loss sft", RATES),
+    "dpo": Row(f"--loss dpo {GUARD}", RATES),
+    "gain": Row(f"--loss gain {GUARD}", RATES),
+    "rankdpo": Row(f"--loss rankdpo {GUARD}", RATES),
+    "vote": Row(f"--loss balanced {GUARD}", RATES),
+    "vote, refresh 10": Row(f"--loss balanced --ref_refresh 10 {GUARD}", RATES),
+    "colours": Row(f"{ALONE}colours {GUARD}", RATES[1:2], 3, ("colours",)),
+    "count": Row(f"{ALONE}count {GUARD}", RATES[1:2], 3, ("count",)),
+    "ink": Row(f"{ALONE}ink {GUARD}", RATES[1:2], 3, ("ink",)),
+    "majority": Row(f"{TOGETHER}majority {GUARD}", RATES[1:2], 3, CONFLICT),
+    "sum": Row(f"{TOGETHER}sum {GUARD}", RATES[1:2], 3, CONFLICT),
+    "normalised sum": Row(f"{TOGETHER}normalized_sum {GUARD}", RATES[1:2], 3, CONFLICT),
 }
 CONTRASTS = (  # named in advance: a row, and the row it is compared with
     ("dpo", "sft"),
@@ -238,6 +246,7 @@ def best_point(lines, name):
 def jobs(cfg, lines):
     """[(row, setting, seed)] in the order of the study: the base, all grids, then seed after seed."""
     names = [name for name in ROWS if name in cfg.only and name != "base"]
+    names.sort(key=lambda name: bool(ROWS[name].labels))  # stable: core rows first
     out = [("base", "", seed) for seed in range(SEEDS[1])]
     out += [(name, s, seed) for seed in range(SEEDS[0]) for name in names for s in ROWS[name].grid]
     chosen = {name: best_point(lines, name) for name in names}
