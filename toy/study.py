@@ -99,18 +99,14 @@ class Config:
 # ----------------------------------------------------------------------------- prompts
 
 
-def sentences(tag, used, split):
-    return [p for p in prompts_of(split, 10**6, seed=3) if grammar()[p]["tag"] == tag and p not in used]
-
-
 def study_prompts(count=12):
     """`count` rows of each category, none of a preference list: first training sentences of the grammar that
     stand in no list, which preference tuning has not seen, then the held-out ones. Where there are fewer, a
     sentence stands in several rows, each with noise of its own."""
     used, rows = set((TOY / "prompts.txt").read_text().splitlines()), []
+    unused = [p for split in ("train", "heldout") for p in prompts_of(split, 10**6, seed=3) if p not in used]
     for tag in CATEGORIES:
-        options = sentences(tag, used, "train") if tag in ("position", "color_attr") else []
-        options += sentences(tag, used, "heldout")
+        options = [p for p in unused if grammar()[p]["tag"] == tag]
         for i in range(count):
             turn, place = divmod(i, len(options))
             rows.append(dict(tag=tag, prompt=options[place], seed=20_000 + 10 * turn))
@@ -337,6 +333,10 @@ def run_all(cfg):
 # ----------------------------------------------------------------------------- report
 
 
+def study_accuracy(found):
+    return accuracy(found, study_prompts())
+
+
 def at_point(runs, step, value):
     """{seed: value(what a run's line says of its model of that step)}."""
     return {line["seed"]: value(line["at"][step]["study"]) for line in runs}
@@ -381,9 +381,9 @@ def chosen_runs(lines):
 def main_table(chosen):
     """Markdown: a row at its own best point, with intervals over seeds, and what it costs in diversity."""
     rows, tags = [], [row["tag"] for row in study_prompts()]
-    base = at_point(chosen["base"][2], "0", lambda found: accuracy(found, study_prompts()))
+    base = at_point(chosen["base"][2], "0", study_accuracy)
     for name, (setting, step, runs) in chosen.items():
-        values = at_point(runs, step, lambda found: accuracy(found, study_prompts()))
+        values = at_point(runs, step, study_accuracy)
         gain = [values[seed] - base[seed] for seed in values if seed in base]
         mean = lambda value: np.mean(list(at_point(runs, step, value).values()))
         cells = [str(len(runs)), setting.replace("--", ""), step, show(mean_interval(values.values()))]
@@ -409,8 +409,7 @@ def contrast_table(chosen):
     for a, b in CONTRASTS:
         if not {a, b} <= chosen.keys():
             continue
-        of_study = lambda found: accuracy(found, study_prompts())
-        one, other = (at_point(chosen[name][2], chosen[name][1], of_study) for name in (a, b))
+        one, other = (at_point(chosen[name][2], chosen[name][1], study_accuracy) for name in (a, b))
         difference = np.array([one[seed] - other[seed] for seed in one if seed in other])
         if len(difference) > 1:
             rows.append([f"{a} - {b}", str(len(difference)), show(mean_interval(difference), "+")])
@@ -440,7 +439,7 @@ def draw_frontier(lines, chosen, path):
             steps = list(runs[0]["at"])
             mean = lambda step, value: np.mean(list(at_point(runs, step, value).values()))
             x = [mean(step, lambda found: found[key]) for step in steps]
-            y = [mean(step, lambda found: accuracy(found, study_prompts())) for step in steps]
+            y = [mean(step, study_accuracy) for step in steps]
             axis.plot(x, y, marker="o", ms=4, label=f"{name} ({len(runs)})")
             axis.annotate(steps[-1], (x[-1], y[-1]), fontsize=7)
         axis.set_xlabel(title)
@@ -460,11 +459,9 @@ def report(cfg):
     chosen = chosen_runs(lines)
     core = {name: found for name, found in chosen.items() if not ROWS[name].labels}
     conflict = {name: found for name, found in chosen.items() if ROWS[name].labels}
-    toy = [reward_name(spec) for spec in TOY_REWARDS]
-    text = main_table(chosen) + contrast_table(chosen) + reward_table(core, toy, "wins")
-    text += reward_table(core, toy, "best")
-    if conflict:
-        text += reward_table(conflict, CONFLICT, "wins") + reward_table(conflict, CONFLICT, "best")
+    text = main_table(chosen) + contrast_table(chosen)
+    for rows, names in ((core, [reward_name(spec) for spec in TOY_REWARDS]), (conflict, CONFLICT)):
+        text += "".join(reward_table(rows, names, key) for key in ("wins", "best") if rows)
     missing = [name for name in ROWS if name not in chosen]
     text += f"Not run: {', '.join(missing)}.\n" if missing else ""
     draw_frontier(lines, core, PAGE.with_suffix(".png"))
