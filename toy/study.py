@@ -15,6 +15,7 @@ reads. docs/study.md has the design, written before the first run.
 
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter, namedtuple
@@ -30,21 +31,10 @@ from scipy import stats
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
+import common
 import losses
 import rankdpo
-from common import (
-    appending,
-    fail,
-    lock,
-    one_line_errors,
-    option,
-    parse,
-    provenance,
-    publish,
-    read_jsonl,
-    remove,
-    write_text,
-)
+from common import fail, option
 from evaluate import category_mean, entropy, holm, markdown
 from pipelines import SUITS, generate_each, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, load_reward, reward_name
@@ -139,15 +129,15 @@ def conflict_lists(cfg):
     folder = Path(cfg.out) / "conflict"
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        remove(folder / "images")
+        common.remove(folder / "images")
         os.symlink((Path(cfg.data) / "images").resolve(), folder / "images")
         lines = []
-        for _, row in read_jsonl(Path(cfg.data) / "metadata.jsonl"):
+        for _, row in common.read_jsonl(Path(cfg.data) / "metadata.jsonl"):
             found = [exact_rewards(row["prompt"], Image.open(folder / name)) for name in row["file_names"]]
             scores = {name: [one[name] for one in found] for name in CONFLICT}
             phi = losses.preference_probability(torch.tensor(list(scores.values())).T).tolist()
             lines.append(json.dumps(dict(row, scores=scores, phi=phi)))
-        write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+        common.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return str(folder)
 
 
@@ -266,7 +256,9 @@ def train(cfg, name, setting, seed, out):
         if "lower --lr" in str(e.code):  # the trainer's word for weights that it has ruined
             return dict(problem=str(e.code)), {}
         raise
-    log = [row for _, row in read_jsonl(Path(out) / "log.jsonl")]
+    finally:  # the trainer has its own way to end
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    log = [row for _, row in common.read_jsonl(Path(out) / "log.jsonl")]
     largest = log[0]["config"]["max_grad_norm"]
     line = dict(steps=cfg.steps, lists=cfg.lists, cpu_seconds=round(time.process_time() - started, 1))
     line["clipped"] = round(float(np.mean([row["grad_norm"] > largest for row in log[1:]])), 3)
@@ -290,13 +282,13 @@ def run(cfg, job, base):
         if seed < SEEDS[0]:
             found["choice"] = measure(pipe, choice_prompts(), seed, scored=False)
         line["at"][str(step)] = found
-    remove(out)
-    return dict(line, commit=provenance(torch.device("cpu"))["commit"])
+    common.remove(out)
+    return dict(line, commit=common.provenance(torch.device("cpu"))["commit"])
 
 
 def read_results(cfg):
     path, lines = Path(cfg.results), []
-    for n, line in read_jsonl(path, torn_end=True) if path.is_file() else ():
+    for n, line in common.read_jsonl(path, torn_end=True) if path.is_file() else ():
         if line.get("steps", cfg.steps) != cfg.steps or line.get("lists", cfg.lists) != cfg.lists:
             fail(f"{path}, line {n}: a run of other --steps or --lists; name another file with --results")
         lines.append(line)
@@ -321,12 +313,12 @@ def run_all(cfg):
         with ExitStack() as stack:
             try:
                 name = "-".join(map(str, job)).replace(" ", "_")
-                stack.enter_context(lock(Path(cfg.out) / f".{name}.lock", "another process is at it"))
+                stack.enter_context(common.lock(Path(cfg.out) / f".{name}.lock", "another process is at it"))
             except SystemExit:
                 taken.add(job)
                 continue
             text = json.dumps(run(cfg, job, None if job[0] == "base" else base(job))) + "\n"
-            with appending(Path(cfg.results), busy="") as f:
+            with common.appending(Path(cfg.results), busy="") as f:
                 f.write(text.encode())
 
 
@@ -445,7 +437,7 @@ def draw_frontier(lines, chosen, path):
         axis.set_xlabel(title)
     axes[0].set_ylabel("accuracy, exact checker")
     axes[0].legend(fontsize=7)
-    publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
+    common.publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
 
 
 MARK = "<!-- what follows is written by `python toy/study.py --report` -->"
@@ -466,16 +458,16 @@ def report(cfg):
     text += f"Not run: {', '.join(missing)}.\n" if missing else ""
     draw_frontier(lines, core, PAGE.with_suffix(".png"))
     head = (PAGE.read_text() if PAGE.is_file() else "").partition(MARK)[0]
-    write_text(PAGE, f"{head}{MARK}\n\n{text.rstrip()}\n")
+    common.write_text(PAGE, f"{head}{MARK}\n\n{text.rstrip()}\n")
     print(text)
 
 
 # ----------------------------------------------------------------------------- main
 
 
-@one_line_errors
+@common.one_line_errors
 def main(argv=None):
-    cfg = parse(Config, __doc__, argv)
+    cfg = common.parse(Config, __doc__, argv)
     torch.set_num_threads(1)
     if cfg.report:
         return report(cfg)
