@@ -54,6 +54,7 @@ def test_a_rows_point_is_the_best_of_all_steps_and_settings(monkeypatch):
     rows = [dict(tag=tag, prompt="", seed=0) for tag in CATEGORIES for _ in range(10)]
     monkeypatch.setattr(study, "choice_prompts", lambda: rows)
     monkeypatch.setattr(study, "ROWS", {"dpo": study.Row("", ("a", "b"))})
+    monkeypatch.setattr(study, "SEEDS", (2, 10))
     lines = [line("dpo", "a", 0, (1, 2)), line("dpo", "a", 1, (1, 2)), line("dpo", "b", 0, (4, 1))]
     assert study.best_point(lines, "dpo") is None  # setting b lacks a seed
     assert study.best_point([*lines, line("dpo", "b", 1, (1, 1))], "dpo") == ("b", "30")
