@@ -230,13 +230,14 @@ def best_point(lines, name):
 
 
 def jobs(cfg, lines):
-    """[(row, setting, seed)] in the order of the study: the base, all grids, then seed after seed."""
+    """[(row, setting, seed)] in the order of the study: all grids, then seed after seed."""
     names = [name for name in ROWS if name in cfg.only and name != "base"]
     names.sort(key=lambda name: bool(ROWS[name].labels))  # stable: core rows first
-    out = [("base", "", seed) for seed in range(SEEDS[1])]
+    out = [("base", "", seed) for seed in range(SEEDS[0])]
     out += [(name, s, seed) for seed in range(SEEDS[0]) for name in names for s in ROWS[name].grid]
     chosen = {name: best_point(lines, name) for name in names}
     for seed in range(SEEDS[1]):
+        out.append(("base", "", seed))
         out += [(n, point[0], seed) for n, point in chosen.items() if point and seed < ROWS[n].seeds]
     return list(dict.fromkeys(out))
 
