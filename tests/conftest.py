@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE))
 import pytest
 import torch
 
-import pipelines
+import memory
 import rankdpo
 import synpic
 from toy import build
@@ -39,7 +39,8 @@ PROMPTS = [
     "a circle above a triangle",
 ]
 OURS = (
-    r"(common|losses|pipelines|toyworld|rewards|synpic|rankdpo|evaluate|benchmarks|toy\.build|conftest"
+    r"(common|losses|pipelines|draw|engine|lists|memory|toy\.world|scorers|rewards|synpic|rankdpo|evaluate"
+    r"|benchmarks|toy\.build|conftest"
     r"|test_\w+)$"
 )
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win
@@ -66,7 +67,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def counted_once():
     """FLOPs of a model that was counted before are remembered: half a second of every run of the trainer."""
-    count, known = pipelines.count_flops, {}
+    count, known = memory.count_flops, {}
 
     def remembered(family, denoiser, item, lora_rank=0):
         shapes = {name: tuple(t.shape) for name, t in item.items()}
@@ -75,9 +76,9 @@ def counted_once():
             known[key] = count(family, denoiser, item, lora_rank)
         return known[key]
 
-    pipelines.count_flops = remembered
+    memory.count_flops = remembered
     yield
-    pipelines.count_flops = count
+    memory.count_flops = count
 
 
 @pytest.fixture(scope="session")

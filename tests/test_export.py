@@ -9,8 +9,10 @@ import torch
 from conftest import log_of, rows_of, together, train_args
 from safetensors.torch import load_file
 
+import engine
 import pipelines
 import rankdpo
+from lists import find_cache, split
 
 
 def train(data, tiny, out, *more, processes=1):
@@ -72,7 +74,8 @@ def test_the_rate_stays_after_the_warm_up(lists, tiny, tmp_path):
 
 
 def held_out(log):
-    return np.array([[r[f"held_out_{k}"] for k in ("best_s", "worst_s")] for r in log[1:]])
+    names = ("held_out_accuracy", "held_out_best_s", "held_out_worst_s")
+    return np.array([[r[name] for name in names] for r in log[1:]], dtype=float)  # null is NaN
 
 
 HELD_OUT = ("--holdout", 0.3, "--eval_every", 1, "--lr", "1e-3", "--precision", "fp64", "--steps", 4)
@@ -85,10 +88,10 @@ def test_held_out_errors_are_those_against_the_base(uneven, tiny, tmp_path, lora
     args = (*HELD_OUT, "--lora_rank", lora, "--loss", "sft")
     plain = train(uneven, tiny, tmp_path / "plain", *args)
     fresh = train(uneven, tiny, tmp_path / "fresh", *args, "--ref_refresh", 2)
-    assert np.array_equal(held_out(fresh), held_out(plain))
-    assert fresh[3]["best_s"] == 0 and (np.abs(held_out(fresh)) > 1e-9).all()
+    assert np.array_equal(held_out(fresh)[:, 1:], held_out(plain)[:, 1:])
+    assert fresh[3]["best_s"] == 0 and (np.abs(held_out(fresh)[:, 1:]) > 1e-9).all()
     two = train(uneven, tiny, tmp_path / "two", *args, "--ref_refresh", 2, processes=2)
-    assert np.allclose(held_out(two), held_out(fresh), rtol=1e-8, atol=1e-12)
+    assert np.allclose(held_out(two)[:, 1:], held_out(fresh)[:, 1:], rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("lora", [0, 2])
@@ -107,14 +110,14 @@ def test_held_out_errors_are_the_policys_minus_the_bases(lists, tiny, tmp_path):
     log = train(lists, tiny, tmp_path / "run", *args)
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in log[0]["config"].items()}
     cfg, rows = rankdpo.Config(**config), rows_of(lists)
-    labels, (_, held) = rankdpo.stack_labels(cfg, rows), rankdpo.split_lists(cfg, rows)
-    file_of, _ = rankdpo.lists_to_encode(cfg, rows, torch.float32)
+    labels, (_, held) = rankdpo.stack_labels(cfg, rows), split(rows, cfg.holdout, cfg.seed)
+    cache, _ = find_cache(cfg, rows, torch.float32, [])
     errs = []
     for path in (tmp_path / "run/model", tiny / "sdxl"):
         pipe = pipelines.load_pipeline(path)
-        family, lists_ = pipelines.family_of(pipe), [(rankdpo.UNSEEN, n) for n in held]
-        read = lambda n: load_file(file_of(n))
-        batch = rankdpo.load_batch(cfg, read, pipe.scheduler, labels, {}, "cpu", torch.float32, lists_)
+        family = pipelines.family_of(pipe)
+        data = rankdpo.Data(cache, labels, pipe.scheduler, {}, "cpu", torch.float32)
+        batch = rankdpo.load_batch(cfg, data, [(rankdpo.HELD_OUT, n) for n in held])
         with torch.no_grad():
             predicted = family.predict(pipe.unet.eval(), batch.x_t, batch.t, batch.cond)
         err = (predicted.double() - batch.target.double()).square().flatten(1).mean(1)
@@ -129,9 +132,9 @@ def test_held_out_errors_are_the_policys_minus_the_bases(lists, tiny, tmp_path):
 def test_the_log_warns_of_growth_and_not_of_noise(tmp_path, capsys):
     def warned(**row):
         cfg = rankdpo.Config(out=str(tmp_path))
-        log = rankdpo.Log(cfg, {}, 0, 0, 0)
+        log = engine.Log(cfg, {}, 0, 0)
         for step in range(50):
-            log.write(dict(step=step, loss=1, accuracy=1, worst_s=0, **row), False)
+            log.write(dict(step=step, loss=1, accuracy=1, worst_s=0, **row))
         log.file.close()
         return "above" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import fails
 
 from toy import study
-from toyworld import CATEGORIES, grammar, held_out, render
+from toy.world import CATEGORIES, grammar, held_out, render
 
 
 def test_no_study_prompt_is_trained_on_and_categories_count_alike():

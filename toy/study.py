@@ -38,7 +38,7 @@ from common import fail, option
 from evaluate import category_mean, entropy, holm, markdown
 from pipelines import SUITS, generate_each, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, load_reward, reward_name
-from toyworld import CATEGORIES, GROUND, check, find_objects, grammar, prompts_of
+from toy.world import CATEGORIES, GROUND, check, find_objects, grammar, prompts_of
 
 BASE, PAGE = TOY / "models/sdxl", TOY.parent / "docs/study.md"
 NOISES = 4  # pictures of a prompt
@@ -319,7 +319,7 @@ def run_all(cfg):
                 taken.add(job)
                 continue
             text = json.dumps(run(cfg, job, None if job[0] == "base" else base(job))) + "\n"
-            with common.appending(Path(cfg.results), busy="") as f:
+            with common.appending(Path(cfg.results).resolve(), busy="") as f:
                 f.write(text.encode())
 
 
