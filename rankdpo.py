@@ -78,9 +78,9 @@ class Method:
     # optimiser
     lr: float = option(None, "peak learning rate of AdamW (default: suits the model)", above=0)
     schedule: str = option("linear", "the rate after the warm-up: decay to 0, or not", ("linear", "constant"))
-    steps: int = option(600, "optimiser steps", above=0)
+    steps: int = option(200, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
-    global_batch_size: int = option(32, "lists a step, over all processes", above=0)
+    global_batch_size: int = option(16, "lists a step, over all processes", above=0)
     weight_decay: float = option(0.01, "AdamW's", at_least=0)
     max_grad_norm: float = option(1.0, "gradient clipping; 0 = none", at_least=0)
     ema: float = option(0.0, "decay of an average of the weights, which is then saved", at_least=0, below=1)
