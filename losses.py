@@ -214,7 +214,7 @@ def denoising_error(prediction, target):
     return (prediction.to(wide) - target.to(wide)).square().flatten(2).mean(-1)
 
 
-def preference_loss(policy_err, ref_err, weights, beta, mask=None):
+def preference_loss(policy_err, ref_err, weights, beta, mask=None, loser_weight=1.0):
     """The pairwise loss of the family (RankDPO Eq. 7; Diffusion-DPO for 0/1 weights):
 
         L_b = - sum_ij weights_ij log sigmoid(-beta (s_i - s_j)),   s = policy_err - ref_err, lower is better.
@@ -222,7 +222,11 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
     policy_err, ref_err (B, K) errors (see "The scale of beta" above); weights (B, K, K), [i, j] = i is
     preferred to j; mask (B, K) True for real images, so that K may differ between lists. SUM over the pairs
     of a list, no mean over lists: -> loss (B,), fp32 or wider, metrics (see preference_metrics). The gradient
-    goes through policy_err only. ValueError for other shapes."""
+    goes through policy_err only. ValueError for other shapes.
+
+    loser_weight scales the gradient through the less preferred image of each pair, and no value: 1 is the
+    papers' loss. Below 1 the losers' errors rise less at the price of the winners'; Diffusion-SDPO (arXiv
+    2511.03317) computes such a factor for every pair."""
     B, K = policy_err.shape if policy_err.dim() == 2 else (0, 0)
     wanted = {"ref_err": (ref_err, (B, K)), "weights": (weights, (B, K, K)), "mask": (mask, (B, K))}
     for name, (x, shape) in wanted.items():
@@ -239,7 +243,8 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
 
     s = policy_err.to(wide) - ref_err.detach().to(wide)  # (B, K)                                     Eq. 5
     s = s.masked_fill(~real, 0)
-    margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K), s_i - s_j
+    loser = s.detach() + loser_weight * (s - s.detach())  # (B, K), the value of s
+    margin = s.unsqueeze(2) - loser.unsqueeze(1)  # (B, K, K), s_i - s_j
     loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))  # (B,)                              Eq. 7
     return loss, preference_metrics(s.detach(), weights, real)
 

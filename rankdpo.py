@@ -39,10 +39,10 @@ import pipelines
 from common import HERE, fail, option, process_rank
 
 LOSSES = ("rankdpo", "dpo", "gain", *lists.VOTES, "sft", "weighted", "dro")
-SUITS = {  # (--beta, --lr, --lr of adapters) where they are not given, by the scale of the model
-    "toy": (100.0, 2e-4, 2e-4),
-    "noise": (2500.0, 2e-5, 1e-4),  # of public DPO trainers of SDXL at 1024 px, with batches of 1024 and 2048
-    "flow": (50.0, 2e-5, 1e-4),  # public SD3 trainers' 100 has the factor 1/2
+SUITS = {  # (--beta, --lr, --lr of adapters, --loser_weight) by the scale of the model
+    "toy": (100.0, 2e-4, 2e-4, 0.5),
+    "noise": (2500.0, 2e-5, 1e-4, 1.0),  # of public DPO trainers of SDXL, with batches of 1024 and 2048
+    "flow": (50.0, 2e-5, 1e-4, 1.0),  # public SD3 trainers' 100 has the factor 1/2
 }
 
 
@@ -66,7 +66,9 @@ class Method:
     beta: float = option(None, "for MEAN squared errors without a half (default: suits the model)", above=0)
     ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal", "random"))
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
-    sft_weight: float = option(0.0, "add this times the error of each list's best image", at_least=0)
+    loser_weight: float = option(
+        None, "times the gradient through a pair's loser (default: suits the model)", at_least=0
+    )
     ref_refresh: int = option(0, "steps between copies of the policy into the reference", at_least=0)
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
     timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
@@ -79,9 +81,9 @@ class Method:
     # optimiser
     lr: float = option(None, "peak learning rate of AdamW (default: suits the model)", above=0)
     schedule: str = option("linear", "the rate after the warm-up: decay to 0, or not", ("linear", "constant"))
-    steps: int = option(600, "optimiser steps", above=0)
+    steps: int = option(200, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
-    global_batch_size: int = option(32, "lists a step, over all processes", above=0)
+    global_batch_size: int = option(16, "lists a step, over all processes", above=0)
     weight_decay: float = option(0.01, "AdamW's", at_least=0)
     max_grad_norm: float = option(1.0, "gradient clipping; 0 = none", at_least=0)
     ema: float = option(0.0, "decay of an average of the weights, which is then saved", at_least=0, below=1)
@@ -202,19 +204,19 @@ def list_weights(cfg, row, n):
     return losses.vote_weights(losses.majority_vote(rewards.T[None], cfg.ties, coin))[0]
 
 
-# of L lists, filled up to the K of the longest: weights by 0, phi by -1, the mask by False
-Labels = namedtuple("Labels", "weights phi mask")
+# of L lists, filled up to the K of the longest: weights by 0, the mask by False
+Labels = namedtuple("Labels", "weights mask")
 
 
 def stack_labels(cfg, rows):
-    """Labels of L lists: weights (L, [R,] K, K) or (L, K), phi (L, K), mask (L, K) True for real images."""
+    """Labels of L lists: weights (L, [R,] K, K) or (L, K), mask (L, K) True for real images."""
     weights = [list_weights(cfg, row, n) for n, row in enumerate(rows)]
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
     K = max(w.shape[-1] for w in weights)
-    pad = lambda w, value=0: torch.nn.functional.pad(w, (0, K - w.shape[-1]) * min(w.dim(), 2), value=value)
-    phi = torch.stack([pad(torch.tensor(row["phi"]), -1) for row in rows])
-    return Labels(torch.stack([pad(w) for w in weights]), phi, phi >= 0)
+    pad = lambda w: torch.nn.functional.pad(w, (0, K - w.shape[-1]) * min(w.dim(), 2))
+    sizes = torch.tensor([len(row["phi"]) for row in rows])  # (L,)
+    return Labels(torch.stack([pad(w) for w in weights]), torch.arange(K) < sizes[:, None])
 
 
 # ----------------------------------------------------------------------------- batches
@@ -224,8 +226,8 @@ HELD_OUT = 2**40  # the position of held-out lists, which no step reaches: their
 # what batches are made of: cached latents and text, labels, the noise schedule, a dropped caption
 Data = namedtuple("Data", "cache labels scheduler no_caption device dtype")
 
-# x_t, t, target, cond: a row an image, (N = B K, ...); mask, weights, phi, u, time: a row a list, (B, ...)
-Batch = namedtuple("Batch", "x_t t target cond mask weights phi u time")
+# x_t, t, target, cond: a row an image, (N = B K, ...); mask, weights, u, time: a row a list, (B, ...)
+Batch = namedtuple("Batch", "x_t t target cond mask weights u time")
 
 
 def generator_of(cfg, position, n, *use):
@@ -288,11 +290,11 @@ def load_batch(cfg, data, positions):
     cond = {name: c.repeat_interleave(K, 0) for name, c in cond.items()}  # (N, ...)
     timesteps = "uniform" if cfg.loss == "dro" else cfg.timesteps
     x_t, t, target = pipelines.add_noise(data.scheduler, x, noise, u.repeat_interleave(K), timesteps)
-    weights, phi, mask = (values[index] for values in data.labels)
+    weights, mask = (values[index] for values in data.labels)
     if cfg.loss == "random_scorer":  # (B, R, K, K)
         weights = torch.stack([w[int(coin * len(w))] for w, (_, coin) in zip(weights, coins)])
     time = t[::K] / data.scheduler.config.num_train_timesteps  # (B,); of rectified flow: sigma
-    return Batch(x_t, t, target, cond, move(mask), move(weights), move(phi), u, time)
+    return Batch(x_t, t, target, cond, move(mask), move(weights), u, time)
 
 
 def read_ahead(cfg, data, train_lists, first_step):
@@ -340,10 +342,8 @@ def list_loss(cfg, policy_err, ref_err, batch):
         (expert, negative), (expert_ref, negative_ref) = policy_err.T, ref_err.T
         loss, metrics = losses.dro_loss(expert, expert_ref, negative, negative_ref, cfg.margin)
     else:
-        loss, metrics = losses.preference_loss(policy_err, ref_err, weights, cfg.beta, mask)
-    if cfg.sft_weight:  # the mean over the images that are best by phi
-        best = ((batch.phi == batch.phi.amax(1, keepdim=True)) & mask).to(loss)  # (B, K)
-        loss = loss + cfg.sft_weight * (best * policy_err).sum(1) / best.sum(1)
+        args = policy_err, ref_err, weights, cfg.beta, mask, cfg.loser_weight
+        loss, metrics = losses.preference_loss(*args)
     return loss, {**metrics, "loss": loss.detach(), "time": batch.time.to(loss.dtype)}
 
 
@@ -468,8 +468,8 @@ def learning_rate(cfg, step):
 def complete(cfg, pipe):
     """The options with what suits the model where they were not given."""
     scale = pipelines.scale_of(pipe)
-    beta, lr, lr_adapters = SUITS[scale]
-    suits = dict(beta=beta, lr=lr_adapters if cfg.lora_rank else lr)
+    beta, lr, lr_adapters, loser_weight = SUITS[scale]
+    suits = dict(beta=beta, lr=lr_adapters if cfg.lora_rank else lr, loser_weight=loser_weight)
     suits.update({f"sample_{name}": value for name, value in pipelines.family_of(pipe).suits(pipe).items()})
     return common.fill_in(cfg, suits, f"{scale} model")
 

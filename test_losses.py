@@ -173,6 +173,24 @@ def test_golden_loss_at_the_reference():
         assert m["accuracy"] == 0.5 and m["best_s"] == 0 and m["worst_s"] == 0
 
 
+def test_a_losers_weight_scales_its_gradient_and_no_value():
+    """Each image of a list is the winner of some pairs and the loser of others: slow double loop."""
+    g, beta, w = torch.Generator().manual_seed(0), 3.0, 0.3
+    err, ref, phi = (torch.rand(2, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    weights, plain, err = dcg_weights(phi), err.clone().requires_grad_(), err.requires_grad_()
+    loss, _ = preference_loss(err, ref, weights, beta, loser_weight=w)
+    assert torch.equal(loss, preference_loss(plain, ref, weights, beta)[0])
+    loss.sum().backward()
+    expected, s = torch.zeros(2, 4, dtype=torch.float64), (err - ref).detach()
+    for b in range(2):
+        for i in range(4):
+            for j in range(4):
+                slope = weights[b, i, j] * beta * torch.sigmoid(beta * (s[b, i] - s[b, j]))
+                expected[b, i] += slope
+                expected[b, j] -= w * slope
+    assert torch.allclose(err.grad, expected)
+
+
 def test_golden_hinge():
     """.001 + (.30 - .32) - (.50 - .51) < 0: no loss; .001 + (.33 - .32) - (.50 - .51) = .021."""
     policy = torch.tensor([0.30, 0.33, 0.32], dtype=torch.float64, requires_grad=True)

@@ -74,18 +74,6 @@ def test_a_literal_vote_gives_every_pair_a_side(lists, tiny, tmp_path):
 # ----------------------------------------------------------------------------- options of the objective
 
 
-def test_the_winners_term_is_what_its_formula_says():
-    phi = torch.tensor([[1.0, 1.0, 0.0, -1.0]])  # two winners share the term, the last is padding
-    policy, ref = torch.tensor([[0.3, 0.2, 0.1, 9.0]]).requires_grad_(), torch.zeros(1, 4)
-    weights = losses.dpo_weights(phi.clamp(min=0))
-    batch = rankdpo.Batch(None, None, None, None, phi >= 0, weights, phi, None, torch.zeros(1))
-    slope = lambda **more: torch.autograd.grad(
-        rankdpo.list_loss(config(loss="dpo", beta=2.0, **more), policy, ref, batch)[0].sum(), policy
-    )[0]
-    added = slope(sft_weight=3.0) - slope()
-    assert torch.allclose(added, torch.tensor([[1.5, 1.5, 0, 0]]), atol=1e-6)
-
-
 def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny, monkeypatch):
     """From (seed, position, list) alone, about p of them, never on held-out lists."""
     pipe = pipelines.load_pipeline(tiny / "sdxl")
@@ -93,7 +81,7 @@ def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny, monkeyp
     assert not nothing["embeds"].any() and nothing["time_ids"].any()  # SDXL's guidance has zeros
     item = {name: torch.ones_like(t) for name, t in nothing.items()}
     monkeypatch.setattr("lists.read_cached", lambda _, n: dict(item, latents=torch.zeros(4, 4, 8, 8)))
-    labels = rankdpo.Labels(torch.zeros(1, 4, 4), torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool))
+    labels = rankdpo.Labels(torch.zeros(1, 4, 4), torch.ones(1, 4, dtype=torch.bool))
 
     def dropped(positions, p):
         cfg = config(caption_dropout=p)
@@ -121,7 +109,7 @@ def test_accuracy_by_time_is_binned_by_sigma(lists, tiny, monkeypatch):
     assert by_time[0] == 0 and by_time[9] == pytest.approx(2 / 3) and np.isnan(by_time[1:9]).all()
     pipe = pipelines.load_pipeline(tiny / "sd3")
     monkeypatch.setattr("lists.read_cached", lambda _, n: {"latents": torch.zeros(2, 4, 8, 8)})
-    labels = rankdpo.Labels(torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    labels = rankdpo.Labels(torch.zeros(1, 2, 2), torch.ones(1, 2, dtype=torch.bool))
     data = rankdpo.Data(None, labels, pipe.scheduler, {}, "cpu", torch.float32)
     batch = rankdpo.load_batch(config(), data, [(p, 0) for p in range(9)])
     assert torch.equal(batch.time, batch.t[::2] / 1000) and batch.time.unique().numel() == 9

@@ -10,51 +10,75 @@ import pytest
 from conftest import fails
 
 from toy import study
-from toy.world import CATEGORIES, grammar, held_out
+from toy.world import CATEGORIES, grammar, held_out, render
 
 
-def test_the_study_prompts_are_held_out_and_balanced():
-    rows = study.study_prompts()
-    assert len(rows) >= 300 and all(held_out(r["prompt"]) for r in rows)
+def test_no_study_prompt_is_trained_on_and_categories_count_alike():
+    rows, trained = study.study_prompts(), set((study.TOY / "prompts.txt").read_text().splitlines())
+    assert not trained & {row["prompt"] for row in rows}
     assert {t: sum(r["tag"] == t for r in rows) for t in CATEGORIES} == dict.fromkeys(
         CATEGORIES, len(rows) // 6
     )
     noises = {(r["prompt"], r["seed"] + n) for r in rows for n in range(study.NOISES)}
     assert len(noises) == len(rows) * study.NOISES  # no picture stands for two
-    used = {json.loads(line)["prompt"] for line in (study.TOY / "heldout.jsonl").read_text().splitlines()}
-    assert all(r["fresh"] == (r["prompt"] not in used) or not r["fresh"] for r in rows)
-    assert not any(held_out(r["prompt"]) for r in study.grid_prompts())
+    assert (
+        max(r["seed"] for r in rows) - min(r["seed"] for r in rows) + study.NOISES <= 100
+    )  # nor of two seeds
+    assert {r["prompt"] for r in study.choice_prompts()} <= trained
+    assert not any(held_out(r["prompt"]) for r in study.choice_prompts())
 
 
-def test_intervals():
-    tags = ["a"] * 40 + ["b"] * 10  # categories of their own size count alike
-    study_tags = study.CATEGORIES
-    study.CATEGORIES = ("a", "b")
-    try:
-        values = np.tile([[1.0] * 40 + [0.0] * 10], (3, 1))
-        assert study.interval(values, tags) == (0.5, 0.5, 0.5)
-        noisy = np.random.default_rng(0).random((4, 50))
-        mean, low, high = study.interval(noisy, tags)
-        assert low < mean < high and study.between(noisy, noisy[:2], tags) == (0.0, 0.0, 0.0)
-    finally:
-        study.CATEGORIES = study_tags
+def test_the_exact_rewards_disagree_where_they_should():
+    prompt = "a red circle and a blue square"
+    right = study.exact_rewards(prompt, render(prompt, np.random.default_rng(0)))
+    assert right["colours"] == 1 and right["count"] == 0 and 0.05 < right["ink"] < 0.3
+    more = study.exact_rewards("a red circle", render("four circles", np.random.default_rng(0)))
+    assert more["count"] == -3 and more["ink"] > right["ink"]
+    assert study.exact_rewards("two circles", render("two circles", np.random.default_rng(1)))["colours"] == 0
+
+
+def test_intervals_are_students():
+    mean, low, high = study.mean_interval([0.1, 0.3])
+    assert mean == pytest.approx(0.2) and high - mean == pytest.approx(12.706 * 0.1, rel=1e-3)
+    assert low == pytest.approx(mean - (high - mean)) and np.isnan(study.mean_interval([0.5])[1])
+    assert study.win("012") == pytest.approx(0.5)
+
+
+def line(row, setting, seed, passes, **more):
+    at = {"30": passes[0], "60": passes[1]}
+    found = {step: {"choice": {"passes": str(n) * 60}} for step, n in at.items()}
+    return dict(row=row, setting=setting, seed=seed, at=found, **more)
+
+
+def test_a_rows_point_is_the_best_of_all_steps_and_settings(monkeypatch):
+    rows = [dict(tag=tag, prompt="", seed=0) for tag in CATEGORIES for _ in range(10)]
+    monkeypatch.setattr(study, "choice_prompts", lambda: rows)
+    monkeypatch.setattr(study, "ROWS", {"dpo": study.Row("", ("a", "b"))})
+    monkeypatch.setattr(study, "SEEDS", (2, 10))
+    lines = [line("dpo", "a", 0, (1, 2)), line("dpo", "a", 1, (1, 2)), line("dpo", "b", 0, (4, 1))]
+    assert study.best_point(lines, "dpo") is None  # setting b lacks a seed
+    assert study.best_point([*lines, line("dpo", "b", 1, (1, 1))], "dpo") == ("b", "30")
+    ruined = dict(row="dpo", setting="b", seed=1, problem="lower --lr")
+    assert study.best_point([*lines, ruined], "dpo") == ("a", "60")
 
 
 @pytest.fixture()
 def small(lists, tiny, tmp_path, monkeypatch):
-    """Options of a study of one method on tiny models: six prompts, one rate, one seed."""
+    """Options of a study of one row on tiny models: six prompts, one setting, one seed."""
     rows = [
         dict(tag=t, prompt=next(p for p, s in grammar().items() if s["tag"] == t), seed=1) for t in CATEGORIES
     ]
     monkeypatch.setattr(study, "study_prompts", lambda: rows)
-    monkeypatch.setattr(study, "grid_prompts", lambda: rows)
+    monkeypatch.setattr(study, "choice_prompts", lambda: rows)
     monkeypatch.setattr(study, "BASE", tiny / "sdxl")
     monkeypatch.setattr(study, "PAGE", tmp_path / "study.md")
-    monkeypatch.setattr(study, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(f"above\n{study.MARK}\nold\n{study.END}\nbelow\n")
-    monkeypatch.setattr(study, "RATES", (2e-4,))
-    monkeypatch.setattr(study, "SEEDS", 1)
-    monkeypatch.setattr(study, "METHODS", {name: study.METHODS[name] for name in ("base", "gain")})
+    (tmp_path / "study.md").write_text(f"above\n{study.MARK}\nold\n")
+    monkeypatch.setattr(study, "SEEDS", (1, 2))
+    monkeypatch.setattr(study, "POINTS", 2)
+    monkeypatch.setattr(
+        study, "ROWS", {"base": study.Row(""), "gain": study.Row("--loss gain", ("--lr 1e-4",))}
+    )
+    monkeypatch.setattr(study, "CONTRASTS", (("gain", "base"),))
     out = ["--data", lists, "--out", tmp_path / "out", "--results", tmp_path / "study.jsonl"]
     return [str(a) for a in ("--only", "gain", "--steps", 2, "--lists", 4, *out)], tmp_path
 
@@ -62,21 +86,19 @@ def small(lists, tiny, tmp_path, monkeypatch):
 def test_a_study_runs_resumes_and_reports(small):
     args, folder = small
     study.main(args)
-    lines = [json.loads(line) for line in (folder / "study.jsonl").read_text().splitlines()]
-    ran = [(line["kind"], line["method"], line["seed"]) for line in lines]
-    assert ran == [("grid", "gain", 0), ("study", "base", 0), ("study", "gain", 0)]
-    assert all(len(line["passes"]) == 6 and "problem" not in line for line in lines)
-    assert all(set(line["wins"]) == set(study.REWARDS) for line in lines[-1:])
+    lines = [json.loads(text) for text in (folder / "study.jsonl").read_text().splitlines()]
+    ran = [(line["row"], line["seed"]) for line in lines]
+    assert ran == [("base", 0), ("gain", 0), ("base", 1), ("gain", 1)]
+    assert [("choice" in line["at"][step]) for line in lines for step in line["at"]] == [1, 1, 1, 0, 0, 0]
+    assert list(lines[1]["at"]) == ["1", "2"] and set(lines[1]["held_out"]) == {"1", "2"}
+    assert all(len(line["at"]["1"]["study"]["wins"]["ink"]) == 6 for line in lines if line["row"] != "base")
     torn = (folder / "study.jsonl").read_text()[:-20]  # killed while it wrote the last line: that run again
     (folder / "study.jsonl").write_text(torn)
     study.main(args)
-    again = [json.loads(line) for line in (folder / "study.jsonl").read_text().splitlines()]
-    same = ("passes", "wins", "means", "lr")
-    assert [[a[k] for k in same if k in a] for a in again] == [[b[k] for k in same if k in b] for b in lines]
+    again = [json.loads(text) for text in (folder / "study.jsonl").read_text().splitlines()]
+    assert [line["at"] for line in again] == [line["at"] for line in lines]
     study.main([*args, "--report"])
     text = (folder / "study.md").read_text()
-    readme = (folder / "README.md").read_text()
-    assert readme.startswith("above\n") and readme.endswith(f"{study.END}\nbelow\n") and "old" not in readme
-    assert "| gain | 0." in readme and "79.15 / 87.43" in readme
-    assert "| gain | 1 |" in text and (folder / "study.png").is_file()
+    assert text.startswith("above\n") and "old" not in text and (folder / "study.png").is_file()
+    assert "| gain | 2 |" in text and "| gain - base | 2 |" in text
     fails(study.main, [*args[:-1], folder / "none.jsonl", "--report"], "none.jsonl")
