@@ -18,16 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 
-import diffusers
-import torch
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
-
 import common
-import pipelines
 from common import HERE, fail, option, process_rank
 
 LOSSES = ("rankdpo", "dpo", "gain", "balanced", "direct", "random_scorer", "sft", "weighted", "dro")
@@ -57,6 +48,19 @@ class Plan:
     gradient_checkpointing: bool = option(None, "recompute activations in the backward pass")
     keep_gathered: bool = option(None, "sharded: weights are gathered, gradients reduced once a step")
 
+
+if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
+    common.parse(Plan, __doc__)
+
+import diffusers
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+import pipelines
 
 # ----------------------------------------------------------------------------- counting
 

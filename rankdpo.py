@@ -24,28 +24,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-
 import common
-import engine
-import lists
-import losses
-import memory
-import pipelines
 from common import HERE, fail, option, process_rank
 
-LOSSES = ("rankdpo", "dpo", "gain", *lists.VOTES, "sft", "weighted", "dro")
+LOSSES = ("rankdpo", "dpo", "gain", "balanced", "direct", "random_scorer", "sft", "weighted", "dro")
 SUITS = {  # (--beta, --lr, --lr of adapters, --loser_weight) by the scale of the model
     "toy": (100.0, 2e-4, 2e-4, 0.5),
     "noise": (2500.0, 2e-5, 1e-4, 1.0),  # of public DPO trainers of SDXL, with batches of 1024 and 2048
     "flow": (50.0, 2e-5, 1e-4, 1.0),  # public SD3 trainers' 100 has the factor 1/2
 }
-
-
 EXPERTS = ("hpsv2.1", "hpsv2", "pickscore")  # rank the pictures of --loss dro: the first that is there
 
 
@@ -57,7 +44,7 @@ class Method:
     data: str = option("outputs/synpic", "folder that synpic.py wrote, or random")
     model: str = option(f"{HERE}/toy/models/sdxl", "folder, hub id, base+adapters or random:sdxl")
     resolution: int = option(0, "resize and crop images to this side in pixels; 0 = as they are", at_least=0)
-    label: str = option("given", f"phi as stored, reversed, or by scores: {', '.join(losses.LABELS)}")
+    label: str = option("given", "phi as stored, reversed, or phi, sum, normalized_sum, majority, random")
     label_rewards: tuple = option((), "which scores --label and --loss balanced count (default: all)")
     holdout: float = option(0.0, "share of the prompts kept to measure on", at_least=0, below=1)
     seed: int = option(0, "order of the lists, timesteps, noise", at_least=0)
@@ -66,9 +53,7 @@ class Method:
     beta: float = option(None, "for MEAN squared errors without a half (default: suits the model)", above=0)
     ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal", "random"))
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
-    loser_weight: float = option(
-        None, "times the gradient through a pair's loser (default: suits the model)", at_least=0
-    )
+    loser_weight: float = option(None, "of gradients through losers (default: suits the model)", at_least=0)
     ref_refresh: int = option(0, "steps between copies of the policy into the reference", at_least=0)
     noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
     timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
@@ -115,6 +100,21 @@ class Config(Method):
     resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
 
 
+if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
+    common.parse(Config, __doc__)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import engine
+import lists
+import losses
+import memory
+import pipelines
+
 SCORES = ("phi", "sum", "normalized_sum", "majority")  # labels that count all stored scores, or some
 ONLY_FOR = {  # an option that is not at its default: the losses that use it
     "ties": ("balanced",),
@@ -134,9 +134,7 @@ def check_options(cfg):
             fail(f"--{name}: --loss {cfg.loss} does not use it; it belongs to {', '.join(users)}")
     given = [n for n in ("label", "label_rewards", "expert_by") if getattr(cfg, n) != getattr(Method, n)]
     if cfg.data == "random" and given:
-        fail(
-            f"--data random: has no labels for --{given[0]} to choose from; it only measures time and memory"
-        )
+        fail(f"--data random: has no labels for --{given[0]}; it only measures time and memory")
     if any(Path(part).resolve().is_relative_to(Path(cfg.out).resolve()) for part in cfg.model.split("+")):
         fail(f"--model {cfg.model}: lies in --out {cfg.out}, which the run writes; choose another --out")
     lists.check_label(cfg.label, (*lists.STORED, *losses.LABELS))
@@ -342,8 +340,7 @@ def list_loss(cfg, policy_err, ref_err, batch):
         (expert, negative), (expert_ref, negative_ref) = policy_err.T, ref_err.T
         loss, metrics = losses.dro_loss(expert, expert_ref, negative, negative_ref, cfg.margin)
     else:
-        args = policy_err, ref_err, weights, cfg.beta, mask, cfg.loser_weight
-        loss, metrics = losses.preference_loss(*args)
+        loss, metrics = losses.preference_loss(policy_err, ref_err, weights, cfg.beta, mask, cfg.loser_weight)
     return loss, {**metrics, "loss": loss.detach(), "time": batch.time.to(loss.dtype)}
 
 

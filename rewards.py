@@ -48,10 +48,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
 from common import (
     HERE,
     appending,
@@ -67,8 +63,6 @@ from common import (
     whole_lines,
     writable_folder,
 )
-from lists import is_number, metadata_file, read_metadata
-from scorers import PUBLISHED, WEIGHTS, Scorer, crop, find_weights, one_line, open_clip_model
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
@@ -86,6 +80,16 @@ class Config:
     on_error: str = option("stop", "rows that cannot be scored", ("stop", "skip"))
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
+
+if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
+    parse(Config, __doc__)
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lists import is_number, metadata_file, read_metadata
+from scorers import PUBLISHED, WEIGHTS, Scorer, crop, find_weights, one_line, open_clip_model
 
 # ----------------------------------------------------------------------------- rewards that only judge
 

@@ -30,10 +30,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
 from common import (
     HERE,
     fail,
@@ -52,31 +48,6 @@ from common import (
     whole_lines,
     writable_folder,
     write_text,
-)
-from draw import (
-    check_settings,
-    folder_lock,
-    generate_stage,
-    note_time,
-    progress,
-    read_settings,
-    settings_of,
-    share_of,
-    to_draw,
-)
-from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
-from losses import LABELS, preference_labels, preference_rank
-from pipelines import split_spec
-from rewards import (
-    LOADERS,
-    TOY_REWARDS,
-    check_rewards,
-    read_scores,
-    reward_name,
-    score_rows,
-    stored_lines,
-    stored_scores,
-    version_there,
 )
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels, type on a GPU).
@@ -125,7 +96,9 @@ class Config:
         "reward models, name or name=source; see rewards.py (default, for the toy's prompts only: the toy's; "
         "to label lists that are there: all that scored them)",
     )
-    label: str = option("phi", f"what ranks a list: {', '.join(LABELS)} or single:REWARD")
+    label: str = option(
+        "phi", "what ranks a list: phi, sum, normalized_sum, majority, random or single:REWARD"
+    )
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
     # how it is run
     out: str = option("outputs/synpic", "folder to write")
@@ -139,6 +112,39 @@ class Config:
     )
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
+
+if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
+    parse(Config, __doc__)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from draw import (
+    check_settings,
+    folder_lock,
+    generate_stage,
+    note_time,
+    progress,
+    read_settings,
+    settings_of,
+    share_of,
+    to_draw,
+)
+from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
+from losses import LABELS, preference_labels, preference_rank
+from pipelines import split_spec
+from rewards import (
+    LOADERS,
+    TOY_REWARDS,
+    check_rewards,
+    read_scores,
+    reward_name,
+    score_rows,
+    stored_lines,
+    stored_scores,
+    version_there,
+)
 
 # ----------------------------------------------------------------------------- generators
 

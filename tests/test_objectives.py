@@ -188,7 +188,7 @@ def test_experts_are_the_best_images_with_their_captions(capsys):
         for p, phi, scores in (("a", [0.1, 1.0, 0.5], [3, 2, 1]), ("b", [1.0, 0.0, 0.6], [0, 9, 2]))
     ]
     names = lambda **more: [r["file_names"] for r in rankdpo.expert_rows(config(**more), rows)]
-    assert names(experts=3) == [["a1"], ["b0"], ["b2"]] and "3 of 6 images" in capsys.readouterr().out
+    assert names(experts=3) == [["a1"], ["b0"], ["b2"]] and "3 of 6 pictures" in capsys.readouterr().out
     assert names(experts=2, expert_by="clip") == [["b1"], ["a0"]]
     assert rankdpo.expert_rows(config(experts=2), rows)[0]["prompt"] == "a"
     cfg = config(loss="dro", expert_by="mps", data="x")
