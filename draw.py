@@ -19,20 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import (
-    appending,
-    fail,
-    lock,
-    parse_json,
-    pick_device,
-    pick_dtype,
-    print_problems,
-    process_rank,
-    publish,
-    quoted,
-    read_text,
-    write_text,
-)
+import common
+from common import appending, fail, lock, parse_json, pick_device, pick_dtype, print_problems, process_rank
 from pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
 
 # ----------------------------------------------------------------------------- drawing
@@ -92,10 +80,10 @@ def draw_model(cfg, pipe, k, model, batches, bar):
             for (prompt, files), (image, problem) in zip(batch, results):
                 path = Path(cfg.out) / files[k]
                 if problem:
-                    problems.append(f"{path}, prompt {quoted(prompt)}: {problem}")
+                    problems.append(f"{path}, prompt {common.quoted(prompt)}: {problem}")
                     path.unlink(missing_ok=True)
                 elif not is_whole(path):
-                    writing.append(threads.submit(publish, path, image.save, sync=False))
+                    writing.append(threads.submit(common.publish, path, image.save, sync=False))
             if problems and cfg.on_error == "stop":
                 fail(f"{problems[0]}; nothing was written for it. --on_error skip leaves such prompts out")
             bar.update(len(batch))
@@ -159,7 +147,7 @@ def read_settings(out):
     """settings.json of a folder, and how many prompts it was made for."""
     path = Path(out) / "settings.json"
     try:
-        settings = parse_json(read_text(path))
+        settings = parse_json(common.read_text(path))
         models = {name: {**model, "path": dict(model["path"])} for name, model in settings["models"].items()}
         return {**settings, "models": models}, int(settings["prompts"][0])
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -200,7 +188,7 @@ def keep_settings(out, now):
     with lock(path.with_name(".lock-settings"), wait=True):
         check_settings(out, now)
         if not path.is_file():
-            write_text(path, json.dumps(now, indent=1))
+            common.write_text(path, json.dumps(now, indent=1))
 
 
 def note_time(out, stage, name, images, seconds):

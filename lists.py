@@ -27,26 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import common
 import pipelines
-from common import (
-    IMAGE_FORMATS,
-    TEXT,
-    ahead,
-    ends_of,
-    fail,
-    open_image,
-    parse_json,
-    path_inside,
-    print_problems,
-    process_rank,
-    publish,
-    quoted,
-    read_jsonl,
-    read_pixels,
-    read_text,
-    shards,
-    write_text,
-)
+from common import IMAGE_FORMATS, fail, path_inside, process_rank, publish, read_jsonl, read_pixels, read_text
 from losses import preference_labels, preference_rank
 
 # ----------------------------------------------------------------------------- metadata.jsonl
@@ -97,7 +80,7 @@ def read_metadata(folder, lists=False, labelled=False):
 
 def checked_row(folder, row, lists, labelled):
     """A row of metadata.jsonl with its keys in our names; ValueError says what is wrong with it."""
-    prompt = next((row[k] for k in TEXT if k in row), None)
+    prompt = next((row[k] for k in common.TEXT if k in row), None)
     files = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
     if not isinstance(prompt, str) or not isinstance(files, list) or not files:
         raise ValueError("needs prompt (or caption, text) and file_names (or file_name)")
@@ -302,7 +285,7 @@ def encode(cfg, rows, pipe, device, dtype, cache, missing):
     pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
     for encoder in pipelines.text_encoders_of(pipe).values():
         encoder.to(device, dtype)
-    images, chunk = ahead(lambda n: list_pixels(cfg, rows[n], size), missing, depth=8, threads=4), None
+    images, chunk = common.ahead(lambda n: list_pixels(cfg, rows[n], size), missing, depth=8, threads=4), None
     for n in tqdm(missing, desc="encode", unit="list", disable=process_rank()[0] > 0):
         if n // CHUNK != chunk:
             chunk = n // CHUNK
@@ -372,7 +355,7 @@ def read_rows(path):
     """(format, rows as dicts) of a file; those of a parquet come one row group after the other."""
     if path.suffix != ".parquet":
         lines = path.suffix == ".jsonl"
-        rows = [row for _, row in read_jsonl(path)] if lines else parse_json(read_text(path))
+        rows = [row for _, row in read_jsonl(path)] if lines else common.parse_json(read_text(path))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("not a list of objects")
         return format_of(path, rows[0] if rows else ()), rows
@@ -459,7 +442,7 @@ def keep_picture(out, data):
     except FileNotFoundError:
         whole = False
     if not whole:
-        open_image(image)
+        common.open_image(image)
         publish(f"{out}/{name}", lambda tmp: tmp.write_bytes(data), sync=False)
     return name
 
@@ -484,7 +467,7 @@ def imported_row(out, kind, record, folder):
         try:
             files.append(keep_picture(out, picture_bytes(picture, folder)))
         except ValueError as e:
-            raise ValueError(f"picture {n} of {quoted(prompt)}: {e}") from None
+            raise ValueError(f"picture {n} of {common.quoted(prompt)}: {e}") from None
     if len(set(files)) < len(files):
         return None  # nothing to choose between
     phi = preference_labels("phi", [torch.tensor(scores, dtype=torch.float64)[:, None]])[0]
@@ -513,7 +496,7 @@ def import_lists(cfg, paths, metadata):
             human = row["scores"]["human"]
             counts.update(lists=1, images=len(human), ties=int(len(set(human)) < len(human)))
             f.write(json.dumps(row) + "\n")
-    print_problems(problems, "lists could not be read")
+    common.print_problems(problems, "lists could not be read")
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
     if not counts["lists"]:
         fail(f"--from {cfg.from_}: {said}, so nothing was imported")
@@ -527,12 +510,12 @@ def import_stage(cfg):
     import.json says what was imported. Until metadata.jsonl is there, another file may take its place: what
     is left of an import that failed is pictures that no row names."""
     source, out, said = Path(cfg.from_), Path(cfg.out), []
-    paths = shards(source) if source.is_dir() else [source]
+    paths = common.shards(source) if source.is_dir() else [source]
     if not cfg.from_ or not paths or not all(path.is_file() for path in paths):
         fail(f"--from {source}: name a .parquet, .json or .jsonl file, or a folder of .parquet files")
     if cfg.pictures and not Path(cfg.pictures).is_dir():
         fail(f"--pictures {cfg.pictures}: no such folder")
-    now = json.dumps([[path.name, *ends_of(path, 1 << 20)] for path in paths]) + "\n"
+    now = json.dumps([[path.name, *common.ends_of(path, 1 << 20)] for path in paths]) + "\n"
     begun, done = out / "import.json", (out / "metadata.jsonl").is_file()
     if done and begun.is_file() and read_text(begun) != now:
         fail(f"--out {out}: holds the lists of another file than {source}; choose another folder")
@@ -541,6 +524,6 @@ def import_stage(cfg):
     if done:
         print(f"{out}: was imported already; delete its metadata.jsonl to do it again")
         return
-    write_text(begun, now)
+    common.write_text(begun, now)
     publish(out / "metadata.jsonl", lambda tmp: said.append(import_lists(cfg, paths, tmp)))
     print(f"{out}/metadata.jsonl: {said[0]}")

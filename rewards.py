@@ -48,21 +48,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from common import (
-    HERE,
-    appending,
-    ends_of,
-    fail,
-    one_line_errors,
-    open_image,
-    option,
-    parallel_files,
-    parse,
-    pick_device,
-    read_text,
-    whole_lines,
-    writable_folder,
-)
+import common
+from common import HERE, appending, ends_of, fail, one_line_errors, open_image, option, parse, pick_device
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
@@ -367,8 +354,8 @@ def stored_row(line, fits=is_number):
 
 def stored_lines(folder, name, place="scores", fits=is_number):
     """Yield (file, line number, row or None) of a store, the files of parallel runs included."""
-    for path in parallel_files(Path(folder) / place, name):
-        for n, line in enumerate(whole_lines(path), 1):
+    for path in common.parallel_files(Path(folder) / place, name):
+        for n, line in enumerate(common.whole_lines(path), 1):
             yield path, n, stored_row(line, fits)
 
 
@@ -517,7 +504,7 @@ def read_folder(folder):
     if bare := sorted(set(pictures) - set(captioned)):
         what = f"{len(bare)} of {len(pictures)} pictures have no .txt caption and are left out"
         print(f"{folder}: {what} (the first: {bare[0].name})", file=sys.stderr)
-    return [(read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
+    return [(common.read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
 
 
 def toy_rewards_fit(folder, rows):
@@ -534,7 +521,7 @@ def toy_rewards_fit(folder, rows):
 
 def score_folder(cfg, rows):
     device = pick_device(cfg.device)
-    writable_folder("score", Path(cfg.score) / "scores")
+    common.writable_folder("score", Path(cfg.score) / "scores")
     for spec in cfg.rewards:
         score_rows(cfg.score, spec, rows, device, cfg.batch_size, cfg.on_error)
         values = [score for scores in read_scores(cfg.score, spec, rows).values() for score in scores]

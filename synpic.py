@@ -30,25 +30,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import (
-    HERE,
-    fail,
-    in_range,
-    one_line_errors,
-    option,
-    parse,
-    parse_json,
-    pick_device,
-    picture_grid,
-    process_rank,
-    publish,
-    read_image,
-    read_prompts,
-    start_processes,
-    whole_lines,
-    writable_folder,
-    write_text,
-)
+import common
+from common import HERE, fail, in_range, one_line_errors, option, parse, parse_json, process_rank, write_text
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels, type on a GPU).
 MODELS = {
@@ -120,31 +103,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from draw import (
-    check_settings,
-    folder_lock,
-    generate_stage,
-    note_time,
-    progress,
-    read_settings,
-    settings_of,
-    share_of,
-    to_draw,
-)
+import draw
+import rewards
+from draw import check_settings, folder_lock, generate_stage, note_time, progress, read_settings, settings_of
 from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
 from losses import LABELS, preference_labels, preference_rank
 from pipelines import split_spec
-from rewards import (
-    LOADERS,
-    TOY_REWARDS,
-    check_rewards,
-    read_scores,
-    reward_name,
-    score_rows,
-    stored_lines,
-    stored_scores,
-    version_there,
-)
+from rewards import LOADERS, TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows, stored_lines
 
 # ----------------------------------------------------------------------------- generators
 
@@ -256,8 +221,8 @@ def lists_from_elsewhere(cfg):
     specs = {reward_name(spec): spec for spec in cfg.rewards if is_known(spec)}
     for name in sorted(names - set(EVALUATION_ONLY)):
         lines = list(stored_lines(out, name))
-        version = version_there(out, name, lines, specs.get(name))
-        found, outdated = stored_scores(out, name, lines, rows, version)
+        version = rewards.version_there(out, name, lines, specs.get(name))
+        found, outdated = rewards.stored_scores(out, name, lines, rows, version)
         for i in outdated:
             lists[i]["scores"].pop(name, None)  # perhaps taken into metadata.jsonl before
         for i, scores in found.items():
@@ -302,11 +267,11 @@ def draw_preview(out, lists):
         for j in sorted(range(K), key=lambda j: -row["phi"][j]):
             path = out / row["file_names"][j]
             try:
-                cells.append((read_image(path), f"{names[j]}  phi {row['phi'][j]:.2f}"))
+                cells.append((common.read_image(path), f"{names[j]}  phi {row['phi'][j]:.2f}"))
             except ValueError as e:
                 fail(f"{path}: {e}")
         grid.append((row["prompt"], cells))
-    picture_grid(grid, out / "preview.png")
+    common.picture_grid(grid, out / "preview.png")
 
 
 def summarise(lists, names):
@@ -338,7 +303,7 @@ def summarise(lists, names):
 def speed_and_cost(cfg, lists):
     """Images a second of one process, hours a stage and, with --gpu_price, the cost, from timings.jsonl."""
     path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, {}
-    for line in whole_lines(path):
+    for line in common.whole_lines(path):
         try:
             t = parse_json(line.decode())
             stage, name, images = str(t["stage"]), str(t["name"]), int(t["images"])
@@ -382,7 +347,7 @@ def draw_summary(out, summary):
     titles = ("row above column (share of prompts)", "agreement of rewards (Kendall's tau)", "phi")
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=10)
-    publish(out / "summary.png", lambda tmp: figure.savefig(tmp, dpi=100))
+    common.publish(out / "summary.png", lambda tmp: figure.savefig(tmp, dpi=100))
 
 
 def print_summary(out, summary):
@@ -441,8 +406,8 @@ def main(argv=None):
     if "import" not in stages and not stored:
         cfg = with_toy_models(cfg)
     check_choices(cfg, stored)
-    part, parts, index, count = share_of(cfg.shard)
-    writable_folder("out", out)
+    part, parts, index, count = draw.share_of(cfg.shard)
+    common.writable_folder("out", out)
     if "import" in stages:
         if len(stages) > 1:
             fail("--stages import: stands alone; then rewards.py --score and --stages label")
@@ -460,22 +425,22 @@ def main(argv=None):
         stages.remove("label")  # the parts do not wait for each other
     rank, world = process_rank()
     models = parse_models(cfg.models)
-    prompts = [row["prompt"] for row in read_prompts(cfg.prompts, cfg.limit, cfg.offset, cfg.field)]
+    prompts = [row["prompt"] for row in common.read_prompts(cfg.prompts, cfg.limit, cfg.offset, cfg.field)]
     rows = [(prompt, [file_name(i, m) for m in models]) for i, prompt in enumerate(prompts)]
     batches = [rows[start : start + cfg.batch_size] for start in range(0, len(rows), cfg.batch_size)]
     mine = batches[index::count]  # a batch belongs to one process, by its place
-    device = pick_device(cfg.device)
+    device = common.pick_device(cfg.device)
     with folder_lock(out, index, count):
         settings = settings_of(cfg, rows, models)
         check_settings(cfg.out, settings, drawing="generate" in stages)
         if "generate" in stages:
-            todo = to_draw(cfg, mine, models)
+            todo = draw.to_draw(cfg, mine, models)
             with progress("generate", todo) as bar:
                 generate_stage(cfg, todo, device, settings, bar)
         if "score" in stages:
             score_stage(cfg, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "label" in stages and world > 1:  # every part must be there; nothing else waits for the others
-            start_processes("cpu", minutes=24 * 60)
+            common.start_processes("cpu", minutes=24 * 60)
             dist.barrier()
         if rank == 0 and "label" in stages:
             label_stage(cfg, lists_drawn_here(cfg, rows, models))
