@@ -196,7 +196,7 @@ def test_separators_of_unicode_do_not_cut_a_prompt(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False).replace("\\n", ""))
     for name in ("a.txt", "a.jsonl"):
-        assert [row["prompt"] for row in synpic.read_prompts(tmp_path / name)] == ["one prompt only"]
+        assert [row["prompt"] for row in common.read_prompts(tmp_path / name)] == ["one prompt only"]
 
 
 # ----------------------------------------------------------------------------- models
