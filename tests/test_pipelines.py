@@ -1,4 +1,4 @@
-"""What a path names: a base, what is added to it, the formats people have on disk, its fingerprint."""
+"""What a path names: a base, what is added to it, formats that people have on disk, fingerprints."""
 
 import json
 import shutil
