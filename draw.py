@@ -152,7 +152,7 @@ def read_settings(out):
         return {**settings, "models": models}, int(settings["prompts"][0])
     except (ValueError, TypeError, LookupError, AttributeError):
         mend = "delete it and metadata.jsonl if this very command made the folder, or choose another --out"
-        fail(f"{path}: damaged, so it is not known what the pictures were made with; {mend}")
+        fail(f"{path}: damaged, or of an older version: what drew the pictures is not known; {mend}")
 
 
 def check_settings(out, now, drawing=True):
