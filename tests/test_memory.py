@@ -74,7 +74,7 @@ def test_every_copy_of_the_policy_is_counted():
 
 
 def test_memory_of_a_pass_is_counted(capsys):
-    """SD3-Medium at 1024 px: what one image's pass keeps, and the table of what to run on which GPUs. One list,
+    """SD3-Medium at 1024 px: what an image's pass keeps, and what to run on which GPUs. One list,
     kept gathered on 8, took 56.9 GB of PyTorch's own allocator (docs/memory.md)."""
     memory.main(["--model", "random:sd3"])
     said = capsys.readouterr().out
