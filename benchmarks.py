@@ -12,9 +12,9 @@
     hpdv2          folder of the styles' .json, or zhwang/HPDv2      100 x HPSv2 by style
     pickapic       parquet file, or a folder of them                 the rewards
 
-Pictures lie where the official scorer looks for them; write_layout adds what else it reads. What a model saw
-in a picture is appended to FOLDER/measured/NAME.jsonl as it comes, and verdicts are computed from that anew
-each time. docs/benchmarks.md says what differs from each original. Q-Align is not run: it needs remote code.
+Pictures lie where the official scorer looks for them; write_layout adds what else it reads. Answers of the
+judging models are appended to FOLDER/measured/NAME.jsonl as they come; each report computes its verdicts from
+them. docs/benchmarks.md says what differs from each original, docs/papers.txt holds the papers' rows.
 """
 
 import json
@@ -28,12 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from common import (
-    appending,
+    HERE,
     fail,
-    parallel_files,
     parse_json,
     process_rank,
     prompt_rows,
@@ -42,21 +40,20 @@ from common import (
     read_jsonl,
     read_text,
     wait_for_all,
-    whole_lines,
     write_text,
 )
-from rewards import (
-    LOADERS,
+from lists import is_number
+from rewards import LOADERS, Store, answer_rows, files_version, load_reward, read_answers
+from scorers import (
+    BERT,
+    BLIP_WORDS,
     Scorer,
     clip_tokenizer,
     cosine,
     crop,
-    files_version,
     load_tokenizer,
-    load_vqascore,
     normalised,
     one_line,
-    picture_version,
     pretrained,
     tokenize,
 )
@@ -146,7 +143,7 @@ def read_compbench(path):
 
 def read_dpg(path):
     table, questions, texts = inside(path, "dpg_bench.csv"), {}, {}
-    for n, row in enumerate(prompt_rows(table, ".csv"), 1):
+    for n, row in enumerate(prompt_rows(table), 1):
         try:
             item, known = row["item_id"], questions.setdefault(row["item_id"], {})
             parents = [int(number) for number in row["dependency"].split(",")]
@@ -185,7 +182,7 @@ def read_hpdv2(path):
             file = from_hub(str(path), f"benchmark/{style}.json")
         elif not file.is_file():
             continue  # fewer styles
-        for n, row in enumerate(prompt_rows(file, ".json")):
+        for n, row in enumerate(prompt_rows(file)):
             yield f"{file}, prompt {n + 1}", {"prompt": row.get("prompt"), "tag": style, "index": n}
 
 
@@ -239,6 +236,16 @@ def picture_files(name, rows, seeds):
         pattern = "{tag}/samples/{prompt}_{n:06d}.png"
         return [[pattern.format(**r, n=r["index"] * seeds + s) for s in range(seeds)] for r in rows]
     return [[f"pictures/{i:05d}/{s}.png" for s in range(seeds)] for i in range(len(rows))]
+
+
+def of_another_prompt(folder, file, prompt):
+    """What is wrong with GenEval's metadata.jsonl of a picture; "" where there is none, or the prompt's."""
+    note, said = Path(folder) / Path(file).parts[0] / "metadata.jsonl", None
+    if not note.is_file():
+        return ""
+    with suppress(ValueError, AttributeError):
+        said = parse_json(read_text(note)).get("prompt")
+    return "" if said == prompt else f"{note} is damaged, or of another prompt than {prompt!r}"
 
 
 def write_layout(name, folder, rows, files):
@@ -366,46 +373,26 @@ def relations(a, b):
     return [relation for relation, holds in zip(RELATIONS, held) if holds]
 
 
-def objects_around(found, half):
-    """[(class or None, colour, x, y)], as toyworld.find_objects gives them -> the objects of geneval_verdict:
-    boxes of 2 half a side, of confidence 1. What is of no class is left out."""
-    objects = {}
-    for name, colour, x, y in found:
-        if name is not None:
-            objects.setdefault(name, []).append(((x - half, y - half, x + half, y + half, 1.0), colour))
-    return objects
-
-
 # ----------------------------------------------------------------------------- answers that are kept
 
 
-def measured(folder, name, sources, load, jobs, device, batch_size):
-    """{(file, question): answer, or None where the picture is missing or unreadable} of these jobs: what is
-    in folder/measured/NAME.jsonl, if picture and models are the same, and the others by load(sources, device)
-    -> answer(paths, questions).
+def measured(folder, name, sources, load, jobs, device, batch_size, fits=is_number):
+    """{(file, question): answer, or None where the picture is missing or unreadable} of these jobs. The store
+    is folder/measured/NAME.jsonl; load(sources, device) -> a Scorer that answers what is not there.
 
-    Answers are appended as they come. Batches are cut by position: a resumed run, and several processes (all
-    of which must call this), answer as an unbroken one does."""
-    (rank, world), place = process_rank(), Path(folder) / "measured"
-    path = place / (f"{name}@{rank}of{world}.jsonl" if world > 1 else f"{name}.jsonl")
+    Batches are cut by position: a resumed run, and several processes (all of which must call this), answer as
+    an unbroken one does."""
     version = [files_version([role, 1, source], local_folder(source)) for role, source in sources.items()]
-    keys = {job: ("-".join(version), job[0], picture_version(f"{folder}/{job[0]}"), job[1]) for job in jobs}
-    with appending(path, "another run is measuring there") as f:
-        known, answer = stored_answers(place, name), None
-        starts = range(rank * batch_size, len(jobs), world * batch_size)
-        for start in tqdm(starts, desc=f"measure {name}", unit="batch", disable=rank > 0):
-            batch = jobs[start : start + batch_size]
-            if all(keys[job] in known or keys[job][2] is None for job in batch):
-                continue
-            answer = answer or loaded(load, sources, device)
-            answers = answer([Path(folder) / file for file, _ in batch], [text for _, text in batch])
-            for key, value in zip((keys[job] for job in batch), answers):
-                if value is not None and key not in known:
-                    f.write(json.dumps([*key, value]).encode() + b"\n")
-                    f.flush()
-    wait_for_all(hours=True)
-    known = stored_answers(place, name)
-    return {job: known.get(key) for job, key in keys.items()}
+    store = Store(str(folder), name, "-".join(version), "measured", fits)
+    rows, (rank, world) = [(question, [file]) for file, question in jobs], process_rank()
+    starts = range(0, len(rows), batch_size)[rank::world]
+    mine = [row for start in starts for row in rows[start : start + batch_size]]
+    part, judge = f"@{rank}of{world}" * (world > 1), lambda: load_judge(load, sources, device)
+    answer_rows(store, mine, judge, batch_size, "leave", part)
+    wait_for_all(slow=True)
+    known = read_answers(store, rows)
+    there = lambda i: i in known and (Path(folder) / rows[i][1][0]).is_file()
+    return {job: known[i][0] if there(i) else None for i, job in enumerate(jobs)}
 
 
 def local_folder(source):
@@ -414,29 +401,13 @@ def local_folder(source):
     return path if Path(path).exists() else ""
 
 
-def stored_answers(place, name):
-    """{(models, file, picture, question): answer} of NAME.jsonl and of the files of parallel runs."""
-    known = {}
-    for path in parallel_files(place, name):
-        for line in whole_lines(path):
-            with suppress(ValueError, TypeError):  # what is no row of ours is answered anew
-                *key, answer = parse_json(line.decode())
-                known[tuple(key)] = answer
-    return known
-
-
-def loaded(load, sources, device):
-    """load(sources, device); the program ends with one line where that cannot be."""
+def load_judge(load, sources, device):
+    """load(sources, device), or one line that names the sources."""
     try:
         return load(sources, device)
     except Exception as e:  # a missing file, a wrong format, no hub
         names = " ".join(f"{role}={source}" for role, source in sources.items())
         fail(f"--bench_models {names}: could not be loaded: {one_line(e)}")
-
-
-def scores_of(scorer):
-    """The same as scorer.stream, as a function of a batch: None where a picture cannot be read."""
-    return lambda paths, texts: [score for score, _ in scorer.stream(paths, texts, len(paths))]
 
 
 def lost_pictures(answers):
@@ -468,23 +439,21 @@ def load_clip(source, device):
 def load_clip_scorer(sources, device):
     """T2I-CompBench's CLIPScore: the cosine of a picture and its prompt."""
     see, read, prepare = load_clip(sources["clip"], device)
-    return scores_of(Scorer("clip", prepare, lambda x, prompts: cosine(1.0, see(x), read(prompts)), device))
+    return Scorer("clip", prepare, lambda x, prompts: cosine(1.0, see(x), read(prompts)), device)
 
 
 def load_vqa(sources, device):
     """P(yes) of pictures and questions: BLIP-VQA as T2I-CompBench has it, or rewards.py's VQAScore."""
     source = sources["vqa"]
-    name, _, folder = source.partition("=")
+    name = source.partition("=")[0]
     if name.startswith("vqascore") and name in LOADERS:
         question = "\n{} Please answer yes or no. ASSISTANT: "
-        return scores_of(load_vqascore(name, folder, device, *LOADERS[name][1:], question=question))
+        return load_reward(source, device, question=question)
     from transformers import BertTokenizer, BlipForQuestionAnswering
 
     model = pretrained(BlipForQuestionAnswering, source)[0].to(device)
     words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
-    tokenizer = load_tokenizer(
-        BertTokenizer, source, words, "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")
-    )
+    tokenizer = load_tokenizer(BertTokenizer, source, words, BERT, BLIP_WORDS)
     yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
 
     def prepare(image):
@@ -505,7 +474,7 @@ def load_vqa(sources, device):
             chance[rows] = (logits[:, 0, yes] - logits[:, 0, no]).sigmoid()  # P(yes) / (P(yes) + P(no))
         return chance
 
-    return scores_of(Scorer("vqa", prepare, forward, device))
+    return Scorer("vqa", prepare, forward, device)
 
 
 def plain_question(text):
@@ -609,25 +578,35 @@ def load_colours(source, device):
     return colours
 
 
+class Finder(Scorer):
+    """A Scorer whose answer about a picture is {class: [[x0, y0, x1, y1, confidence, colour or None], ...]}.
+    The question is JSON, {class: of how many of the best the colour is asked}."""
+
+    def score_batch(self, loaded, questions):
+        pairs = zip(loaded, questions)
+        return [(None, problem) if problem else (self.forward(x, q), None) for (x, problem), q in pairs]
+
+
 def load_finder(sources, device):
-    """Answers {class: [[x0, y0, x1, y1, confidence, colour or None], ...]} of pictures and questions: JSON,
-    {class: of how many of the best the colour is asked}."""
     detect, colours = load_detector(sources["detector"], device), load_colours(sources["colours"], device)
 
-    def find(path, question):
-        try:
-            image = read_image(path)
-        except ValueError:
-            return None
-        answer = {}
+    def find(image, question):
+        answer, asked = {}, json.loads(question)
         for name, (boxes, masks) in detect(image).items():
-            best = geneval_keep(boxes, "")[: json.loads(question).get(name, 0)]
+            best = geneval_keep(boxes, "")[: asked.get(name, 0)]
             seen = colours(image, [boxes[i] for i in best], [masks[i] for i in best], name) if best else []
             named = dict(zip(best, seen))
             answer[name] = [[*box, named.get(i)] for i, box in enumerate(boxes)]
         return answer
 
-    return lambda paths, questions: [find(*pair) for pair in zip(paths, questions)]
+    return Finder("finder", lambda image: image.convert("RGB"), find, device)
+
+
+def is_finding(answer):
+    """What a Finder answers, as a file may hold it."""
+    boxes = [box for found in answer.values() for box in found]
+    known = (None, *COLOURS)
+    return all(len(box) == 6 and all(map(is_number, box[:5])) and box[5] in known for box in boxes)
 
 
 # ----------------------------------------------------------------------------- metrics
@@ -653,7 +632,7 @@ def measure_geneval(folder, rows, files, sources, ask):
     """1 where a picture passes, else 0. Writes results.jsonl and summary.txt as the original does."""
     models = {role: sources[role] for role in ("detector", "colours")}
     jobs = [(file, colours_asked(row)) for row, of_row in zip(rows, files) for file in of_row]
-    answers = ask("geneval", models, load_finder, jobs)
+    answers = ask("geneval", models, load_finder, jobs, fits=is_finding)
     values, results = np.full((len(rows), len(files[0])), np.nan), []
     for i, (row, of_row) in enumerate(zip(rows, files)):
         for s, file in enumerate(of_row):
@@ -662,10 +641,7 @@ def measure_geneval(folder, rows, files, sources, ask):
                 results.append(geneval_result(f"{folder}/{file}", row, answer))
                 values[i, s] = results[-1]["correct"]
     if process_rank()[0] == 0 and results:
-        import pandas
-
-        lines = pandas.DataFrame(results)
-        publish(Path(folder) / "results.jsonl", lambda tmp: lines.to_json(tmp, orient="records", lines=True))
+        write_text(Path(folder) / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
         write_text(Path(folder) / "summary.txt", geneval_summary(results))
     note = f"detector {models['detector']} in transformers; official: the same architecture trained in mmdet"
     return values, [note, *lost_pictures(answers)]
@@ -771,9 +747,8 @@ def noun_phrases(prompts, file):
     if file:
         with suppress(ValueError):  # what is no JSON holds no prompt either
             phrases = parse_json(read_text(file))
-        if missing := [
-            p for p in prompts if not isinstance(phrases, dict) or type(phrases.get(p)) is not list
-        ]:
+        known = phrases if isinstance(phrases, dict) else {}
+        if missing := [prompt for prompt in prompts if not isinstance(known.get(prompt), list)]:
             fail(f"{file}: no JSON {{prompt: [noun phrases]}} with {missing[0]!r}")
     elif prompts:
         try:
@@ -781,9 +756,7 @@ def noun_phrases(prompts, file):
 
             find = spacy.load("en_core_web_sm")
         except (ImportError, OSError):
-            advice = (
-                "install both, or name a file {prompt: [noun phrases]} with --bench_models phrases=FILE.json"
-            )
+            advice = "install both, or name a file of them with --bench_models phrases=FILE.json"
             fail(f"T2I-CompBench's noun phrases: spaCy or its en_core_web_sm is not here; {advice}")
         phrases = {prompt: [chunk.text for chunk in find(prompt).noun_chunks] for prompt in prompts}
     return [[f"{p}?" for p in phrases[prompt] if p not in NO_PHRASES][:MOST_PHRASES] for prompt in prompts]
@@ -837,55 +810,34 @@ def hps_table(tags, scores):
     return {**columns, "Average": float(100 * scores.mean())}
 
 
-PAPERS = {  # benchmark: source and columns, then a line a model; win rates in per cent, best of five seeds
-    "geneval": """RankDPO, Table 1: Mean, Single, Two, Counting, Colors, Position, Color Attribution
-        SDXL: .55 .98 .74 .39 .85 .15 .23
-        SDXL + RankDPO: .61 1.00 .86 .46 .90 .14 .29
-        SD3-Medium: .70 1.00 .87 .63 .84 .28 .58
-        SD3-Medium + RankDPO: .74 1.00 .90 .72 .87 .31 .66""",
-    "t2i-compbench": """RankDPO, Table 2: Color, Shape, Texture, Spatial, Non-Spatial, Complex
-        SDXL: 58.79 46.87 52.99 21.31 31.19 32.37
-        SDXL + RankDPO: 72.33 56.93 69.67 24.53 31.33 45.47
-        SD3-Medium: 81.31 59.06 75.91 34.30 31.13 47.93
-        SD3-Medium + RankDPO: 83.26 63.45 78.72 36.49 31.25 48.65""",
-    "dpg": """RankDPO, Table 3: DSG Score, VQA Score, Q-Align Score
-        SDXL: 74.65 84.33 .72
-        SDXL + DPO: 76.74 85.67 .74
-        SDXL + MaPO: 74.53 84.54 .80
-        SDXL + SPO: 74.73 84.71 .82
-        SDXL + RankDPO: 79.26 87.52 .81
-        SD3-Medium: 85.54 90.58 .67
-        SD3-Medium + RankDPO: 86.78 90.99 .68""",
-    "pickapic": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
-        DiffusionDPO vs SD1.5: 70.71 57.24 56.23 52.86
-        BalancedDPO vs SD1.5: 85.19 78.45 64.31 69.36
-        BalancedDPO vs DiffusionDPO: 73.06 73.40 65.99 69.70
-        DiffusionDPO vs SDXL: 78.00 59.00 45.00 21.00
-        BalancedDPO vs SDXL: 98.00 88.00 62.00 44.00
-        BalancedDPO vs DiffusionDPO-SDXL: 82.00 77.00 64.00 81.00""",
-    "parti": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
-        DiffusionDPO vs SD1.5: 67.76 56.24 50.75 50.49
-        BalancedDPO vs SD1.5: 70.06 65.19 56.33 62.18
-        BalancedDPO vs DiffusionDPO: 61.20 62.80 56.95 62.62
-        DiffusionDPO vs SDXL: 76.00 58.00 52.00 26.00
-        BalancedDPO vs SDXL: 96.00 94.00 76.00 66.00
-        BalancedDPO vs DiffusionDPO-SDXL: 88.00 86.00 80.00 93.00""",
-    "hpdv2": """BalancedDPO, Tables I and II, win rates: HPS, CLIP, PickScore, Aesthetic
-        DiffusionDPO vs SD1.5: 74.00 50.67 47.33 56.00
-        BalancedDPO vs SD1.5: 72.67 72.67 60.67 63.33
-        BalancedDPO vs DiffusionDPO: 57.33 69.33 64.00 60.00
-        DiffusionDPO vs SDXL: 78.00 55.00 38.00 14.00
-        BalancedDPO vs SDXL: 97.00 78.00 50.00 42.00
-        BalancedDPO vs DiffusionDPO-SDXL: 80.00 74.00 75.00 83.00""",
-}
+def read_papers(path=HERE / "docs/papers.txt"):
+    """{benchmark: dict(source, columns, rows {model: {column: number}}, n {model: prompts})}."""
+    tables = {}
+    for block in re.sub("(?m)^#.*\n", "", read_text(path)).strip().split("\n\n"):
+        (bench, source, header), *lines = (line.split("; ") for line in block.split("\n"))
+        table = dict(source=source, columns=header.split(", "), rows={}, n={})
+        for n, model, text in lines:
+            values = [float("nan" if cell == "-" else cell) for cell in text.split()]
+            table["rows"][model], table["n"][model] = dict(zip(table["columns"], values)), int(n)
+        tables[bench] = table
+    return tables
 
 
-def parse_paper(text):
-    """dict(source, columns, rows {model: {column: number}}) of a table above."""
-    (source, header), *lines = (line.strip().rsplit(": ", 1) for line in text.split("\n"))
-    columns = header.split(", ")
-    rows = {model: dict(zip(columns, map(float, numbers.split()))) for model, numbers in lines}
-    return dict(source=source, columns=columns, rows=rows)
+PAPER_TABLES = read_papers()
 
 
-PAPER_TABLES = {bench: parse_paper(text) for bench, text in PAPERS.items()}
+def paper_table(bench, results, rows, scores):
+    """(header, rows): ours above the papers', in the papers' own columns: values of scores {model: {metric:
+    (P, S)}}, or win rates of the best seed from evaluate.py's results."""
+    paper = PAPER_TABLES[bench]
+    ours = {name: summarise_bench(bench, rows, metrics) for name, metrics in scores.items()}
+    if "win rates" in paper["source"]:
+        names = dict(zip(paper["columns"], ("hpsv2.1", "clip", "pickscore", "aesthetic")))
+        for name, result in results.items():
+            for other, pair in result["against"].items():
+                wins = {column: 100 * pair[r]["best"]["rate"] for column, r in names.items() if r in pair}
+                ours[f"{name} vs {other}"] = wins
+    every = {**ours, **{f"{name} (paper)": values for name, values in paper["rows"].items()}}
+    columns = dict.fromkeys([*paper["columns"], *(column for values in ours.values() for column in values)])
+    cells = lambda values: [f"{values[c]:.2f}" if np.isfinite(values.get(c, np.nan)) else "" for c in columns]
+    return [f"{bench}; {paper['source']}", *columns], [[n, *cells(values)] for n, values in every.items()]

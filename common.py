@@ -1,13 +1,13 @@
-"""What every script stands on: options, errors, processes, files, readers, pictures. No model, no loss.
+"""What every script uses: errors, options, processes, files, readers, pictures. No model, no loss.
 
-option, parse                a dataclass from the command line; a range stands where its option is defined
-fail, one_line_errors        bad input ends in one line and a status that is not zero
-process_rank, pick_device    torchrun's processes, or one; the only place that knows rank and world
-publish, write_text, lock    a reader of a file sees the old one or the new one, never half
-appending, whole_lines       files that grow by lines, of which a killed run may leave half of the last
-read_jsonl, read_prompts, read_metadata, read_image
-                             one reader of each format, so that each complaint stands once
-picture_grid, plot_curves    rows of captioned pictures, curves of a log
+fail, one_line_errors        bad input ends in one line and an exit status that is not zero
+option, parse                a dataclass becomes the command line; each range is written beside its option
+process_rank, pick_device    rank, world size and device, with or without torchrun
+publish, write_text, lock    files that are replaced whole: a reader never sees half of one
+appending, whole_lines       files that grow line by line, where a killed run may leave half a line
+read_jsonl, read_prompts, read_image
+                             one reader a format, so that each complaint is written once
+picture_grid, plot_curves    captioned pictures in rows; the curves of a log
 """
 
 import argparse
@@ -15,9 +15,12 @@ import csv
 import ctypes
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
+import reprlib
 import shutil
 import signal
 import subprocess
@@ -30,12 +33,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import field, fields, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, features
 from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
@@ -44,41 +46,59 @@ HERE = Path(__file__).resolve().parent
 
 
 def fail(message, status=1):
-    """End with one line on stderr: the last one, below any progress bar. Under torchrun the first process
-    speaks at once. The others wait three seconds, in which torchrun ends them if the first has failed; one
-    that still lives had an error of its own, and says it."""
+    """Print one line on stderr, below any progress bar, and exit.
+
+    Under torchrun the first process prints at once. The others wait three seconds: if the first process has
+    failed too, torchrun ends them meanwhile, and the error is printed once."""
     message = " ".join(str(message).splitlines())  # it may quote a name or a library
     if process_rank()[0] > 0:
-        with suppress(ValueError):  # a thread may not
+        with suppress(ValueError):  # a thread may not set a signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     if status == 1:
-        raise SystemExit(message)  # python prints it at the very end and exits with 1
+        raise SystemExit(message)  # python prints it last and exits with 1
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
-at_end = ExitStack()  # what is undone when a script ends, however it ends: locks, the process group
+def print_problems(problems, what):
+    """Print at most 20 problems and how many there are."""
+    if problems:
+        print("\n".join(problems[:20]))
+        print(f"{len(problems)} {what}; at most 20 of them are listed above")
+
+
+def quoted(value):
+    """repr for a message, at most 80 characters of a text: a damaged file may hold megabytes of it."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 80
+    return shortener.repr(value)
+
+
+cleanup = ExitStack()  # closed when a script ends, also by an error: locks, the process group
 
 
 def one_line_errors(main):
-    """A decorator for main: Ctrl-C, a full disk, a folder that cannot be written end in one line, too."""
+    """Decorate main: Ctrl-C, a full disk and a folder that cannot be written also end in one line."""
 
     @functools.wraps(main)
     def guarded(argv=None):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            fail("interrupted; what was complete is kept, and the same command goes on from there", 130)
-        except OSError as e:
-            what = f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e)
-            fail(f"{what}; what was complete is kept, and the same command goes on from there")
-        except Exception as e:  # a full disk as safetensors, torch and others report it
-            if not any(text in str(e) for text in ("No space left", "Read-only file", "Permission denied")):
+            fail("interrupted; the same command goes on from what is saved", 130)
+        except Exception as e:
+            if type(e).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+                smaller = "--batch_size, for rankdpo.py --images_per_forward 1 --gradient_checkpointing true"
+                fail(f"out of GPU memory: lower {smaller}; memory.py plans what fits a GPU")
+            what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else " ".join(str(e).split())
+            # safetensors, torch and others report a full disk by exceptions of their own
+            full = any(text in what for text in ("No space left", "Read-only file", "Permission denied"))
+            if not isinstance(e, OSError) and not full:
                 raise
-            fail(f"{' '.join(str(e).split())[-200:]}; what was complete is kept")
+            fail(f"{what[-200:]}; the same command goes on from what is saved")
         finally:
-            at_end.close()
+            cleanup.close()
 
     return guarded
 
@@ -87,13 +107,13 @@ def one_line_errors(main):
 
 
 def option(default, help, choices=None, above=None, at_least=None, below=None):
-    """A field of a configuration. Its type is its annotation; numbers must lie in the range and be finite. A
-    default of None means: derived, as the help says."""
+    """A field of a configuration dataclass. The annotation is its type; a number must be finite and in range.
+    A default of None is derived later, as the help says."""
     return field(default=default, metadata=dict(help=help, choices=choices, range=(above, at_least, below)))
 
 
 def in_range(name, value, limits):
-    """The value, or ValueError with what it must be. Whole numbers fit in what torch and PIL count with."""
+    """The value; ValueError says what it must be. Whole numbers stay below 2^31, as torch and PIL need."""
     above, at_least, below = limits
     if isinstance(value, int) and below is None:
         below = 2**31
@@ -113,9 +133,9 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def read_value(field, text):
-    """The text of an option as its field's type, within its range; ArgumentTypeError says what is wanted."""
+    """Convert an option's text to its field's type; ArgumentTypeError says which values are allowed."""
     if field.type not in KINDS:
-        if "\0" in text or (field.default and not text.strip()):  # "" may stand where it is the default
+        if "\0" in text or (field.default and not text.strip()):  # "" is allowed where it is the default
             raise argparse.ArgumentTypeError(f"{text!r} names nothing")
         return text
     try:
@@ -128,12 +148,35 @@ def read_value(field, text):
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+def headings(config):
+    """{option: heading}. A comment line inside the dataclass is the heading of the options below it."""
+    found, heading = {}, "options"
+    for cls in reversed(config.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            if comment := re.match(r"    # (.+)", line):
+                heading = comment[1]
+            elif name := re.match(r"    (\w+): ", line):
+                found[name[1]] = heading
+    return found
+
+
 def parse(config, doc, argv=None):
-    """A dataclass from the command line. Wrong options end in one line and exit status 2."""
+    """Fill the dataclass `config` from the command line. A wrong option ends in one line and status 2.
+
+    Scripts also call this before they import torch, so that --help and a misspelt option cost no seconds."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{parser.prog}: {message} (--help lists the options)", 2)
-    for f in fields(config):
+    names = [f"--{f.name.rstrip('_')}" for f in fields(config)]  # from_ is --from
+
+    def error(message):
+        wrong = message.split()[2:] if message.startswith("unrecognized arguments") else []
+        near = [name for word in wrong for name in get_close_matches(word.split("=")[0], names, 1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        fail(f"{parser.prog}: {message}{hint} (--help lists the options)", 2)
+
+    parser.error, heading = error, headings(config)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(heading.values())}
+    for f, name in zip(fields(config), names):
         choices, default = f.metadata["choices"], f.default
         more = {"choices": choices} if choices else {"metavar": f.name.upper()}
         if f.type is bool:
@@ -143,13 +186,13 @@ def parse(config, doc, argv=None):
             default = " ".join(default or ())
         text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
-        parser.add_argument(f"--{f.name.rstrip('_')}", dest=f.name, **more)  # from_ is --from
+        groups[heading[f.name]].add_argument(name, dest=f.name, **more)
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def fill_in(cfg, values, why):
-    """The configuration with these values where an option was not given (is None); says so once."""
+    """Replace options that are None, that is not given, by `values`. The first process prints them."""
     taken = {name: value for name, value in values.items() if getattr(cfg, name) is None}
     if process_rank()[0] == 0 and taken:
         print(f"{why}:", *(f"--{name} {value:g}" for name, value in taken.items()))
@@ -160,17 +203,28 @@ def fill_in(cfg, values, why):
 
 
 def process_rank():
-    """(rank, world) as torchrun sets them; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, world size) as torchrun sets them; (0, 1) without torchrun."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    numbers = rank.isdecimal() and world.isdecimal() and os.environ.get("LOCAL_RANK", "0").isdecimal()
+    if not numbers or int(rank) >= int(world):
+        names = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+        found = " ".join(f"{name}={os.environ[name]}" for name in names)
+        raise SystemExit(f"{found}: not what torchrun sets; unset them, or start with torchrun")
+    return int(rank), int(world)
 
 
 def pick_device(name="auto"):
     """The device of this process: under torchrun its own GPU, or the CPU."""
-    world, local = process_rank()[1], int(os.environ.get("LOCAL_RANK", 0))
+    import torch
+
+    world, local = process_rank()[1], int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if world == 1 and name == "cpu" and torch.backends.mps.is_available():
             name = "mps"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if name == "cpu" and os.path.exists("/dev/nvidiactl") and not hidden:
+            fail("torch cannot use this machine's GPU (torch build, driver); --device cpu runs without it")
     if name == "cuda" and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             fail(f"{world} processes, but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
@@ -181,54 +235,75 @@ def pick_device(name="auto"):
         fail(f"--device {name}: {str(e).splitlines()[0]}")
 
 
-patient = []  # the process group in which wait_for_all(hours=True) waits
+slow_group = []  # one process group with a timeout of a day; wait_for_all(slow=True) waits in it
 
 
 def start_processes(device_name, minutes=10):
-    """The device of this process, after it has joined the others where torchrun started several. A peer that
-    is lost, or not there after some minutes, ends the run; torchrun may start it again."""
+    """Join the other processes of torchrun, if there are any; returns this process's device.
+
+    A process that is lost, or silent for `minutes`, ends the run; torchrun may then restart it."""
     device, world = pick_device(device_name), process_rank()[1]
     if world > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes)
-        )
-        patient.append(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
-        at_end.callback(patient.clear)
-        at_end.callback(dist.destroy_process_group)
+        import torch.distributed as dist
+
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if not os.environ.get(name)]:
+            fail(f"WORLD_SIZE={world} without {', '.join(missing)}; start with torchrun, or unset WORLD_SIZE")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        except (dist.DistError, ValueError) as e:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            fail(f"{place}: the processes cannot meet there ({str(e).splitlines()[0][:200]})")
+        slow_group.append(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
+        cleanup.callback(slow_group.clear)
+        cleanup.callback(dist.destroy_process_group)
     return device
 
 
 def gather(rows):
-    """Rows (n, M) of every process, in the order of the processes -> (world n, M)."""
+    """Concatenate the rows (n, M) of all processes in the order of their ranks -> (world n, M)."""
     if process_rank()[1] == 1:
         return rows
+    import torch
+    import torch.distributed as dist
+
     whole = [torch.empty_like(rows) for _ in range(process_rank()[1])]
     dist.all_gather(whole, rows.contiguous())
     return torch.cat(whole)
 
 
 def to_device(t, device):
-    """A tensor of the CPU, without waiting for the copy on a GPU."""
+    """Copy a CPU tensor to the device; the caller does not wait for a copy to a GPU."""
+    import torch
+
     on_gpu = torch.device(device).type == "cuda"
     return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
 
 
 def any_process(flag, device):
-    """Is the flag set on any process? The same answer on all of them."""
+    """True on every process if the flag is set on one of them."""
+    if process_rank()[1] == 1:
+        return bool(flag)
+    import torch
+    import torch.distributed as dist
+
     value = torch.tensor(float(flag), device=device)
-    if process_rank()[1] > 1:
-        dist.all_reduce(value)
+    dist.all_reduce(value)
     return bool(value)
 
 
-def wait_for_all(hours=False):
-    """Until every process is here; `hours`: where one may read, encode or write that long."""
+def wait_for_all(slow=False):
+    """Return once every process has called this. With `slow` it waits up to a day: for reading, encoding or
+    writing by one of them."""
     if process_rank()[1] > 1:
-        dist.barrier(patient[0] if hours else None)
+        import torch.distributed as dist
+
+        dist.barrier(slow_group[0] if slow else None)
 
 
 def ahead(work, items, depth, threads=1):
-    """work(item) of all items, in their order: threads compute the next `depth` while the caller uses one."""
+    """Yield work(item) for all items in order. Threads compute the next `depth` while the caller uses one."""
     pool, waiting = ThreadPoolExecutor(threads), deque()
     try:
         for item in items:
@@ -242,28 +317,18 @@ def ahead(work, items, depth, threads=1):
 
 
 def check_finite(values, device, message):
-    """No weights that are not finite are trained on or saved."""
+    """End the run on every process if one of the tensors holds inf or nan."""
+    import torch
+
     local = [p.to_local() if hasattr(p, "to_local") else p for p in values]
     if any_process(not torch.stack([p.isfinite().all() for p in local]).all(), device):
         fail(message)
 
 
-def matrix_rate(device, n=8192, times=50):
-    """bf16 FLOP/s of an (n, n) matrix product on a GPU: what a share of the peak is a share of; else 0."""
-    if device.type != "cuda":
-        return 0
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    for i in range(times + 5):  # five to warm up
-        if i == 5:
-            torch.cuda.synchronize()
-            start = time.time()
-        a @ a
-    torch.cuda.synchronize()
-    return 2 * n**3 * times / (time.time() - start)
-
-
 def pick_dtype(precision, device):
-    """The compute type that --precision names; auto is bf16 on a GPU, fp32 elsewhere."""
+    """The compute type of --precision; auto is bf16 on a GPU and fp32 elsewhere."""
+    import torch
+
     if precision == "auto":
         precision = "bf16" if device.type in ("cuda", "meta") else "fp32"
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -271,8 +336,9 @@ def pick_dtype(precision, device):
 
 
 def provenance(device):
-    """What a result depends on besides its options: commit, versions, device."""
+    """What a result depends on besides its options: the commit, library versions, the device."""
     import diffusers
+    import torch
     import transformers
 
     describe, commit = ["git", "describe", "--always", "--dirty"], ""
@@ -288,12 +354,23 @@ def provenance(device):
 # ----------------------------------------------------------------------------- writing
 
 
-def publish(path, write, sync=True, unique=False):
-    """write(temporary path), then rename: a reader sees the old file or folder or the new one, never half.
+MARKER = ".replaceable"  # publish() puts this file into its folders, and replaces only folders that have it
 
-    The temporary name is the same each time, so that what a killed run left is overwritten; `unique` is for
-    files that several runs may write at once. `sync` waits until a file is on the disk."""
+
+def check_replaceable(path):
+    """Refuse to replace a folder that publish() did not write: call this before hours of work."""
     path = Path(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+        fail(f"{path}: would replace a folder that was not written here; move it away or choose another name")
+
+
+def publish(path, write, sync=True, unique=False):
+    """Replace a file, or a folder of its own, as a whole: write(temporary path), then rename.
+
+    The temporary name is always the same, so that a run overwrites what a killed run left. `unique` adds the
+    process id, for files that several runs may write at once. `sync` waits until a file is on the disk."""
+    path = Path(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tag = f".{os.getpid()}" if unique else ""
     tmp = path.with_name(f".tmp{tag}.{path.name}")  # the suffix stays: it names the format
@@ -301,22 +378,25 @@ def publish(path, write, sync=True, unique=False):
     remove(tmp)
     try:
         write(tmp)
-        if sync and tmp.is_file():
+        if tmp.is_dir():
+            (tmp / MARKER).touch()
+        elif path.is_dir():
+            fail(f"{path}: a file would replace this folder; move it away")
+        elif sync:
             with open(tmp, "rb") as f:
                 os.fsync(f.fileno())
-        if path.is_dir() and not swap_paths(tmp, path):
-            # no such call here: there is a moment without a folder
+        if path.is_dir() and not swap_paths(tmp, path):  # without that system call it takes two renames
             remove(old)
             os.rename(path, old)
         if not path.is_dir():
             os.replace(tmp, path)
-    finally:  # what was there before, or what was not finished
+    finally:  # the old content, or what was not finished
         remove(tmp)
         remove(old)
 
 
 def swap_paths(a, b):
-    """Swap two paths in one system call, where there is one (Linux): a folder is then never missing."""
+    """Swap two paths in one system call, so that a folder is never missing; False where it fails (macOS)."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):
@@ -325,7 +405,7 @@ def swap_paths(a, b):
 
 
 def remove(path):
-    """A file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if Path(path).is_dir() and not Path(path).is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -333,12 +413,12 @@ def remove(path):
 
 
 def write_text(path, text):
-    """A text file, whole or not at all."""
+    """Write a text file, whole or not at all."""
     publish(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 
 def writable_folder(name, path):
-    """Make the folder of option --name and try to write into it: now, not after hours of work."""
+    """Make the folder of option --name and try to write there: an error should come before hours of work."""
     if not str(path).strip():
         fail(f"--{name}: a folder must be named")
     try:
@@ -349,26 +429,38 @@ def writable_folder(name, path):
     return Path(path)
 
 
+def path_inside(folder, name):
+    """The path of `name` in the folder, as text. `name` comes from a file that anybody may have written, so
+    ValueError unless it is a relative path that stays in the folder, links followed."""
+    parts = name.split("/") if isinstance(name, str) else []
+    if not name or not parts or "\0" in name or os.path.isabs(name) or ".." in parts:
+        raise ValueError(f"{quoted(name)}: must be a path inside the folder")
+    path = f"{folder}/{name}"
+    if any(os.path.islink("/".join([str(folder), *parts[:n]])) for n in range(1, len(parts) + 1)):
+        if not os.path.realpath(path).startswith(f"{os.path.realpath(folder)}/"):
+            raise ValueError(f"{quoted(name)}: a link out of the folder; copy what it links to")
+    return path
+
+
 def own_folder(name, path, busy):
-    """A folder of option --name that can be written and that no other process of this kind is at work in."""
+    """writable_folder, locked until this run ends; another run of the same folder is refused."""
     folder = writable_folder(name, path)
     if process_rank()[0] == 0:
-        at_end.enter_context(lock(folder, f"--{name} {path}: {busy}; wait for it, or choose another folder"))
+        cleanup.enter_context(lock(folder, f"--{name} {path}: {busy}; wait for it, or choose another folder"))
     return folder
 
 
 @contextmanager
 def lock(path, message="", shared=False, wait=False):
-    """Hold the lock of the file or folder `path`; if another process does, fail with the message, or wait.
-    The system frees the locks of a process that ends, however it ends; where there are none (Windows),
-    nothing is locked."""
+    """Hold the lock of a file or folder. If another process holds it, fail with the message, or wait.
+    The system frees the locks of a process that ends. Windows has no such locks: nothing is locked there."""
     try:
         import fcntl
     except ImportError:
         yield
         return
-    folder = Path(path).is_dir()
-    f = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o644)
+    how = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    f = os.open(path, how, 0o644)
     try:
         try:
             fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -383,19 +475,23 @@ def lock(path, message="", shared=False, wait=False):
 
 
 def whole_lines(path):
-    """The lines of such a file, as bytes, without what a killed run left of a last one."""
+    """The complete lines of an append-only file, as bytes; a torn last line is left out."""
     return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
 def parallel_files(folder, name):
-    """folder/NAME.jsonl and the NAME@0of8.jsonl ... of processes that work side by side."""
+    """folder/NAME.jsonl, and NAME@0of8.jsonl ... which processes write side by side."""
     return [Path(folder) / f"{name}.jsonl", *sorted(Path(folder).glob(f"{name}@*.jsonl"))]
 
 
 @contextmanager
 def appending(path, busy, keep=lambda line: True):
-    """The file, open to append to, without a torn last line and lines that are not to `keep`. Its lock is
-    held meanwhile; `busy` says why this fails where another process holds it, "" waits for that one."""
+    """Open a file to append lines, after a torn last line and the lines that `keep` refuses are removed.
+
+    The file is locked meanwhile. If another process holds the lock, this fails with `busy`; "" waits."""
+    for link in (path, path.parent):
+        if link.is_symlink():
+            fail(f"{link}: is a link, and nothing is written through links; replace it by what it links to")
     path.parent.mkdir(exist_ok=True)
     with lock(path.with_name(f".{path.stem}.lock"), f"{path}: {busy}", wait=not busy):
         whole = b"".join(line + b"\n" for line in whole_lines(path) if keep(line))
@@ -409,7 +505,7 @@ def appending(path, busy, keep=lambda line: True):
 
 
 def read_text(path):
-    """A text file that must be UTF-8, with or without a byte order mark."""
+    """The text of a UTF-8 file, with or without a byte order mark."""
     if not Path(path).is_file():
         fail(f"{path}: no such file")
     try:
@@ -419,7 +515,7 @@ def read_text(path):
 
 
 def ends_of(path, count):
-    """(size, hash of the first and last `count` bytes) of a file: to know it again without reading 23 GB."""
+    """(size, hash of the first and last `count` bytes): identifies a file without reading 23 GB."""
     size = os.stat(path).st_size
     with open(path, "rb") as f:
         head = f.read(count)
@@ -428,7 +524,7 @@ def ends_of(path, count):
 
 
 def is_whole_safetensors(path):
-    """A safetensors file that is there, to its end."""
+    """True if the safetensors file exists and is complete."""
     try:
         with safe_open(path, "pt"):
             return True
@@ -437,8 +533,7 @@ def is_whole_safetensors(path):
 
 
 def parse_json(text):
-    """json.loads; ValueError also for what is nested too deep, for half a surrogate pair and for a key that
-    stands twice."""
+    """json.loads that also raises ValueError for a repeated key, half a surrogate pair, or deep nesting."""
 
     def once(pairs):
         if len(row := dict(pairs)) < len(pairs):
@@ -457,9 +552,9 @@ def parse_json(text):
 
 
 def read_jsonl(path, torn_end=False):
-    """[(line number, dict)] of a JSON lines file. Lines end at \\n alone: JSON may hold U+2028, where
-    splitlines() would cut. With `torn_end`, a last line without its end is left out: an append-only file of a
-    run that was killed."""
+    """[(line number, dict)] of a JSON lines file. With `torn_end` a last line without \\n is left out.
+
+    Lines end at \\n alone: JSON may hold U+2028, where splitlines() would cut."""
     lines, rows = read_text(path).split("\n"), []
     for n, line in enumerate(lines, 1):
         if not line.strip() or (torn_end and n == len(lines)):
@@ -474,8 +569,28 @@ def read_jsonl(path, torn_end=False):
     return rows
 
 
-def prompt_rows(path, kind):
-    """Rows of a prompt file, blank ones included. `kind` is its suffix."""
+TEXT = ("prompt", "caption", "text")  # the keys of a prompt, the first that is there
+
+
+def shards(folder):
+    """The .parquet files of a folder, sorted. Those of several splits are refused: a test split would be
+    trained on without a word."""
+    files = sorted(Path(folder).rglob("*.parquet"))
+    splits = {match[1] for file in files if (match := re.match(r"(\w+)-\d+-of-\d+", file.stem))}
+    if len(splits) > 1:
+        fail(f"{folder}: holds shards of {', '.join(sorted(splits))}; move those of one to their own folder")
+    return files
+
+
+def prompt_column(names, column):
+    """`column`, else the first of these column names that means a prompt."""
+    known = {str(name).lower(): name for name in names}
+    return column or next((known[name] for name in (*TEXT, "prompts") if name in known), "prompt")
+
+
+def prompt_rows(path, column="", also=()):
+    """Rows of a prompt file, including blank ones."""
+    kind = Path(path).suffix.lower()
     if kind == ".txt":
         return [{"prompt": line} for line in read_text(path).removesuffix("\n").split("\n")]
     if kind == ".jsonl":
@@ -483,13 +598,19 @@ def prompt_rows(path, kind):
     try:
         if kind == ".json":
             rows = parse_json(read_text(path))
+            if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+                rows = list(rows.values())  # GenAI-Bench: {id: {prompt, ...}}
             if not isinstance(rows, list):
                 raise ValueError("not a list of strings or objects")
             return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+        if kind == ".parquet":
+            from pyarrow.parquet import read_schema, read_table
+
+            names = read_schema(path).names  # another column may hold pictures, gigabytes of them
+            wanted = [name for name in (prompt_column(names, column), *also) if name in names]
+            return read_table(path, columns=wanted).to_pylist() if wanted else [{}]
         import pandas  # half a second; only here
 
-        if kind == ".parquet":
-            return pandas.read_parquet(path).to_dict("records")
         if kind in (".csv", ".tsv"):
             how = dict(sep=",") if kind == ".csv" else dict(sep="\t", quoting=csv.QUOTE_NONE)  # PartiPrompts
             as_it_is = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig")
@@ -499,149 +620,65 @@ def prompt_rows(path, kind):
     fail(f"--prompts {path}: a file of prompts ends in .txt, .json, .jsonl, .csv, .tsv or .parquet")
 
 
-TEXT = ("prompt", "caption", "text")  # the keys of a prompt, the first that is there
+def read_prompts(path, limit=0, offset=0, column="", also=("tag",)):
+    """Rows of a prompt file: dicts with a text under "prompt". Blank and repeated prompts are dropped.
 
-
-def read_prompts(path, limit=0, offset=0, column=""):
-    """Rows (dicts with a text under "prompt") of a prompt file; blank and repeated prompts are dropped.
-
-    .txt: one a line; .json: a list of strings or objects (HPDv2); .jsonl, .csv, .tsv, .parquet: the column
-    `column`, or prompt, caption or text. Other columns (GenEval's tag) stay in the row."""
-    kind = Path(path).suffix.lower()
-    if not Path(path).is_file():
-        fail(f"--prompts {path}: no such file")
-    rows = prompt_rows(path, kind)
-    columns = {str(c).lower(): c for c in (rows[0] if rows else ())}
-    column = column or next((columns[name] for name in TEXT if name in columns), "prompt")
-    kept, blank = {}, 0
-    for n, row in enumerate(rows, 1):
-        text = row.get(column, 0)
-        if not isinstance(text, str | None):
-            wanted = f"{', '.join(TEXT)} is wanted, or for synpic.py what --field names"
-            fail(f"--prompts {path}, row {n}: no text under {column!r}; a column {wanted}")
-        text = " ".join((text or "").split())
-        blank += not text
-        if text:
-            kept.setdefault(text, {**row, "prompt": text})
-    repeated = len(rows) - blank - len(kept)
+    .txt: a prompt a line. .json: a list of strings or objects (HPDv2), or an object of objects. .jsonl, .csv,
+    .tsv, .parquet: the column `column`, else prompt, prompts, caption or text. `path` may be a folder of
+    .parquet shards. Other columns (GenEval's tag) stay in the row; of a parquet only those in `also`."""
+    files = [Path(path)] if Path(path).is_file() else shards(path)
+    if not files:
+        fail(f"--prompts {path}: no such file, and no folder of .parquet shards")
+    kept, blank, total = {}, 0, 0
+    for file in files:
+        rows = prompt_rows(file, column, also)
+        name = prompt_column(rows[0] if rows else (), column)
+        for n, row in enumerate(rows, 1):
+            text = row.get(name, 0)
+            if not isinstance(text, str | None):
+                wanted = f"a column {', '.join(TEXT)} is wanted, or what --field names"
+                fail(f"--prompts {file}, row {n}: no text under {name!r}; {wanted}")
+            text = " ".join((text or "").split())
+            blank += not text
+            if text:
+                kept.setdefault(text, {**row, "prompt": text})
+        total += len(rows)
+    repeated = total - blank - len(kept)
     if repeated or blank:
         dropped = f"{blank} blank and {repeated} repeated ones dropped"
-        print(f"{path}: {len(rows)} rows, {dropped}, {len(kept)} prompts kept")
+        print(f"{path}: {total} rows, {dropped}, {len(kept)} prompts kept")
     chosen = list(kept.values())[offset : offset + limit if limit else None]
     if not chosen:
         fail(f"--prompts {path}: holds no prompt" + (f" after --offset {offset}" if offset else ""))
     return chosen
 
 
-def read_metadata(folder, lists=False, labelled=False):
-    """Rows of folder/metadata.jsonl, one a list of images: prompt, file_names; scores, phi where they are.
-
-    Rows of other programs may say caption or text, and file_name. With `lists`, every row must have at least
-    two images, which are there; with `labelled`, also a phi in [0, 1] for each, so that it can be trained on.
-    A bad row ends the run with file, line and what to do."""
-    path, rows, lines, real = Path(folder) / "metadata.jsonl", [], {}, os.path.realpath(folder)
-    if not path.is_file():
-        fail(f"{path}: no such file; make it with synpic.py, or name its folder with --data")
-    mend = "mend or delete that row" + (" (synpic.py --stages label writes phi anew)" if labelled else "")
-    for n, row in read_jsonl(path):
-        try:
-            rows.append(row := checked_row(real, row, lists, labelled))
-            if (first := lines.setdefault((row["prompt"], *row["file_names"]), n)) < n:
-                raise ValueError(f"the same prompt and images as line {first}")
-        except (ValueError, TypeError, AttributeError) as e:
-            fail(f"{path}, line {n}: {e}; {mend}")
-    if not rows:
-        fail(f"{path}: no rows; run synpic.py to the end first, with all of its stages")
-    return rows
-
-
-def checked_row(folder, row, lists, labelled):
-    """A row of metadata.jsonl with its keys in our names; ValueError with what is wrong with it. `folder` is
-    text, without links: a Path for each of 232 k files would take longer than a look at them."""
-    prompt = next((row[k] for k in TEXT if k in row), None)
-    files = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
-    if not isinstance(prompt, str) or not isinstance(files, list) or not files:
-        raise ValueError("needs prompt (or caption, text) and file_names (or file_name)")
-    plain = [os.path.normpath(str(f)) for f in files]  # ./a.png is a.png
-    for f, name in zip(files, plain):
-        if not isinstance(f, str) or "\0" in f or os.path.isabs(f) or ".." in f.split("/"):
-            raise ValueError(f"image {f!r}: must be a path inside the folder")
-        if plain.count(name) > 1:
-            raise ValueError(f"image {f} stands {plain.count(name)} times in the list")
-    for f in {f if os.path.islink(f"{folder}/{f}") else os.path.dirname(f) for f in files}:
-        if not f"{os.path.realpath(f'{folder}/{f}')}/".startswith(f"{folder}/"):
-            raise ValueError(f"image {f}: a link out of the folder; copy what it links to")
-    scores, k = {} if row.get("scores") is None else row["scores"], len(files)
-    if not isinstance(scores, dict):
-        raise ValueError("scores must be an object, {reward: [a number an image]}")
-    for name, values in scores.items():
-        if not isinstance(values, list) or len(values) != k or not all(map(is_number, values)):
-            raise ValueError(f"scores of {name}: as many finite numbers as file_names are wanted")
-    if labelled:
-        phi = row.get("phi")
-        if not isinstance(phi, list) or len(phi) != k:
-            raise ValueError("needs as many phi as file_names")
-        if not all(is_number(p) and 0 <= p <= 1 for p in phi):
-            raise ValueError("phi must lie in [0, 1]")
-    if lists or labelled:
-        if k < 2:
-            raise ValueError("needs at least two file_names")
-        if missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]:
-            raise ValueError(f"image {missing[0]} is not in the folder")
-    scores = {name: values for name, values in scores.items() if name not in EVALUATION_ONLY}
-    return {**row, "prompt": prompt, "file_names": files, "scores": scores}
-
-
-EVALUATION_ONLY = ("toyworld", "diversity")  # rewards from which no label comes
-
-
-def check_label(label, known):
-    if label not in known and not label.startswith("single:"):
-        fail(f"--label {label}: there are {', '.join(known)} and single:REWARD")
-
-
-def stored_rewards(folder, rows, label, wanted=()):
-    """(names, rewards) that a label counts: names of R stored scores and for each row of metadata.jsonl a
-    tensor (K, R), fp64. They are the `wanted` scores, or all there are, or that of single:REWARD alone."""
-    there = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    if label.startswith("single:"):
-        wanted = [label[7:]]
-    names = [name for name in there if name in (wanted or there)]
-    lacking = [name for name in wanted if name not in there]
-    if lacking or (not names and label != "random"):
-        found = f"no such scores: {', '.join(lacking)} (there are {', '.join(there) or 'none'})"
-        first = (
-            f"score first: python rewards.py --score {folder} --rewards NAME, then synpic.py --stages label"
-        )
-        fail(f"--label {label}: {folder}/metadata.jsonl: {found}; {first}")
-    if label == "random":  # it looks at none
-        names = [name for name in names if all(name in row["scores"] for row in rows)]
-    for n, row in enumerate(rows, 1):
-        if missing := [name for name in names if name not in row["scores"]]:
-            problem = f"{folder}/metadata.jsonl, row {n}: no scores of {missing[0]}"
-            fail(f"{problem}; score it (python rewards.py --score {folder}) or delete that row")
-    rewards = [torch.tensor([row["scores"][name] for name in names], dtype=torch.float64) for row in rows]
-    return names, [r.view(len(names), len(row["file_names"])).T for r, row in zip(rewards, rows)]
-
-
-def is_number(value):
-    """A finite number of fp32's range, not text that looks like one."""
-    return type(value) in (int, float) and abs(value) < 3e38
-
-
 # ----------------------------------------------------------------------------- pictures
 
 
+# PIL would start Ghostscript for a PostScript file, whatever its name is: these formats only
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
+IMAGE_FORMATS += ["AVIF"] if features.check("avif") else []
+ORIENTATION = 0x0112  # EXIF: how a camera was held
+
+
 def open_image(image):
-    """A file or a PIL image, read to its end, in its own mode. 16-bit grey becomes 8-bit by its high byte,
-    where PIL's own conversion would clip it to white. ValueError if it cannot be read."""
+    """Read a file, or a PIL image, in its own mode; ValueError if it cannot be read.
+
+    16-bit grey becomes 8-bit by its high byte. PIL's own conversion would clip it to white. A picture is
+    turned as its EXIF orientation says, as viewers and datasets' imagefolder show it."""
     try:
-        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as image:
+        if isinstance(image, str | Path) and os.path.exists(image) and not os.path.isfile(image):
+            raise ValueError("a folder, a pipe or a device")
+        opened = isinstance(image, Image.Image)
+        with nullcontext(image) if opened else Image.open(image, formats=IMAGE_FORMATS) as image:
             image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             deep = np.asarray(image)
             if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:
-                raise ValueError("32-bit pixels, whose range nobody says; save it with 8 or 16")
+                raise ValueError("32-bit pixels have no fixed range; save it with 8 or 16 bits")
             image = Image.fromarray((deep // 256).astype(np.uint8))
         return image
     except Exception as e:  # besides OSError, each format of PIL has its own
@@ -649,12 +686,12 @@ def open_image(image):
 
 
 def read_image(image):
-    """The same, as 8-bit RGB: alpha is dropped."""
+    """open_image, converted to 8-bit RGB; alpha is dropped."""
     return open_image(image).convert("RGB")
 
 
 def read_pixels(path, resolution):
-    """An image file as (3, H, W) in [-1, 1]; with a resolution, shorter side to that and centre crop."""
+    """An image file as (3, H, W) in [-1, 1]. With a resolution: shorter side resized to it, centre crop."""
     try:
         image = read_image(path)
     except ValueError as e:
@@ -665,11 +702,14 @@ def read_pixels(path, resolution):
         left, top = (w - resolution) // 2, (h - resolution) // 2
         box = (left, top, left + resolution, top + resolution)
         image = image.resize((w, h), Image.Resampling.LANCZOS).crop(box)
+    import torch
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def plot_curves(rows, panels, path):
-    """Rows of a log -> a PNG: a panel {title: {key: label}} each, smoothed over a twentieth of its length."""
+    """Draw the rows of a log as a PNG. `panels` is {title: {key: label}}; a bold line is the mean over a
+    twentieth of the curve."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
@@ -689,15 +729,15 @@ def plot_curves(rows, panels, path):
 
 
 def picture_grid(rows, path, side=128):
-    """[(title, [(image, caption), ...]), ...] -> a PNG: a row of pictures, `side` pixels wide, under each
-    title, and the captions under them, at most three lines each."""
+    """Draw [(title, [(image, caption), ...]), ...] as a PNG: a row of pictures under each title.
+    Pictures are `side` pixels wide; a caption has at most three lines."""
     wrap = [[textwrap.wrap(caption, side // 6)[:3] for _, caption in cells] for _, cells in rows]
     heights = [side + 18 + 11 * max((len(lines) for lines in row), default=0) + 8 for row in wrap]
     columns = max(len(cells) for _, cells in rows)
     canvas = Image.new("RGB", (max(columns * (side + 8) + 8, 420), sum(heights) + 8), "white")
     pen, top = ImageDraw.Draw(canvas), 6
     for (title, cells), captions, height in zip(rows, wrap, heights):
-        pen.text((8, top), title, fill="black")
+        pen.text((8, top), title[:300], fill="black")  # PIL cannot draw one of megabytes
         for c, ((image, _), lines) in enumerate(zip(cells, captions)):
             smooth = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
             left = 8 + c * (side + 8)

@@ -1,4 +1,4 @@
-"""Compare models on held-out prompts: pictures on disk, scores of each, then statistics that can be trusted.
+"""Compare models on held-out prompts: pictures on disk, scores of each, then statistics with intervals.
 
     python evaluate.py                                 # the toy world: the base against outputs/rankdpo/model
     python evaluate.py --models base=toy/models/sdxl rank=runs/a/model dpo=runs/b/model --seeds 8
@@ -10,27 +10,18 @@
     python evaluate.py --study_answers answers-*.json             # what the people said
 
 Prompts are a file of any kind that synpic.py reads; a column `tag`, as GenEval has it, makes categories. With
---bench they are that benchmark's own files, and pictures lie where its official scorer reads them, too.
+--bench they are that benchmark's own files, and pictures lie where its official scorer looks for them.
 
-    draw     OUT/NAME/00000/samples/0000.png ...     by synpic.py's own stage: resumed, checked, in parallel;
-                                                     prompt and seed, not the model, choose the noise
+    draw     OUT/NAME/00000/samples/0000.png ...     all models start from the noise of prompt and seed
     score    OUT/NAME/scores/REWARD.jsonl            python rewards.py --score OUT/NAME, run elsewhere, counts
     report   report.html, report.md, results.json, grid.png
 
 A folder of pictures (metadata.jsonl with prompt and file_names, or the layout above) may stand for a model.
 
-  gain       difference of means, paired by prompt, with a 95 % bootstrap interval over prompts within
-             categories and the p value of Wilcoxon's signed-rank test
-  win rate   share of prompts where the best of the seeds is strictly higher (BalancedDPO's), or the mean over
-             the seeds; Wilson's 95 % interval, p value of the sign test; ties count as no win
-  diversity  mean pairwise 1 - cosine of CLIP image embeddings among the seeds of a prompt; in the toy world
-             also the entropy of the colours that a prompt leaves free
-p values are Holm's, of each kind of test (gain, best seed, mean of seeds) by itself. Means are means of the
-categories' means.
+docs/evaluation.md defines gain, win rate, diversity, their intervals and p values.
 """
 
 import base64
-import html
 import io
 import json
 import os
@@ -38,7 +29,6 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,22 +36,9 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 from scipy.stats import binomtest, wilcoxon
-from tqdm import tqdm
 
-import synpic
-from benchmarks import (
-    BENCHES,
-    JUDGED,
-    PAPER_TABLES,
-    geneval_keep,
-    geneval_verdict,
-    measure,
-    objects_around,
-    picture_files,
-    read_bench,
-    summarise_bench,
-    write_layout,
-)
+import benchmarks
+import draw
 from common import (
     HERE,
     fail,
@@ -76,18 +53,17 @@ from common import (
     provenance,
     publish,
     read_image,
-    read_metadata,
     read_prompts,
     read_text,
     start_processes,
     writable_folder,
     write_text,
 )
+from lists import read_metadata
 from pipelines import check_pipeline, family_of, load_pipeline
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
-from toyworld import COLORS, find_objects, grammar
+from toy.world import COLORS, find_objects, grammar
 
-__all__ = ["geneval_keep", "geneval_verdict"]  # GenEval's rules, to be had from here, too
 STAGES = ("draw", "score", "report")
 TEMPLATES = HERE / "docs/templates"
 
@@ -100,7 +76,9 @@ class Config:
         "two or more, as name=pipeline or name=folder_of_pictures; the first is the baseline of the tables",
     )
     prompts: str = option(f"{HERE}/toy/heldout.jsonl", "held-out prompts; a column tag makes categories")
-    bench: str = option("", f"the benchmark that --prompts belongs to: {', '.join(BENCHES)}, or none")
+    bench: str = option(
+        "", f"the benchmark that --prompts belongs to: {', '.join(benchmarks.BENCHES)}, or none"
+    )
     bench_models: tuple = option((), "what judges it, as role=source: detector=DIR colours=DIR vqa=NAME ...")
     limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
     rewards: tuple = option(
@@ -125,7 +103,7 @@ class Config:
     batch_size: int = option(64, "images a batch", at_least=1)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
     # people
-    study: int = option(0, "that many pairs for a blind study, in OUT/study", at_least=0)
+    study: int = option(0, "a blind study in OUT/study: pairs of each model and the first", at_least=0)
     study_answers: tuple = option((), "files that people sent back: who wins, and how far people agree")
 
 
@@ -161,23 +139,18 @@ def category_mean(values, tags):
     return np.mean([values[..., tags == t].mean(-1) for t in dict.fromkeys(tags)], axis=0)
 
 
-def bootstrap_gain(a, b, tags, rng, n=2000):
-    """Gain of b over a, (P,) means a prompt: (difference, low, high), resampling prompts by category."""
-    difference, tags = b - a, np.array(tags)
-    samples = []
+def paired_gain(base, mine, tags, seed, n=2000):
+    """Gain of mine over base, (P,) means a prompt: the interval resamples prompts within categories; p is
+    Wilcoxon's, two-sided, which drops prompts without a difference."""
+    difference, tags, samples = mine - base, np.array(tags), []
+    rng = np.random.default_rng(seed)
     for tag in dict.fromkeys(tags):
         members = difference[tags == tag]
         samples.append(members[rng.integers(len(members), size=(n, len(members)))].mean(-1))  # (n,)
-    low, high = np.percentile(np.mean(samples, axis=0), [2.5, 97.5])
-    return float(category_mean(difference, tags)), float(low), float(high)
-
-
-def paired_gain(base, mine, tags, seed):
-    """(P,) means a prompt -> gain with its interval, and the two-sided p of Wilcoxon's signed-rank test,
-    which drops prompts without a difference."""
-    gain, low, high = bootstrap_gain(base, mine, tags, np.random.default_rng(seed))
-    differences = (mine - base)[mine != base]
-    p = float(wilcoxon(differences).pvalue) if len(differences) else 1.0
+    low, high = np.percentile(np.mean(samples, axis=0), [2.5, 97.5]).tolist()
+    changed = difference[mine != base]
+    p = float(wilcoxon(changed).pvalue) if len(changed) else 1.0
+    gain = float(category_mean(difference, tags))
     return dict(gain=gain, low=low, high=high, p=p, n=len(mine))
 
 
@@ -232,18 +205,16 @@ def entropy(share):
     return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
 
 
-def look(pictures, rows):
-    """What the exact object finder sees in a model's pictures: how the objects of each prompt are coloured
-    (P, C), a picture counting once, and the verdicts of GenEval's rules (P, S)."""
-    colours, passed = np.zeros((len(rows), len(COLORS))), np.zeros((len(rows), len(pictures.rows[0][1])))
-    for i, (row, (_, files)) in enumerate(zip(rows, pictures.rows)):
-        for s, file in enumerate(files):
-            found = find_objects(read_image(f"{pictures.folder}/{file}"))
-            seen = Counter(color for _, color, _, _ in found)
-            colours[i] += [seen[color] / max(1, seen.total()) for color in COLORS]
-            if "include" in row:
-                passed[i, s] = geneval_verdict(objects_around(found, 4.5), row)[0]  # radii are 4 to 5
-    return colours, passed
+def colours_of(pictures):
+    """(P, C): how the objects of each prompt are coloured, by the exact object finder; each picture counts
+    once, however many objects it shows."""
+    colours = np.zeros((len(pictures.rows), len(COLORS)))
+    for i, (_, files) in enumerate(pictures.rows):
+        for file in files:
+            objects = find_objects(read_image(f"{pictures.folder}/{file}"))
+            counts = Counter(color for _, color, _, _ in objects)
+            colours[i] += [counts[color] / max(1, counts.total()) for color in COLORS]
+    return colours
 
 
 def colour_entropy(counts, seed, n=2000):
@@ -255,11 +226,10 @@ def colour_entropy(counts, seed, n=2000):
     sample = np.random.default_rng(seed).integers(len(base), size=(n, len(base)))
     bits = lambda c: entropy(c / np.maximum(c.sum(-1, keepdims=True), 1e-12))
     for name, c in counts.items():
-        share = c.sum(0) / c.sum()
-        low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5])
-        change = dict(gain=float(entropy(share) - bits(base.sum(0))), low=float(low), high=float(high))
-        results[name] = dict(bits=float(entropy(share)), change=change, prompts=len(c))
-        results[name]["share"] = dict(zip(COLORS, share.tolist()))
+        total, share = float(bits(c.sum(0))), dict(zip(COLORS, (c.sum(0) / c.sum()).tolist()))
+        low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5]).tolist()
+        change = dict(gain=total - float(bits(base.sum(0))), low=low, high=high)
+        results[name] = dict(bits=total, change=change, prompts=len(c), share=share)
     return results
 
 
@@ -279,49 +249,25 @@ def win_text(w):
     return f"{rate}; {w['wins']} : {w['ties']} : {w['losses']}; {p_text(w)}"
 
 
+def gain_cells(result, base, metric):
+    """[gain with its interval, p] over the first model; empty in that model's own row."""
+    if base not in result["against"]:
+        return ["", ""]
+    gain = result["against"][base][metric]["gain"]
+    return [interval_text(gain), p_text(gain)]
+
+
 def accuracy_table(results, metric, title):
     base, rows = next(iter(results)), []
     for name, result in results.items():
-        accuracy, change = result["categories"][metric], ["", ""]
-        if name != base:
-            gain = result["against"][base][metric]["gain"]
-            change = [interval_text(gain), p_text(gain)]
+        cells = [f"{value:.2f}" for value in result["categories"][metric].values()]
         overall = f"**{result['means'][metric]:.3f}**"
-        rows.append([name, overall, *(f"{value:.2f}" for value in accuracy.values()), *change])
-    return [title, "overall", *accuracy, "gain (95 %)", "p"], rows
-
-
-def rules_table(scores, looks, tags):
-    """The exact checker and GenEval's rules on the same objects, and how often they part."""
-    tags, rows = np.array(tags), []
-    categories = list(dict.fromkeys(tags.tolist()))
-    for name, (_, passed) in looks.items():
-        exact = scores[name]["toyworld"]  # (P, S)
-        both = [f"{exact[tags == t].mean():.2f} / {passed[tags == t].mean():.2f}" for t in categories]
-        more, less = int((passed > exact).sum()), int((passed < exact).sum())
-        rows.append([name, *both, str(exact.size), str(more), str(less)])
-    header = ["exact checker / GenEval's rules", *categories, "images"]
-    return [*header, "right by the rules alone", "by the checker alone"], rows
-
-
-def bench_table(bench, results, rows, scores):
-    """Ours above the papers', in the papers' own columns: values, or win rates of the best seed."""
-    paper = PAPER_TABLES[bench]
-    ours = {name: summarise_bench(bench, rows, metrics) for name, metrics in scores.items()}
-    if "win rates" in paper["source"]:
-        names = dict(zip(paper["columns"], ("hpsv2.1", "clip", "pickscore", "aesthetic")))
-        for name, result in results.items():
-            for other, pair in result["against"].items():
-                wins = {column: 100 * pair[r]["best"]["rate"] for column, r in names.items() if r in pair}
-                ours[f"{name} vs {other}"] = wins
-    every = {**ours, **{f"{name} (paper)": values for name, values in paper["rows"].items()}}
-    columns = dict.fromkeys([*paper["columns"], *(column for values in ours.values() for column in values)])
-    cells = lambda values: [f"{values[c]:.2f}" if np.isfinite(values.get(c, np.nan)) else "" for c in columns]
-    return [f"{bench}; {paper['source']}", *columns], [[n, *cells(values)] for n, values in every.items()]
+        rows.append([name, overall, *cells, *gain_cells(result, base, metric)])
+    return [title, "overall", *result["categories"][metric], "gain (95 %)", "p"], rows
 
 
 def diversity_table(results, colours):
-    """Side by side with the accuracy: what the gain was paid with."""
+    """What the gain was paid with; it stands right below the accuracy."""
     base, rows = next(iter(results)), []
     header = ["diversity: what a prompt leaves free", "CLIP distance among seeds", "change (95 %)", "p"]
     if colours:
@@ -329,12 +275,9 @@ def diversity_table(results, colours):
     for name, result in results.items():
         cells = ["", "", ""]
         if "diversity" in result["means"]:
-            cells[0] = f"**{result['means']['diversity']:.3f}**"
-            if name != base:
-                gain = result["against"][base]["diversity"]["gain"]
-                cells[1:] = [interval_text(gain), p_text(gain)]
-        if colours:
-            own = colours[name]
+            mean = result["means"]["diversity"]
+            cells = [f"**{mean:.3f}**", *gain_cells(result, base, "diversity")]
+        if own := colours.get(name):
             change = "" if name == base else interval_text(own["change"], 2)
             cells += [f"**{own['bits']:.2f}**", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
         rows.append([name, *cells])
@@ -380,15 +323,6 @@ def markdown(header, rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in cells) + "\n"
 
 
-def html_table(header, rows):
-    def line(kind, cells):
-        paper = ' class="paper"' if cells[0].endswith("(paper)") else ""
-        cells = "".join(f"<{kind}>{html.escape(c.replace('**', ''))}</{kind}>" for c in cells)
-        return f"<tr{paper}>{cells}</tr>\n"
-
-    return f"<table>\n{line('th', header)}{''.join(line('td', row) for row in rows)}</table>\n"
-
-
 def thumbnail(path, side=160):
     """A picture as a data URI: WebP, at most `side` pixels; a tiny one keeps every pixel."""
     image, file = read_image(path), io.BytesIO()
@@ -398,19 +332,15 @@ def thumbnail(path, side=160):
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def write_html(path, setting, tables, names, rows):
-    """report.html, a row at a time: it may hold a thousand pictures, memory holds those of one prompt."""
-    text = read_text(TEMPLATES / "report.html")
-    legend = "Green below: right by the exact checker, red: wrong." if "toyworld" in names["rewards"] else ""
-    tables = "".join(html_table(*table) for table in tables)
-    for mark, content in (("SETTING", html.escape(setting)), ("LEGEND", legend), ("TABLES", tables)):
-        text = text.replace(f"<!-- {mark} -->", content)
-    before, after = text.split("<!-- DATA -->")
+def write_html(path, head, rows):
+    """report.html: `head` says all but the rows, which are written one by one: memory holds the pictures of
+    one prompt, the page perhaps a thousand."""
+    before, after = read_text(TEMPLATES / "report.html").split("<!-- DATA -->")
     safe = lambda value: json.dumps(value).replace("<", "\\u003c")  # a prompt may say </script>
 
     def write(tmp):
         with open(tmp, "w", encoding="utf-8") as f:
-            f.write(before + safe(names)[:-1] + ', "rows": [\n')
+            f.write(before + safe(head)[:-1] + ', "rows": [\n')
             for n, row in enumerate(rows):
                 f.write(",\n" * (n > 0) + safe(row))
             f.write("]}" + after)
@@ -424,33 +354,32 @@ def rounded(values, digits=6):
     return np.where(np.isnan(values), None, values).tolist()
 
 
-def html_rows(models, complete, tags, scores, seeds, budget=1000):
+def html_rows(found, seeds, budget=1000):
     """What the page shows of each prompt; about `budget` pictures in all, from the first seeds."""
-    shown = int(np.clip(budget // (len(complete) * len(models)), 1, seeds))
-    for n, i in enumerate(complete):
-        row = dict(prompt=next(iter(models.values())).rows[i][0], tag=tags[i])
-        row["scores"] = [[rounded(s[n].mean(), 4) for s in scores[name].values()] for name in models]
+    models, scores = found.models, found.scores
+    shown = int(np.clip(budget // (len(found.tags) * len(models)), 1, seeds))
+    for i, tag in enumerate(found.tags):
+        row = dict(prompt=found.rows[i]["prompt"], tag=tag)
+        row["scores"] = [[rounded(s[i].mean(), 4) for s in scores[name].values()] for name in models]
         if all("toyworld" in by_reward for by_reward in scores.values()):
-            row["passed"] = [scores[name]["toyworld"][n].astype(int).tolist() for name in models]
+            row["passed"] = [scores[name]["toyworld"][i].astype(int).tolist() for name in models]
         row["pictures"] = [
-            [thumbnail(f"{m.folder}/{f}") for f in m.rows[i][1][:shown]] for m in models.values()
+            [thumbnail(f"{m.folder}/{file}") for file in m.rows[i][1][:shown]] for m in models.values()
         ]
         yield row
 
 
-def draw_grid(path, models, complete, tags, scores):
+def draw_grid(path, found):
     """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model."""
-    by_tag, rows = {}, []
-    for n, i in enumerate(complete):
-        by_tag.setdefault(tags[i], []).append((n, i))
-    for n, i in [member for members in by_tag.values() for member in members[:2]][:12]:
+    tags, rows = np.array(found.tags), []
+    for i in [i for tag in dict.fromkeys(found.tags) for i in np.flatnonzero(tags == tag)[:2]][:12]:
         cells = []
-        for name, pictures in models.items():
-            passed = scores[name].get("toyworld")
+        for name, pictures in found.models.items():
+            passed = found.scores[name].get("toyworld")
             for s, file in enumerate(pictures.rows[i][1][:4]):
-                verdict = "" if passed is None else (" -", " ok")[int(passed[n, s])]
+                verdict = "" if passed is None else (" -", " ok")[int(passed[i, s])]
                 cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
-        rows.append((pictures.rows[i][0], cells))
+        rows.append((found.rows[i]["prompt"], cells))
     picture_grid(rows, path, side=96)
 
 
@@ -473,7 +402,7 @@ def named_paths(specs):
 
 def pictures_of(cfg, name, path, rows):
     """A model's pictures, to be drawn into OUT/NAME, or those of a folder from elsewhere where they lie."""
-    layout, here = picture_files(cfg.bench or "geneval", rows, cfg.seeds), Path(path)
+    layout, here = benchmarks.picture_files(cfg.bench or "geneval", rows, cfg.seeds), Path(path)
     drawn = [(row["prompt"], files) for row, files in zip(rows, layout)]
     described = (here / "metadata.jsonl").is_file()
     laid_out = any((here / file).is_file() for files in layout for file in files)
@@ -488,16 +417,9 @@ def pictures_of(cfg, name, path, rows):
             row = same.pop(0) if len(same) > 1 else same[0]  # a benchmark may ask the same thing twice
             found = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
             drawn[i] = (row["prompt"], found + files[len(found) :])
-        note = here / Path(files[0]).parts[0] / "metadata.jsonl"  # GenEval's own
-        if not described and note.is_file() and prompt_of(note) != prompt:
-            fail(f"--models {name}={path}: {note} is damaged, or of another prompt than {prompt!r}")
+        elif not described and (wrong := benchmarks.of_another_prompt(here, files[0], prompt)):
+            fail(f"--models {name}={path}: {wrong}")
     return Pictures("", path, drawn)
-
-
-def prompt_of(note):
-    """What GenEval's metadata.jsonl of one prompt says; None where it says none."""
-    with suppress(ValueError, AttributeError):
-        return parse_json(read_text(note)).get("prompt")
 
 
 def check_choices(cfg, prompts):
@@ -507,10 +429,9 @@ def check_choices(cfg, prompts):
         if unknown := [prompt for prompt in prompts if prompt not in grammar()]:
             sentence = f"{unknown[0]!r} in {cfg.prompts}"
             fail(f"--rewards toyworld judges sentences of the toy world only, not {sentence}")
-    if cfg.bench and not cfg.rewards and cfg.bench not in JUDGED:
-        fail(
-            f"--bench {cfg.bench}: has no metric of its own; name --rewards hpsv2.1 clip pickscore aesthetic"
-        )
+    if cfg.bench and not cfg.rewards and cfg.bench not in benchmarks.JUDGED:
+        wanted = "name --rewards hpsv2.1 clip pickscore aesthetic"
+        fail(f"--bench {cfg.bench}: has no metric of its own; {wanted}")
     if cfg.resolution % 8:
         fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
 
@@ -529,14 +450,14 @@ def suited(cfg, models):
     if drawn is None or None not in (cfg.steps, cfg.guidance):
         return cfg
     if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
-        began = next(iter(synpic.read_settings(drawn.folder)[0]["models"].values()))
+        began = next(iter(draw.read_settings(drawn.folder)[0]["models"].values()))
         return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
     pipe = load_pipeline(drawn.path, denoiser=False)  # its size says enough
     return fill_in(cfg, family_of(pipe).suits(pipe), "sampling")
 
 
 def drawings(cfg, models):
-    """[(options, settings, a model a seed, pictures)] for synpic.py's stage of all models that are to be
+    """[(options, settings, a model a seed, pictures)] for draw.py's stage of all models that are to be
     drawn. What lies there must have been drawn like that, also where it is only reported."""
     plans = []
     for name, pictures in models.items():
@@ -545,59 +466,41 @@ def drawings(cfg, models):
             how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution, dtype="bf16")
             how.update(name=name, path=pictures.path, noise="")
             seeds = [dict(how, seed=cfg.seed + s) for s in range(cfg.seeds)]
-            drawing = synpic.Config(
-                out=str(folder),
-                batch_size=cfg.batch_size,
-                on_error=cfg.on_error,
-                precision=cfg.precision,
-                device=cfg.device,
-                stages=("generate",) if "draw" in cfg.stages else (),
-            )
-            settings = synpic.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
-            synpic.check_settings(drawing, settings)
+            drawing = replace(cfg, out=str(folder))
+            settings = draw.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
+            draw.check_settings(folder, settings, drawing="draw" in cfg.stages)
             plans.append((drawing, settings, seeds, pictures))
     return plans
 
 
 def draw_stage(plans, mine, device):
-    """The missing pictures of every model, by synpic.py's stage: there, a seed is another model."""
+    """The missing pictures of every model, by draw.py's stage: there, a seed is another model."""
     todo = []
     for drawing, _, seeds, pictures in plans:
         batches = [[pictures.rows[i] for i in batch] for batch in mine]
-        todo.append(synpic.to_draw(drawing, batches, seeds))
-    with synpic.progress("draw", sum(todo, [])) as bar:
+        todo.append(draw.to_draw(drawing, batches, seeds))
+    with draw.progress("draw", sum(todo, [])) as bar:
         for (drawing, settings, _, pictures), of_model in zip(plans, todo):
-            synpic.generate_stage(drawing, of_model, device, settings, bar)
-            rows = "".join(json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows)
-            write = lambda tmp: tmp.write_text(rows, encoding="utf-8")
+            draw.generate_stage(drawing, of_model, device, settings, bar)
+            rows = [json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows]
+            write = lambda tmp: tmp.write_text("".join(rows), encoding="utf-8")
             publish(f"{drawing.out}/metadata.jsonl", write, unique=True)
 
 
 def score_stage(cfg, models, mine, device, part):
     """Every reward is loaded once and scores what is not scored yet of every model."""
-    specs, left = with_diversity(cfg), {}
-    rows = {name: [p.rows[i] for batch in mine for i in batch] for name, p in models.items()}
-    for spec in specs:
+    for spec in with_diversity(cfg):
+        load = lru_cache(1)(load_reward)  # the last one is let go before the next is loaded
         for name, pictures in models.items():
-            done = read_scores(pictures.folder, spec, rows[name])
-            left[spec, name] = sum(len(files) for i, (_, files) in enumerate(rows[name]) if i not in done)
-    hidden = process_rank()[0] > 0 or not any(left.values())
-    with tqdm(total=sum(left.values()), desc="score", unit="image", disable=hidden) as bar:
-        for spec in specs:
-            load = lru_cache(1)(load_reward)  # the last one is let go before the next is loaded
-            for name, pictures in models.items():
-                if left[spec, name]:
-                    bar.set_description(f"score {reward_name(spec)} of {name}")
-                    how = (device, cfg.batch_size, cfg.on_error, part)
-                    score_rows(pictures.folder, spec, rows[name], *how, load=load, bar=bar)
+            rows = [pictures.rows[i] for batch in mine for i in batch]
+            how = (device, cfg.batch_size, cfg.on_error, part)
+            score_rows(pictures.folder, spec, rows, *how, load=load)
 
 
 def is_readable(path):
-    """A whole PNG by its end; anything else is read."""
-    if synpic.is_whole(path):
-        return True
+    """Is this a PNG with its end, or else a picture that can be read?"""
     with suppress(ValueError):
-        return bool(read_image(path))
+        return draw.is_whole(path) or bool(read_image(path))
     return False
 
 
@@ -638,72 +541,93 @@ def stored(cfg, models):
     stop_or_skip(cfg, problems, count)
     complete = [i for i in range(count) if i not in problems]
     scores = {name: {} for name in models}
-    for (name, spec), of_rows in found.items():
-        scores[name][reward_name(spec)] = np.array([of_rows[i] for i in complete])
+    for (name, spec), known in found.items():
+        scores[name][reward_name(spec)] = np.array([known[i] for i in complete])
     return scores, complete, problems
 
 
 def bench_stage(cfg, models, rows, device):
-    """{model: {metric: (P, S)}} and notes, by the benchmark's judge, whose answers are kept on disk. Every
+    """({model: {metric: (P, S)}}, notes) by the benchmark's judge, whose answers are kept on disk. Every
     process of torchrun calls this and gives its part."""
-    sources, metrics, notes = dict(spec.partition("=")[::2] for spec in cfg.bench_models), {}, []
+    sources, metrics, notes = dict(spec.partition("=")[::2] for spec in cfg.bench_models), {}, {}
     for name, pictures in models.items() if cfg.bench else ():
-        files = [files for _, files in pictures.rows]
-        how = (device, cfg.batch_size, sources)
-        metrics[name], more = measure(cfg.bench, pictures.folder, rows, files, *how)
-        notes += [note for note in more if note not in notes]
-    return metrics, notes
+        files, how = [files for _, files in pictures.rows], (device, cfg.batch_size, sources)
+        metrics[name], more = benchmarks.measure(cfg.bench, pictures.folder, rows, files, *how)
+        notes.update(dict.fromkeys(more))  # each is said once
+    return metrics, list(notes)
 
 
-def report_stage(cfg, models, rows, tags, device, of_bench):
-    """report.html, report.md, results.json and grid.png from what lies on disk."""
+class Found(NamedTuple):
+    """A comparison in numbers, of the prompts of which nothing is missing."""
+
+    models: dict  # {name: Pictures}
+    rows: list  # (P,) dicts of the prompt file
+    tags: list  # (P,) categories
+    scores: dict  # {model: {reward or metric: (P, S)}}
+    results: dict  # compare() of the scores
+    colours: dict  # colour_entropy() where a prompt names no colour; empty outside the toy world
+    left_out: dict  # {prompt: what is missing}
+    notes: list  # what the benchmark's judge differs in
+
+
+def compute(cfg, models, every, tags, of_bench):
+    """Everything that the report says, as numbers; `every` row of the prompt file, (P,) categories."""
     (metrics, notes), (scores, complete, problems) = of_bench, stored(cfg, models)
     for name in metrics:
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
-    for name, pictures in models.items() if cfg.bench else ():
-        if pictures.path:
-            write_layout(cfg.bench, pictures.folder, rows, [files for _, files in pictures.rows])
-    prompts, kept = [rows[i]["prompt"] for i in complete], [tags[i] for i in complete]
-    chosen = {n: Pictures(p.path, p.folder, [p.rows[i] for i in complete]) for n, p in models.items()}
-    results, where, colours, looks = compare(scores, kept, cfg.seed), provenance(device), {}, {}
+    models = {n: Pictures(p.path, p.folder, [p.rows[i] for i in complete]) for n, p in models.items()}
+    rows, tags, colours = [every[i] for i in complete], [tags[i] for i in complete], {}
+    left_out = {every[i]["prompt"]: what for i, what in sorted(problems.items())}
     if "toyworld" in map(reward_name, cfg.rewards):
-        looks = {name: look(pictures, [rows[i] for i in complete]) for name, pictures in chosen.items()}
-        free = [not any(color for _, color in grammar()[prompt]["objects"]) for prompt in prompts]
-        colours = colour_entropy({name: seen[free] for name, (seen, _) in looks.items()}, cfg.seed)
-    tables = tables_of(results, colours, cfg.seeds)
-    if cfg.bench:
-        tables.insert(0, bench_table(cfg.bench, results, [rows[i] for i in complete], scores))
-    if looks and all("include" in rows[i] for i in complete):
-        tables.append(rules_table(scores, looks, kept))
+        free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
+        colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
+        colours = colour_entropy(colours, cfg.seed)
+    return Found(models, rows, tags, scores, compare(scores, tags, cfg.seed), colours, left_out, notes)
+
+
+def phrase(cfg, found, where):
+    """(setting, notes, tables) of the report, as text."""
     sampling = f"{cfg.steps} steps, guidance {cfg.guidance:g}; " if cfg.steps else ""
-    setting = f"{len(prompts)} held-out prompts x {cfg.seeds} seeds, {sampling}"
+    setting = f"{len(found.rows)} held-out prompts x {cfg.seeds} seeds, {sampling}"
     setting += f"{where['device']}; commit {where['commit']}"
-    if problems:
-        setting += f". {len(problems)} prompts are left out for all models: {problems[min(problems)]}, ..."
-    pairs = [pair for result in results.values() for pair in result["against"].values()]
-    note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins, each Holm-adjusted: gains for "
-    note += f"{sum(map(len, pairs))} comparisons, wins of the best seed and of the mean for "
-    note += f"{sum('best' in tests for pair in pairs for tests in pair.values())} each"
-    note = "; ".join([note, *notes]) + "."
-    text = "\n\n".join([setting, "".join(markdown(*table) for table in tables).strip(), note]) + "\n"
-    raw = {}
-    for name, by_reward in scores.items():
-        raw[name] = {reward: rounded(s) for reward, s in by_reward.items()}  # (P, S) each
-    record = dict(
-        config=asdict(cfg), **where, prompts=prompts, tags=kept, models=results, free_colours=colours
-    )
-    record.update(scores=raw, left_out={rows[i]["prompt"]: what for i, what in sorted(problems.items())})
-    out = Path(cfg.out)
+    if found.left_out:
+        first = next(iter(found.left_out.values()))
+        setting += f". {len(found.left_out)} prompts are left out for all models: {first}, ..."
+    note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins; Holm's correction covers all "
+    note += "gains of this report, all wins of the best seed, all wins of the mean"
+    tables = tables_of(found.results, found.colours, cfg.seeds)
+    if cfg.bench:
+        tables.insert(0, benchmarks.paper_table(cfg.bench, found.results, found.rows, found.scores))
+    return setting, "; ".join([note, *found.notes]) + ".", tables
+
+
+def write_report(cfg, found, setting, note, tables, where):
+    """report.md, results.json, report.html and grid.png; the text is also printed."""
+    out, raw = Path(cfg.out), {n: {r: rounded(s) for r, s in of.items()} for n, of in found.scores.items()}
+    record = dict(config=asdict(cfg), **where, prompts=[row["prompt"] for row in found.rows])
+    record.update(tags=found.tags, models=found.results, free_colours=found.colours, scores=raw)
+    record["left_out"] = found.left_out
     write_text(out / "results.json", json.dumps(record))
+    text = "\n\n".join([setting, "".join(markdown(*table) for table in tables).strip(), note]) + "\n"
     write_text(out / "report.md", text)
-    names = dict(models=list(models), rewards=list(scores[next(iter(models))]))
-    page = html_rows(models, complete, tags, scores, cfg.seeds)
-    write_html(out / "report.html", f"{setting}. {note}", tables, names, page)
-    draw_grid(out / "grid.png", models, complete, tags, scores)
+    head = dict(models=list(found.models), rewards=list(next(iter(found.scores.values()))))
+    head.update(setting=f"{setting}. {note}", tables=tables)
+    write_html(out / "report.html", head, html_rows(found, cfg.seeds))
+    draw_grid(out / "grid.png", found)
     print(text)
     print(f"{out}/report.html; results.json, report.md; pictures side by side in grid.png")
+
+
+def report_stage(cfg, models, rows, tags, device, of_bench):
+    """The report of what lies on disk: computed, put in words, written."""
+    found, where = compute(cfg, models, rows, tags, of_bench), provenance(device)
+    for pictures in models.values():
+        if cfg.bench and pictures.path:  # drawn here
+            files = [files for _, files in pictures.rows]
+            benchmarks.write_layout(cfg.bench, pictures.folder, rows, files)
+    write_report(cfg, found, *phrase(cfg, found, where), where)
     if cfg.study:
-        make_study(cfg, chosen)
+        make_study(cfg, found.models)
 
 
 # ----------------------------------------------------------------------------- a blind study
@@ -711,26 +635,19 @@ def report_stage(cfg, models, rows, tags, device, of_bench):
 
 def make_study(cfg, models):
     """OUT/study, to be sent to people, and OUT/key.json, to be kept: who drew which picture of each pair."""
-    rng, pairs = np.random.default_rng(cfg.seed), list(combinations(models, 2))
-    count = len(next(iter(models.values())).rows)
-    if cfg.study > count * len(pairs):
-        fail(f"--study {cfg.study}: {count} prompts make {count * len(pairs)} pairs at most")
-    order = [rng.permutation(count) for _ in pairs]
-    chosen = [(pairs[j % len(pairs)], int(order[j % len(pairs)][j // len(pairs)])) for j in range(cfg.study)]
-    key = []
-    for n in rng.permutation(cfg.study):
-        sides, i = rng.permutation(chosen[n][0]).tolist(), chosen[n][1]
-        files = [
-            f"{models[name].folder}/{models[name].rows[i][1][rng.integers(cfg.seeds)]}" for name in sides
-        ]
-        key.append(
-            {"id": str(len(key)), "prompt": models[sides[0]].rows[i][0], "models": sides, "files": files}
-        )
+    rng, (base, *others) = np.random.default_rng(cfg.seed), models
+    prompts, key, page = [prompt for prompt, _ in models[base].rows], [], []
+    if cfg.study > len(prompts):
+        fail(f"--study {cfg.study}: there are {len(prompts)} prompts; each pair of models takes one once")
+    chosen = [(other, i) for other in others for i in rng.permutation(len(prompts))[: cfg.study].tolist()]
+    for n, j in enumerate(rng.permutation(len(chosen))):
+        sides, i = rng.permutation([base, chosen[j][0]]).tolist(), chosen[j][1]
+        prompt, files = prompts[i], []
+        for name in sides:
+            files.append(f"{models[name].folder}/{models[name].rows[i][1][rng.integers(cfg.seeds)]}")
+        key.append(dict(id=str(n), prompt=prompt, models=sides, files=files))
+        page.append(dict(id=str(n), prompt=prompt, pictures=[f"{n}_{side}.webp" for side in (1, 2)]))
     name = f"{rng.integers(10**9):09d}"
-    page = [
-        {"id": k["id"], "prompt": k["prompt"], "pictures": [f"{k['id']}_{s}.webp" for s in (1, 2)]}
-        for k in key
-    ]
     text = json.dumps({"study": name, "pairs": page}).replace("<", "\\u003c")
 
     def write(tmp):
@@ -743,7 +660,7 @@ def make_study(cfg, models):
 
     write_text(Path(cfg.out) / "key.json", json.dumps({"study": name, "pairs": key}, indent=1))
     publish(Path(cfg.out) / "study", write)
-    print(f"{cfg.out}/study/index.html: {cfg.study} pairs; send that folder, keep {cfg.out}/key.json")
+    print(f"{cfg.out}/study/index.html: {len(key)} pairs; send that folder, keep {cfg.out}/key.json")
 
 
 def read_answers(cfg, key):
@@ -777,11 +694,10 @@ def study_results(key, votes):
     """Per two models: votes and majorities of one, with Wilson intervals, and how far people agree."""
     by_models = {}
     for pair in key["pairs"]:
-        first, second = sorted(pair["models"])
+        base, mine = sorted(pair["models"])
         name_of = {"1": pair["models"][0], "2": pair["models"][1], "tie": "tie"}
         said = Counter(name_of[vote] for vote in votes[pair["id"]])
-        counts = [said[second], said["tie"], said[first]]
-        by_models.setdefault((second, first), []).append(counts)
+        by_models.setdefault((mine, base), []).append([said[mine], said["tie"], said[base]])
     results = {}
     for (mine, base), counts in by_models.items():
         counts = np.array([c for c in counts if sum(c)] or np.zeros((0, 3), int))  # (N, win tie loss)
@@ -802,22 +718,14 @@ def study_report(cfg):
         results = study_results(key, read_answers(cfg, key))
     except (ValueError, TypeError, LookupError) as e:
         fail(f"{path}: damaged ({e}); --study writes it")
-    header = [
-        f"{len(cfg.study_answers)} people",
-        "votes won (95 %)",
-        "majority of a pair won (95 %)",
-        "win : tie : loss",
-    ]
-    header += ["agreement", "Fleiss' kappa"]
+    rates = ["votes won (95 %)", "majority of a pair won (95 %)"]
+    header = [f"{len(cfg.study_answers)} people", *rates, "win : tie : loss", "agreement", "Fleiss' kappa"]
+    rate_text = lambda w: f"{w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}), n = {w['n']}"
     rows = []
     for name, r in results.items():
-        rates = [
-            f"{w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}), n = {w['n']}"
-            for w in (r["votes"], r["majority"])
-        ]
         votes = " : ".join(str(r["votes"][k]) for k in ("wins", "ties", "losses"))
         both = [f"{r['agreement']:.0%}", f"{r['kappa']:.2f}"] if "kappa" in r else ["", ""]
-        rows.append([name, *rates, votes, *both])
+        rows.append([name, rate_text(r["votes"]), rate_text(r["majority"]), votes, *both])
     write_text(Path(cfg.out) / "study.json", json.dumps(results, indent=1))
     print(markdown(header, rows) + "Votes of one pair are not independent: read the majorities' interval.")
 
@@ -833,23 +741,22 @@ def main(argv=None):
     paths = named_paths(cfg.models)
     if cfg.rewards is None:
         cfg = replace(cfg, rewards=() if cfg.bench else ("toyworld", *TOY_REWARDS))
-    rows = (
-        read_bench(cfg.bench, cfg.prompts, cfg.limit) if cfg.bench else read_prompts(cfg.prompts, cfg.limit)
-    )
+    if cfg.bench:
+        rows = benchmarks.read_bench(cfg.bench, cfg.prompts, cfg.limit)
+    else:
+        rows = read_prompts(cfg.prompts, cfg.limit)
     tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
     check_choices(cfg, [row["prompt"] for row in rows])
-    part, parts, index, count = synpic.share_of(cfg.shard)
+    part, parts, index, count = draw.share_of(cfg.shard)
     models = {name: pictures_of(cfg, name, path, rows) for name, path in paths.items()}
-    device, out, stages = pick_device(cfg.device), writable_folder("out", cfg.out), set(cfg.stages)
+    device, out = pick_device(cfg.device), writable_folder("out", cfg.out)
+    stages = set(cfg.stages) - ({"report"} if parts > 1 else set())  # the parts do not wait for each other
     cfg = suited(cfg, models)
     plans = drawings(cfg, models)
-    if parts > 1:
-        stages.discard("report")  # the parts do not wait for each other
     rank, world = process_rank()
-    starts = range(0, len(rows), cfg.batch_size)
-    batches = [range(len(rows))[start : start + cfg.batch_size] for start in starts]
-    mine = batches[index::count]  # a batch of prompts belongs to one process, by its place
-    with synpic.folder_lock(out, index, count, "evaluate.py"):
+    starts = range(0, len(rows), cfg.batch_size)[index::count]  # a batch belongs to one process, by its place
+    mine = [range(len(rows))[start : start + cfg.batch_size] for start in starts]
+    with draw.folder_lock(out, index, count, "evaluate.py"):
         if "draw" in stages:
             draw_stage(plans, mine, device)
         if "score" in stages:

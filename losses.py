@@ -41,29 +41,27 @@ def preference_probability(rewards):
 
     rewards (..., K, R) -> phi (..., K) in [0, 1], fp32 or wider. A tie is a win for neither image.
     ValueError if K < 2, R < 1 or a reward is NaN."""
-    rewards = _floats("rewards", rewards, 2)
+    rewards = _scores("rewards", rewards, 2)
     K, R = rewards.shape[-2:]
     if K < 2 or R < 1:
         shape = tuple(rewards.shape)
         raise ValueError(f"preference_probability: needs (..., K, R) with K >= 2 and R >= 1, got {shape}")
     wins = rewards.unsqueeze(-2) > rewards.unsqueeze(-3)  # (..., K, K, R), [i, j] = i beats j
-    return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))  # (..., K)
+    return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))  # (..., K)                       Algorithm 1
 
 
 def preference_rank(phi):
-    """tau (..., K) as floats, 1 = best. Tied images share their average rank: their order never matters."""
-    phi = _floats("phi", phi, 1)
+    """tau (..., K) as floats, 1 = best. Tied images share their average rank: their order never matters.
+
+    ValueError unless phi (..., K) lies in [0, 1]: all weights below are made of ranks, so labels are checked
+    here, once a list, and not in the loss, where a look at a GPU's values would hold the step up."""
+    if not isinstance(phi, torch.Tensor) or phi.dim() < 1:
+        raise ValueError(f"phi: expected a tensor (..., K), got {phi!r:.100}")
+    if not ((phi >= 0) & (phi <= 1)).all():  # also NaN
+        raise ValueError("phi: must lie in [0, 1]; it is the share of an image's pairwise wins")
     better = (phi.unsqueeze(-2) > phi.unsqueeze(-1)).sum(-1)  # (..., K) images ahead of i
     equal = (phi.unsqueeze(-2) == phi.unsqueeze(-1)).sum(-1)  # (..., K) itself included
-    return better + (equal.to(phi) + 1) / 2
-
-
-def model_rank(s, phi):
-    """tau (B, K) of the model's own order, the lowest s first: what LambdaLoss takes where RankDPO takes the
-    labels'. Where s ties phi decides: at theta = reference every s is 0, and no pair would have a weight."""
-    by_s, by_phi = preference_rank(-_floats("s", s, 2)), preference_rank(phi)
-    # by s first, then by phi: different ranks by s differ by 1 or more, times K; ranks by phi by less than K
-    return preference_rank(-(s.shape[-1] * by_s + by_phi))
+    return better + (equal.to(torch.promote_types(phi.dtype, torch.float32)) + 1) / 2
 
 
 def majority_vote(rewards, ties="drop", generator=None):
@@ -73,7 +71,7 @@ def majority_vote(rewards, ties="drop", generator=None):
     ties: "drop": equal scores of a reward vote for neither, an even vote stays 0 (no gradient); "random"
     tosses a coin for an even vote and needs a `generator`; "literal" takes the paper at its word for i < j:
     a reward's tie votes for i (its Eq. 6 has >=), an even vote is -1 (its "otherwise")."""
-    rewards = _floats("rewards", rewards, 2)
+    rewards = _scores("rewards", rewards, 2)
     if ties not in ("drop", "literal", "random"):
         raise ValueError(f"majority_vote: ties must be 'drop', 'literal' or 'random', got {ties!r}")
     if ties == "random" and generator is None:
@@ -96,6 +94,16 @@ def majority_vote(rewards, ties="drop", generator=None):
 def _antisymmetric(x):
     """The upper triangle of (..., K, K), and its negative below; 0 on the diagonal."""
     return x.triu(1) - x.triu(1).transpose(-1, -2)
+
+
+def _scores(name, x, dim):
+    """Scores, or votes, in fp32 or wider. ValueError for fewer than `dim` dimensions and for NaN."""
+    if not isinstance(x, torch.Tensor) or x.dim() < dim:
+        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {got}")
+    if torch.isnan(x).any():
+        raise ValueError(f"{name}: contains NaN; drop or rescore those images first")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 LABELS = ("phi", "sum", "normalized_sum", "majority", "random")  # and single:REWARD
@@ -131,45 +139,46 @@ def preference_labels(label, rewards, seed=0):
 
 def dpo_weights(phi):
     """(B, K) -> (B, K, K): 1 where i is preferred to j (phi_i > phi_j), else 0. Equal phi is no pair."""
-    phi = _floats("phi", phi, 2)
-    return (phi.unsqueeze(2) > phi.unsqueeze(1)).to(phi)
+    if phi.dim() != 2:
+        raise ValueError(f"dpo_weights: phi must be (B, K), got {tuple(phi.shape)}")
+    tau = preference_rank(phi)  # (B, K)
+    return (tau.unsqueeze(2) < tau.unsqueeze(1)).to(tau)
 
 
 def gain_weights(phi):
     """(B, K) -> (B, K, K): |G_i - G_j|, G = 2^phi, where i is preferred to j, else 0. RankDPO Table 5."""
-    gain = torch.exp2(_floats("phi", phi, 2))  # (B, K)
-    return (gain.unsqueeze(2) - gain.unsqueeze(1)).abs() * dpo_weights(phi)
+    preferred = dpo_weights(phi)  # (B, K, K)
+    gain = torch.exp2(phi.to(preferred))  # (B, K)
+    return preferred * (gain.unsqueeze(2) - gain.unsqueeze(1)).abs()
 
 
-def dcg_weights(phi, tau=None):
+def dcg_weights(phi):
     """(B, K) -> (B, K, K): Delta_ij where i is preferred to j, else 0. RankDPO Eq. 6:
 
-        Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)|,   D(tau) = ln(1 + tau)
+        Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)|,   D(tau) = ln(1 + tau),   tau = 1 is best
 
-    tau (B, K), 1 = best: the rank by phi, unless another is given (LambdaLoss: model_rank(s, phi)).
     phi = (1, 2/3, 1/3, 0) gives Delta_14 = .8214, the largest."""
-    tau = preference_rank(_floats("phi", phi, 2)) if tau is None else tau
-    discount = 1 / torch.log1p(tau)  # (B, K)
-    return gain_weights(phi) * (discount.unsqueeze(2) - discount.unsqueeze(1)).abs()
+    if phi.dim() != 2:
+        raise ValueError(f"dcg_weights: phi must be (B, K), got {tuple(phi.shape)}")
+    tau = preference_rank(phi)  # (B, K)
+    preferred = tau.unsqueeze(2) < tau.unsqueeze(1)  # (B, K, K)
+    gain, discount = torch.exp2(phi.to(tau)), 1 / torch.log1p(tau)  # (B, K)
+    gains = (gain.unsqueeze(2) - gain.unsqueeze(1)).abs()  # (B, K, K)
+    discounts = (discount.unsqueeze(2) - discount.unsqueeze(1)).abs()
+    return preferred * gains * discounts  #                                                           Eq. 6
 
 
 def vote_weights(votes):
     """(B, K, K) votes in {-1, 0, +1} -> (B, K, K): 1 where the vote prefers i to j, else 0."""
-    votes = _floats("votes", votes, 3)
+    votes = _scores("votes", votes, 3)
     return (votes > 0).to(votes)
 
 
 def direct_weights(rewards):
     """(B, K, R) -> (B, K, K): share of the rewards that strictly prefer i to j. BalancedDPO Eq. 10 with equal
     w_k: rewards that disagree pull a pair both ways, where the vote takes a side."""
-    rewards = _floats("rewards", rewards, 3)
+    rewards = _scores("rewards", rewards, 3)
     return (rewards.unsqueeze(2) > rewards.unsqueeze(1)).to(rewards).mean(-1)
-
-
-def smooth_weights(weights, eps):
-    """(B, K, K) -> (B, K, K): each label is wrong with probability eps (conservative DPO, in none of the
-    papers). The sum over a pair stays what it was."""
-    return (1 - eps) * weights + eps * weights.transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------- weights (B, K)
@@ -186,21 +195,22 @@ def score_weights(scores):
     """(B, K) scores of one reward -> (B, K): r_i / K, so that the loss is the mean over the list of score
     times error. RankDPO Table 5 weighs by HPSv2.1 "similar to" Lee et al. (2302.12192), whose weight is the
     reward itself. A score below 0, which would make an image worse, weighs 0."""
-    return _floats("scores", scores, 2).clamp(min=0) / scores.shape[1]
+    return _scores("scores", scores, 2).clamp(min=0) / scores.shape[1]
 
 
 # ----------------------------------------------------------------------------- errors and the loss
 
 
 def denoising_error(prediction, target):
-    """(B, K, ...), (B, K, ...) -> (B, K): mean squared error over the trailing dimensions.
+    """(B, K, ...), (B, K, ...) -> (B, K): mean squared error over the trailing dimensions. A network's flat
+    output (B K, ...) takes .unflatten(0, (B, K)) first.
 
     fp32 BEFORE subtracting: a half-precision difference times beta = 2500 is worth .04 (fp16) to .29 (bf16)
     in the logit."""
     if prediction.shape != target.shape or prediction.dim() < 3:
         shapes = f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}"
         raise ValueError(f"denoising_error: {shapes} must be equal shapes (B, K, ...)")
-    wide = _wide(prediction)
+    wide = torch.promote_types(prediction.dtype, torch.float32)
     return (prediction.to(wide) - target.to(wide)).square().flatten(2).mean(-1)
 
 
@@ -211,46 +221,77 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None):
 
     policy_err, ref_err (B, K) errors (see "The scale of beta" above); weights (B, K, K), [i, j] = i is
     preferred to j; mask (B, K) True for real images, so that K may differ between lists. SUM over the pairs
-    of a list, no mean over lists: -> loss (B,), metrics. The gradient goes through policy_err only.
-
-    Metrics are detached, one number a list, (B,), so that a list counts once however many pairs it has:
-    accuracy (share of its preferred pairs, those with more weight one way, that s orders rightly, ties 1/2),
-    best_s and worst_s (s of the image with most weight won and of the one with most weight lost), weight (of
-    all pairs over the number of preferred ones), unweighted (share of its pairs without a preference). NaN
-    where a list has no preferred pair; the caller reduces."""
-    policy_err, ref_err, weights, real = _inputs("preference_loss", policy_err, ref_err, weights, 3, mask)
+    of a list, no mean over lists: -> loss (B,), fp32 or wider, metrics (see preference_metrics). The gradient
+    goes through policy_err only. ValueError for other shapes."""
+    B, K = policy_err.shape if policy_err.dim() == 2 else (0, 0)
+    wanted = {"ref_err": (ref_err, (B, K)), "weights": (weights, (B, K, K)), "mask": (mask, (B, K))}
+    for name, (x, shape) in wanted.items():
+        if K < 2 or (x is not None and x.shape != shape):
+            shapes = f"policy_err {tuple(policy_err.shape)}, {name} {tuple(x.shape)}"
+            raise ValueError(
+                f"preference_loss: errors are (B, K), weights (B, K, K), mask (B, K), got {shapes}"
+            )
     if not beta > 0:
         raise ValueError(f"preference_loss: beta must be positive, got {beta}")
-    s = policy_err - ref_err  # (B, K)                                                                Eq. 5
+    wide = torch.promote_types(policy_err.dtype, torch.float32)
+    real = torch.ones(B, K, dtype=torch.bool, device=ref_err.device) if mask is None else mask.bool()
+    weights = weights.to(wide).masked_fill(~(real.unsqueeze(2) & real.unsqueeze(1)), 0)  # (B, K, K)
+
+    s = policy_err.to(wide) - ref_err.detach().to(wide)  # (B, K)                                     Eq. 5
+    s = s.masked_fill(~real, 0)
     margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K), s_i - s_j
     loss = -(weights * F.logsigmoid(-beta * margin)).sum((1, 2))  # (B,)                              Eq. 7
-    with torch.no_grad():
-        used = weights > weights.transpose(1, 2)  # (B, K, K)
-        right = (margin < 0).to(s) + 0.5 * (margin == 0).to(s)
-        count = used.sum((1, 2))  # (B,), 0 / 0 is NaN below
-        net = weights.sum(2) - weights.sum(1)  # (B, K), weight won minus weight lost; 0 for padding
-        images = real.sum(1)
-        metrics = {
-            "accuracy": (right * used).sum((1, 2)) / count,
-            **_ends(s, net, real, count > 0),
-            "weight": weights.sum((1, 2)) / count,
-            "unweighted": 1 - count / (images * (images - 1) / 2).clamp(min=1),
-        }
-    return loss, metrics
+    return loss, preference_metrics(s.detach(), weights, real)
+
+
+def preference_metrics(s, weights, real):
+    """s (B, K), weights (B, K, K), real (B, K) -> {name: (B,)}, one number a list, so that a list counts once
+    however many pairs it has. NaN where a list has no preferred pair; the caller reduces.
+
+    accuracy: share of the preferred pairs, those with more weight one way, that s orders rightly, ties 1/2;
+    best_s, worst_s: s of the image with most weight won and of the one with most weight lost;
+    weight: of all pairs over the number of preferred ones; unweighted: share of pairs with no preference."""
+    used = weights > weights.transpose(1, 2)  # (B, K, K)
+    margin = s.unsqueeze(2) - s.unsqueeze(1)  # (B, K, K)
+    right = (margin < 0).to(s) + 0.5 * (margin == 0).to(s)
+    count, images = used.sum((1, 2)), real.sum(1)  # (B,); 0 / 0 is NaN below
+    nan, inf = torch.full_like(s[:, 0], float("nan")), float("inf")
+    net = weights.sum(2) - weights.sum(1)  # (B, K), weight won minus weight lost
+    best = net.masked_fill(~real, -inf).argmax(1, keepdim=True)  # (B, 1)
+    worst = net.masked_fill(~real, inf).argmin(1, keepdim=True)
+    return {
+        "accuracy": (right * used).sum((1, 2)) / count,
+        "best_s": torch.where(count > 0, s.gather(1, best)[:, 0], nan),
+        "worst_s": torch.where(count > 0, s.gather(1, worst)[:, 0], nan),
+        "weight": weights.sum((1, 2)) / count,
+        "unweighted": 1 - count / (images * (images - 1) / 2).clamp(min=1),
+    }
 
 
 def finetuning_loss(policy_err, ref_err, weights, mask=None):
     """Weighted fine-tuning (RankDPO Table 5, SFT and weighted): L_b = sum_i weights_i policy_err_i.
 
-    policy_err, ref_err, weights, mask (B, K) -> loss (B,), metrics as those of preference_loss; there are no
-    pairs, so accuracy and unweighted are NaN. The reference is looked at for the metrics only."""
-    policy_err, ref_err, weights, real = _inputs("finetuning_loss", policy_err, ref_err, weights, 2, mask)
+    policy_err, ref_err, weights, mask (B, K) -> loss (B,), metrics named as those of preference_loss. There
+    are no pairs, so accuracy and unweighted are NaN. Only the metrics look at the reference."""
+    if policy_err.dim() != 2 or not policy_err.shape == ref_err.shape == weights.shape:
+        shapes = [tuple(x.shape) for x in (policy_err, ref_err, weights)]
+        raise ValueError(f"finetuning_loss: errors and weights must be equal shapes (B, K), got {shapes}")
+    wide = torch.promote_types(policy_err.dtype, torch.float32)
+    real = torch.ones_like(weights, dtype=torch.bool) if mask is None else mask.bool()
+    policy_err, ref_err, weights = (x.to(wide).masked_fill(~real, 0) for x in (policy_err, ref_err, weights))
     loss = (weights * policy_err).sum(1)  # (B,)
-    with torch.no_grad():
-        nan = torch.full_like(loss, float("nan"))
-        ends = _ends(policy_err - ref_err, weights, real, weights.sum(1) > 0)
-        metrics = {"accuracy": nan, **ends, "weight": weights.sum(1) / real.sum(1), "unweighted": nan}
-    return loss, metrics
+
+    s, nan, inf = (policy_err - ref_err).detach(), torch.full_like(loss.detach(), float("nan")), float("inf")
+    best = weights.masked_fill(~real, -inf).argmax(1, keepdim=True)  # (B, 1)
+    worst = weights.masked_fill(~real, inf).argmin(1, keepdim=True)
+    weighed = weights.sum(1) > 0  # (B,)
+    return loss, {
+        "accuracy": nan,
+        "best_s": torch.where(weighed, s.gather(1, best)[:, 0], nan),
+        "worst_s": torch.where(weighed, s.gather(1, worst)[:, 0], nan),
+        "weight": weights.sum(1) / real.sum(1),
+        "unweighted": nan,
+    }
 
 
 def dro_loss(expert_err, expert_ref_err, negative_err, negative_ref_err, margin=0.001):
@@ -259,29 +300,25 @@ def dro_loss(expert_err, expert_ref_err, negative_err, negative_ref_err, margin=
         L_b = max(0, margin + s_expert - s_negative),   s = policy error - reference error, lower is better.
 
     All (B,): the expert's are denoising errors of its noised latent; the negative's are those of x_t on the
-    path, with the noise that the copy predicts there as a detached target. -> loss (B,), metrics as those of
-    preference_loss; weight is 1 where the hinge passes a gradient, unweighted where it does not. While the
-    copy IS the policy, negative_err and its gradient are exactly 0: the negative only gates the hinge."""
-    errs = [_floats("err", e, 1) for e in (expert_err, expert_ref_err, negative_err, negative_ref_err)]
-    if errs[0].dim() != 1 or any(e.shape != errs[0].shape for e in errs):
+    path, with the noise that the copy predicts there as a detached target. -> loss (B,), metrics named as
+    those of preference_loss; weight is 1 where the hinge passes a gradient, unweighted where it does not.
+    While the copy IS the policy, negative_err and its gradient are exactly 0: the negative only gates the
+    hinge. fp32 or wider; ValueError for other shapes."""
+    errs = (expert_err, expert_ref_err, negative_err, negative_ref_err)
+    if expert_err.dim() != 1 or any(e.shape != expert_err.shape for e in errs):
         raise ValueError(f"dro_loss: errors {[tuple(e.shape) for e in errs]} must be equal shapes (B,)")
-    expert_s, negative_s = errs[0] - errs[1].detach(), errs[2] - errs[3].detach()  # (B,)
+    wide = torch.promote_types(expert_err.dtype, torch.float32)
+    expert_s = expert_err.to(wide) - expert_ref_err.detach().to(wide)  # (B,)
+    negative_s = negative_err.to(wide) - negative_ref_err.detach().to(wide)
     loss = F.relu(margin + expert_s - negative_s)  # (B,)
-    with torch.no_grad():
-        accuracy = (expert_s < negative_s).to(loss) + 0.5 * (expert_s == negative_s).to(loss)
-        active = (loss > 0).to(loss)
-        metrics = dict(accuracy=accuracy, best_s=expert_s.detach(), worst_s=negative_s.detach())
-    return loss, {**metrics, "weight": active, "unweighted": 1 - active}
-
-
-def _ends(s, value, real, listed):
-    """s (B, K) of the real images whose value (B, K) is largest in the list, and smallest; NaN where the list
-    is not `listed` (B,)."""
-    inf = float("inf")
-    best = s.gather(1, value.masked_fill(~real, -inf).argmax(1, keepdim=True))[:, 0]
-    worst = s.gather(1, value.masked_fill(~real, inf).argmin(1, keepdim=True))[:, 0]
-    nan = torch.full_like(best, float("nan"))
-    return {"best_s": torch.where(listed, best, nan), "worst_s": torch.where(listed, worst, nan)}
+    expert_s, negative_s, active = expert_s.detach(), negative_s.detach(), (loss > 0).to(wide)
+    return loss, {
+        "accuracy": (expert_s < negative_s).to(wide) + 0.5 * (expert_s == negative_s).to(wide),
+        "best_s": expert_s,
+        "worst_s": negative_s,
+        "weight": active,
+        "unweighted": 1 - active,
+    }
 
 
 def rankdpo_loss(policy_err, ref_err, phi, beta):
@@ -293,46 +330,6 @@ def dpo_loss(policy_err, ref_err, beta):
     """Diffusion-DPO for pairs, (B, 2) errors, winner first -> loss (B,), metrics."""
     if policy_err.shape[-1] != 2:
         shape = tuple(policy_err.shape)
-        raise ValueError(
-            f"dpo_loss: K must be 2, winner first, got {shape}; use dpo_weights for longer lists"
-        )
+        raise ValueError(f"dpo_loss: K is 2, winner first, got {shape}; dpo_weights is for longer lists")
     phi = torch.tensor([[1.0, 0.0]]).to(ref_err).expand_as(ref_err)
     return preference_loss(policy_err, ref_err, dpo_weights(phi), beta)
-
-
-# ----------------------------------------------------------------------------- checks
-
-
-def _wide(x):
-    """fp32, unless the input is wider."""
-    return torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
-
-
-def _floats(name, x, dim):
-    """A floating tensor of at least `dim` dimensions, in fp32 or wider; NaN only in errors, which pass it on
-    to the loss. ValueError otherwise."""
-    if not isinstance(x, torch.Tensor) or x.dim() < dim:
-        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{name}: expected a tensor of at least {dim} dimensions, got {got}")
-    x = x.to(_wide(x))
-    if name not in ("policy_err", "ref_err", "err") and torch.isnan(x).any():
-        raise ValueError(f"{name}: contains NaN; drop or rescore those images first")
-    return x
-
-
-def _inputs(caller, policy_err, ref_err, weights, dim, mask):
-    """Errors (B, K), the reference's without gradient, and weights (B, K) or (B, K, K), all 0 where the mask
-    (B, K) says that there is no image; and that mask."""
-    policy_err, ref_err = _floats("policy_err", policy_err, 2), _floats("ref_err", ref_err, 2)
-    if policy_err.dim() != 2 or ref_err.shape != policy_err.shape:
-        shapes = f"policy_err {tuple(policy_err.shape)} and ref_err {tuple(ref_err.shape)}"
-        raise ValueError(f"{caller}: {shapes} must be equal shapes (B, K)")
-    weights, (B, K) = _floats("weights", weights, dim), policy_err.shape
-    if weights.shape != (wanted := (B, K, K)[:dim]):
-        raise ValueError(f"{caller}: weights {tuple(weights.shape)} must be {wanted} for errors {(B, K)}")
-    if mask is not None and mask.shape != (B, K):
-        raise ValueError(f"{caller}: mask {tuple(mask.shape)} must be (B, K) = {(B, K)}")
-    real = torch.ones_like(policy_err, dtype=torch.bool) if mask is None else mask.bool()
-    used = real if dim == 2 else real.unsqueeze(2) & real.unsqueeze(1)
-    policy_err, ref_err = (err.masked_fill(~real, 0) for err in (policy_err, ref_err.detach()))
-    return policy_err, ref_err, weights.masked_fill(~used, 0), real

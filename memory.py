@@ -368,11 +368,7 @@ def main(argv=None):
     dtype, K = torch.bfloat16, cfg.k or (2 if cfg.loss == "dro" else 4)
     pipe = pipelines.load_pipeline(cfg.model.split("+")[0], denoiser=False, encoders=False)
     family, denoiser = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)[1]
-    shapes = family.shapes(denoiser.config)
-    if cfg.resolution % (step := pipe.vae_scale_factor * family.patch):
-        fail(f"--resolution {cfg.resolution}: must be a multiple of {step}")
-    if cfg.resolution:
-        shapes["latents"] = (shapes["latents"][0], *[cfg.resolution // pipe.vae_scale_factor] * 2)
+    shapes = pipelines.shapes_at(pipe, cfg.resolution)
     item = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     item["latents"] = item["latents"].expand(K, *shapes["latents"])
     text = next(1e9 * TEXT[name] for name, known in pipelines.TRAINABLE.items() if known is family)

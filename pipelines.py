@@ -1,4 +1,4 @@
-"""All that differs between model families: load, encode, noise and target, predict, sample.
+"""What differs between model families: loading, encoding, noise and target, prediction, sampling.
 
     pipe = load_pipeline("folder or hub id")                           # or base+adapters, or random:sdxl
     family = family_of(pipe)                                           # the class below that fits
@@ -7,18 +7,21 @@
     x_t, t, target = add_noise(pipe.scheduler, x, noise, u)            # u (N,) uniform in [0, 1)
     prediction = family.predict(pipe.unet, x_t, t, cond)
 
-A family is one class: `StableDiffusion` is the base, the others say where they differ from it. A family that
-is only sampled from (PixArt, Stable Cascade) needs `sampling` alone. Nothing else in this project asks which
-family a model is of.
+A family is one class. `StableDiffusion` is the base, and each other class overrides what differs. A family
+that is only sampled (PixArt, Stable Cascade) overrides `sampling` alone. No other file names a family.
 """
 
 import hashlib
-import re
-from contextlib import suppress
+import json
+import logging
+import os
+import warnings
+from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -26,7 +29,8 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import fail, parse_json, process_rank, publish, read_text
+from common import ends_of, fail, parse_json, process_rank, publish, read_text
+from formats import find_addition, load_adapters, load_denoiser, split_spec, stored_as
 
 # ----------------------------------------------------------------------------- families
 
@@ -35,60 +39,61 @@ class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: a U-Net that predicts noise or v."""
 
     patch = 1  # the sides of latents are multiples of this
-    nothing = ""  # what classifier-free guidance leads away from
-    encoders = ("vae", "text_encoder", "tokenizer")  # those that it cannot do without
+    negative_prompt = ""  # classifier-free guidance leads away from it
+    flow = False  # whether only a rectified flow fits
+    encoders = ("vae", "text_encoder", "tokenizer")  # the parts without which no data set can be encoded
 
     def encode_prompts(self, pipe, prompts, size):
-        """All that the denoiser is conditioned on: {name: (N, ...)}. `size` is (height, width) in pixels."""
+        """N prompts -> the denoiser's conditioning, {name: (N, ...)}. `size` is (height, width) in pixels."""
         embeds, _ = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)
         return {"embeds": embeds}
 
     def encode_images(self, vae, pixels):
-        """(N, 3, H, W) in [-1, 1] -> scaled latents (N, C, h, w): the mean of the posterior, so that a cache
-        has one answer."""
+        """Pixels (N, 3, H, W) in [-1, 1] -> scaled latents (N, C, h, w). They are the posterior's mean, so
+        that cached latents depend on no seed."""
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
         return (z - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
     def predict(self, model, x_t, t, cond):
-        """What the denoiser predicts, (N, C, h, w), of x_t (N, C, h, w), timesteps t (N,), prompts."""
+        """The denoiser's prediction (N, C, h, w) at x_t (N, C, h, w), t (N,) and conditioning `cond`."""
         return model(x_t, t, encoder_hidden_states=cond["embeds"], return_dict=False)[0]
 
     def unused(self, model):
-        """What names of the denoiser's parameters begin with whose results go nowhere, a tuple."""
+        """Prefixes of the parameters that do not change the prediction, a tuple: they get no gradient."""
         return ()
 
     def suits(self, pipe):
-        """Steps and guidance of sampling where they are not given."""
+        """The default steps and guidance of sampling, {name: value}."""
         return SUITS[scale_of(pipe)]
 
     def sampling(self, pipe, steps, guidance, resolution=0):
-        """The pipeline's arguments for sampling; resolution 0 is the pipeline's own."""
-        size = dict(height=resolution, width=resolution) if resolution else {}
-        return dict(num_inference_steps=steps, guidance_scale=guidance, **size)
+        """Arguments of the pipeline's call. `resolution` is a side in pixels or "WIDTHxHEIGHT"; 0 is the
+        pipeline's own size."""
+        return dict(num_inference_steps=steps, guidance_scale=guidance, **size_arguments(resolution))
 
     def texts(self, prompts):
-        """The pipeline's arguments for a batch of prompts."""
+        """Arguments of the pipeline's call for a batch of prompts."""
         return {"prompt": list(prompts)}
 
-    def prompt_arguments(self, cond, nothing):
-        """encode_prompts' of prompts, and encode_nothing's -> the pipeline's arguments in their place."""
+    def prompt_arguments(self, cond, negative):
+        """Conditioning of N prompts and of one negative prompt -> the arguments that replace texts()."""
         arguments = {}
         names = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_embeds_mask"}
         for key, argument in names.items():
             if key in cond:
                 arguments[argument] = cond[key]
-                arguments[f"negative_{argument}"] = nothing[key].to(cond[key].device).expand_as(cond[key])
+                arguments[f"negative_{argument}"] = negative[key].to(cond[key].device).expand_as(cond[key])
         return arguments
 
     def shapes(self, config):
-        """Shapes of one image's latents and conditioning at the model's own size, from the config."""
+        """Shapes of one image's latents and conditioning at the model's native size, from its config."""
         latents = (config.in_channels, config.sample_size, config.sample_size)
         return {"latents": latents, "embeds": (77, config.cross_attention_dim)}
 
     pipeline = diffusers.StableDiffusionPipeline
 
     def random_parts(self):
-        """Denoiser, with random weights, and scheduler of the real model, as the pipeline calls them."""
+        """{part's name: part} of the real model's size: a denoiser with random weights, and a scheduler."""
         unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         return dict(unet=unet, scheduler=diffusers.DDPMScheduler(**BETAS), requires_safety_checker=False)
 
@@ -136,8 +141,10 @@ class StableDiffusionXL(StableDiffusion):
 class StableDiffusion3(StableDiffusion):
     """SD3 and SD3.5: a transformer that predicts the velocity of a rectified flow; T5 may be absent."""
 
+    flow = True
+
     def text_length(self, pipe):
-        """T5's: 256 as the pipeline has it, unless the tokenizer is shorter than CLIP's 77: the toy's."""
+        """Tokens of T5's text: 256, the pipeline's default. The toy's tokenizer is shorter."""
         return 256 if pipe.tokenizer.model_max_length >= 77 else pipe.tokenizer.model_max_length
 
     def encode_prompts(self, pipe, prompts, size):
@@ -155,7 +162,7 @@ class StableDiffusion3(StableDiffusion):
         return {**super().sampling(pipe, steps, guidance, resolution), **more}
 
     def shapes(self, config):
-        side = min(config.sample_size, 128)  # sample_size is the position table's in some checkpoints
+        side = min(config.sample_size, 128)  # some checkpoints give the position table's size
         embeds, pooled = (333, config.joint_attention_dim), (config.pooled_projection_dim,)
         return {"latents": (config.in_channels, side, side), "embeds": embeds, "pooled": pooled}
 
@@ -173,8 +180,8 @@ class StableDiffusion3(StableDiffusion):
 
 
 class Flux(StableDiffusion3):
-    """FLUX.1 [dev], which takes guidance as an input, and [schnell], which does not: CLIP's pooled text and
-    T5's, latents in 2 x 2 patches with their places. Text has no mask: T5's padding is part of the input."""
+    """FLUX.1 [dev] and [schnell]; [dev] takes guidance as an input. Text is CLIP's pooled embedding and T5's
+    tokens, whose padding is not masked. Latents enter as 2 x 2 patches with their positions."""
 
     patch = 2
     encoders = StableDiffusionXL.encoders
@@ -190,7 +197,7 @@ class Flux(StableDiffusion3):
 
     def predict(self, model, x_t, t, cond):
         h, w = (side // 2 for side in x_t.shape[-2:])
-        places = [torch.arange(n, dtype=x_t.dtype, device=x_t.device) for n in (1, h, w)]
+        positions = [torch.arange(n, dtype=x_t.dtype, device=x_t.device) for n in (1, h, w)]
         guidance = torch.ones_like(t) if model.config.guidance_embeds else None  # 1: see docs/trainer.md
         prediction = model(
             to_patches(x_t),
@@ -198,7 +205,7 @@ class Flux(StableDiffusion3):
             guidance=guidance,
             encoder_hidden_states=cond["embeds"],
             pooled_projections=cond["pooled"],
-            img_ids=torch.cartesian_prod(*places),  # (h w, 3): 0, row, column
+            img_ids=torch.cartesian_prod(*positions),  # (h w, 3): 0, row, column
             txt_ids=x_t.new_zeros(cond["embeds"].shape[1], 3),
             return_dict=False,
         )[0]
@@ -216,26 +223,26 @@ class Flux(StableDiffusion3):
     pipeline = diffusers.FluxPipeline
 
     def random_parts(self):
-        """[dev]'s."""
+        """Those of [dev]."""
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True)
         return dict(transformer=transformer, scheduler=scheduler)
 
 
 class QwenImage(Flux):
-    """Qwen-Image: Qwen2.5-VL's text within a chat template, filled up to one length with a mask; a VAE of
-    videos, of which a picture is the only frame; classifier-free guidance away from " "."""
+    """Qwen-Image: Qwen2.5-VL encodes the prompt inside a chat template, and a mask marks the padding. The VAE
+    encodes videos; an image is a video of one frame."""
 
-    nothing = " "  # of its model card
+    negative_prompt = " "  # as in the model card
     encoders = StableDiffusion.encoders
 
     def text_length(self, pipe):
-        return min(512, pipe.tokenizer.model_max_length)  # as the pipeline cuts it; the toy's is shorter
+        return min(512, pipe.tokenizer.model_max_length)  # the pipeline's default; the toy's is shorter
 
     def encode_prompts(self, pipe, prompts, size):
         length, device = self.text_length(pipe), pipe.text_encoder.device
         embeds, mask = pipe.encode_prompt(prompts, device, max_sequence_length=length)
-        if mask is None:  # the pipeline's word for: no padding
+        if mask is None:  # the pipeline returns none where no prompt is padded
             mask = torch.ones(embeds.shape[:2], device=device)
         more = length - embeds.shape[1]
         pad = torch.nn.functional.pad
@@ -243,8 +250,8 @@ class QwenImage(Flux):
 
     def encode_images(self, vae, pixels):
         z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mean[:, :, 0]
-        of_channels = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (z.new_tensor(values)[:, None, None] for values in of_channels)
+        per_channel = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (z.new_tensor(values)[:, None, None] for values in per_channel)
         return (z - mean) / std
 
     def predict(self, model, x_t, t, cond):
@@ -259,7 +266,7 @@ class QwenImage(Flux):
         )[0]
         return from_patches(prediction, h, w)
 
-    def unused(self, model):  # the last block's text goes nowhere
+    def unused(self, model):  # the last block's text output is not read
         last = f"transformer_blocks.{len(model.transformer_blocks) - 1}."
         parts = ("attn.add_q_proj.", "attn.norm_added_q.", "attn.to_add_out.", "txt_mlp.")
         return tuple(last + part for part in parts)
@@ -268,7 +275,7 @@ class QwenImage(Flux):
         return dict(steps=50, guidance=4.0)
 
     def texts(self, prompts):
-        return {"prompt": list(prompts), "negative_prompt": [self.nothing] * len(prompts)}
+        return {"prompt": list(prompts), "negative_prompt": [self.negative_prompt] * len(prompts)}
 
     def sampling(self, pipe, steps, guidance, resolution=0):
         arguments = super().sampling(pipe, steps, guidance, resolution)
@@ -296,21 +303,29 @@ def from_patches(tokens, h, w):
     return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (h, w)), 2)
 
 
+def size_arguments(resolution):
+    """{height, width} of a side in pixels or of "WIDTHxHEIGHT"; {} of 0."""
+    width, _, height = str(resolution).partition("x")
+    return dict(height=int(height or width), width=int(width)) if resolution else {}
+
+
 class PixArt(StableDiffusion):
-    """PixArt-Sigma, sampled from only."""
+    """PixArt-Sigma; it is sampled and not trained."""
 
     def sampling(self, pipe, steps, guidance, resolution=0):
-        # cleaning captions would need packages that may or may not be there
+        # diffusers needs optional packages to clean captions
         return {**super().sampling(pipe, steps, guidance, resolution), "clean_caption": False}
 
 
 class StableCascade(StableDiffusion):
-    """Stable Cascade, sampled from only: steps and guidance are the prior's, the decoder has 10 steps."""
+    """Stable Cascade; it is sampled and not trained. Steps and guidance are the prior's."""
+
+    def suits(self, pipe):
+        return dict(steps=20, guidance=4.0)
 
     def sampling(self, pipe, steps, guidance, resolution=0):
         prior = dict(prior_num_inference_steps=steps, prior_guidance_scale=guidance)
-        size = dict(height=resolution, width=resolution) if resolution else {}
-        return dict(prior, num_inference_steps=10, **size)
+        return dict(prior, num_inference_steps=10, **size_arguments(resolution))  # 10 of the decoder
 
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -321,12 +336,12 @@ TRAINABLE = {
     "flux": Flux(),
     "qwen": QwenImage(),
 }
-SUITS = {  # what suits a model where it is not said: sampling here, training in rankdpo.py
+SUITS = {  # default steps and guidance of sampling; rankdpo.py has the defaults of training
     "toy": dict(steps=16, guidance=2.0),
     "noise": dict(steps=40, guidance=5.0),
     "flow": dict(steps=28, guidance=7.0),
 }
-FAMILIES = {  # the first whose name the pipeline's class begins with
+FAMILIES = {  # the first entry that the name of the pipeline's class begins with
     "StableDiffusionXL": TRAINABLE["sdxl"],
     "StableDiffusion3": TRAINABLE["sd3"],
     "StableDiffusion": TRAINABLE["sd15"],
@@ -338,20 +353,36 @@ FAMILIES = {  # the first whose name the pipeline's class begins with
 
 
 def family_of(pipe, trainable=False):
-    """The family of a pipeline; one that nobody described is sampled from like Stable Diffusion."""
+    """The family of a pipeline. An unknown class is sampled like Stable Diffusion, and refused if it is to be
+    trained, as is a scheduler that add_noise does not fit."""
     kind = type(pipe).__name__
     family = next((f for name, f in FAMILIES.items() if kind.startswith(name)), StableDiffusion())
     if trainable and family not in TRAINABLE.values():
         fail(f"{kind}: the trainer knows Stable Diffusion 1.x / 2.x, SDXL, SD3, FLUX.1 and Qwen-Image")
     if trainable:
-        if denoiser_of(pipe)[1] is None:
-            fail(f"{pipe.name_or_path}: has no denoiser")
-        check_scheduler(pipe.name_or_path, pipe.scheduler)
+        check_scheduler(pipe.name_or_path, pipe.scheduler, family)
     return family
 
 
-def check_scheduler(path, scheduler):
-    """It must say how much noise there is at each timestep, and predict what add_noise can give."""
+def shapes_at(pipe, resolution=0):
+    """{"latents": (C, h, w), ...}: the shapes of one image's latents and conditioning at a resolution in
+    pixels, without which it is the model's own."""
+    family, denoiser = family_of(pipe), denoiser_of(pipe)[1]
+    shapes, factor = family.shapes(denoiser.config), pipe.vae_scale_factor
+    if resolution % (factor * family.patch):
+        fail(f"--resolution {resolution}: must be a multiple of {factor * family.patch}")
+    if resolution:
+        shapes["latents"] = (shapes["latents"][0], resolution // factor, resolution // factor)
+    return shapes
+
+
+def check_scheduler(path, scheduler, family):
+    """Fail unless the scheduler fits the family, has a noise level for each timestep and predicts a target
+    that add_noise knows."""
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if family.flow or not hasattr(scheduler, "alphas_cumprod"):
+            wanted = "FlowMatchEulerDiscreteScheduler" + ("" if family.flow else " or one of diffusion")
+            fail(f"{path}/scheduler: is a {type(scheduler).__name__}, but the model needs {wanted}")
     levels = getattr(scheduler, "alphas_cumprod", getattr(scheduler, "sigmas", torch.zeros(0)))
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 0)
     if len(levels) != steps or not levels.any() or not ((0 <= levels) & (levels <= 1)).all():
@@ -364,7 +395,7 @@ def check_scheduler(path, scheduler):
 
 
 def scale_of(pipe):
-    """toy, noise or flow: a small model, or one of real size that predicts noise (or v) or velocity."""
+    """The kind of a model, a key of SUITS: toy has under 50 M parameters; flow predicts velocity."""
     if sum(p.numel() for p in denoiser_of(pipe)[1].parameters()) < 50e6:
         return "toy"
     return "flow" if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) else "noise"
@@ -376,10 +407,11 @@ def scale_of(pipe):
 def noise_levels(scheduler, u, timesteps="logit_normal"):
     """alpha, sigma and the model's timestep t, each (N,), for u (N,) in [0, 1): x_t = alpha x + sigma eps.
 
-    Diffusion: t = floor(1000 u). Rectified flow: sigma = u or logit-normal, then the scheduler's shift,
-    alpha = 1 - sigma, t = 1000 sigma. A shift that depends on the resolution is of sampling alone."""
+    Diffusion (DDPM, arXiv 2006.11239, Eq. 4): t = floor(1000 u). Rectified flow (SD3, arXiv 2403.03206,
+    Section 3.1): sigma = u or logit-normal, then the scheduler's shift; alpha = 1 - sigma, t = 1000 sigma.
+    A shift that depends on the resolution applies to sampling alone."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        if timesteps == "logit_normal":  # (0, 1), as SD3 was trained; mps lacks ndtri
+        if timesteps == "logit_normal":  # mean 0, scale 1; mps has no ndtri
             u = torch.sigmoid(torch.special.ndtri(u.cpu().clamp(1e-4, 1 - 1e-4))).to(u)
         shift = 1.0 if scheduler.config.use_dynamic_shifting else scheduler.config.shift
         sigma = shift * u / (1 + (shift - 1) * u)
@@ -390,9 +422,11 @@ def noise_levels(scheduler, u, timesteps="logit_normal"):
 
 
 def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
-    """x_t, the model's timestep and its target, for u (N,) uniform in [0, 1). x, noise: (N, C, h, w).
+    """x_t (N, C, h, w), the model's timestep (N,) and target (N, C, h, w), for latents x and noise eps, both
+    (N, C, h, w), and u (N,) uniform in [0, 1).
 
-    The target of diffusion is eps or v = alpha eps - sigma x, that of rectified flow eps - x."""
+    Diffusion predicts eps, or v = alpha eps - sigma x (arXiv 2202.00512, Section 4); rectified flow predicts
+    eps - x."""
     alpha, sigma, t = noise_levels(scheduler, u, timesteps)
     alpha, sigma = (level.view((-1,) + (1,) * (x.dim() - 1)) for level in (alpha, sigma))
     kind = scheduler.config.get("prediction_type", "flow")
@@ -401,7 +435,8 @@ def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
 
 
 def clean_latents(scheduler, x_t, prediction, alpha, sigma):
-    """The latents x that a prediction of eps, v or velocity at x_t stands for; alpha, sigma fit x_t."""
+    """The latents x (N, C, h, w) that a prediction of eps, v or velocity at x_t implies: add_noise solved for
+    x. alpha and sigma broadcast over x_t."""
     kind = scheduler.config.get("prediction_type", "flow")
     if kind == "epsilon":
         return (x_t - sigma * prediction) / alpha
@@ -410,14 +445,56 @@ def clean_latents(scheduler, x_t, prediction, alpha, sigma):
 
 # ----------------------------------------------------------------------------- load and save
 
+SAVED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth")  # configurations, vocabularies, weights
+
+
+def fingerprint(path):
+    """{part: hash} of all that changes a picture or a latent of load_pipeline(path).
+
+    Parts of a base folder are named after their folders ("scheduler", "vae", "unet"). Its model_index.json is
+    "pipeline", and what is added to it is "+1", "+2". A hub id stands for itself: its files may not be here
+    yet. A copy has the fingerprint of its original."""
+    base, *additions = split_spec(path)
+    hashes = {"pipeline": base, **{f"+{n}": added for n, added in enumerate(additions, 1)}}
+    files = {"pipeline": [Path(base, "model_index.json")]}
+    for file in sorted(Path(base).glob("*/*")) if os.path.isdir(base) else ():
+        files.setdefault(file.parent.name, []).append(file)
+    for n, added in enumerate(map(Path, additions), 1):
+        folders = (added, added / "unet", added / "transformer")
+        files[f"+{n}"] = [added, *(file for folder in folders for file in sorted(folder.glob("*")))]
+    for name, there in files.items():
+        there = [file for file in there if file.suffix in SAVED and file.is_file()]
+        digests = [[file.name if len(there) > 1 else "", *file_digest(file)] for file in there]
+        if digests:
+            hashes[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+    return hashes
+
+
+def file_digest(file):
+    """[size, hash] of a file. Reading 24 GB would take minutes, so of safetensors above 16 MiB the header and
+    the first 4 KiB of each tensor count: training may spare both ends of a file, but not the beginning of a
+    tensor. A large .bin is a zip archive, which ends in a checksum of each tensor."""
+    size = file.stat().st_size
+    if size <= 16 << 20:
+        return [size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    if file.suffix != ".safetensors":
+        return [*ends_of(file, 8 << 20)]
+    with open(file, "rb") as f, suppress(Exception):  # torn: the loader says so
+        start = 8 + int.from_bytes(f.read(8), "little")
+        header = f.read(min(start, size) - 8)
+        digest = hashlib.sha256(header)
+        tensors = parse_json(header.decode())
+        for name in sorted(tensors.keys() - {"__metadata__"}):
+            begin, end = tensors[name]["data_offsets"]
+            f.seek(start + begin)
+            digest.update(f.read(min(4096, end - begin)))
+    return [size, digest.hexdigest()]
+
 
 def check_pipeline(path):
-    """Fail now if no pipeline lies at `path`, a folder or a hub id, not after hours of work with another."""
-    base, *adapters = str(path).split("+")
+    """Fail early, before hours of work with another model, if `path` names no pipeline here or on the hub."""
+    base, *additions = split_spec(path)
     index = Path(base) / "model_index.json"
-    for folder in adapters:
-        if folder.startswith((".", "/")) and not Path(folder).exists():
-            fail(f"{path}: no such file or folder: {folder}")
     if index.is_file():
         try:
             parts = parse_json(read_text(index))
@@ -427,61 +504,101 @@ def check_pipeline(path):
         if missing := [name for name in names if not (Path(base) / name).is_dir()]:
             fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
     elif Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1:
-        fail(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
+        what = "not a diffusers pipeline folder (no model_index.json in it)"
+        fail(f"{path}: {what}; adapters or a denoiser alone are named BASE+{base}")
     else:
         try:
-            DiffusionPipeline.load_config(base)
+            parts = DiffusionPipeline.load_config(base)
         except Exception as e:  # the hub has many errors: not found, no licence agreed to, no network
             reason = " ".join(str(e).split())[:200]
             fail(f"{path}: no such folder, and the hub does not give such a pipeline ({reason})")
+    if [None, None] in (parts.get("unet"), parts.get("transformer")):
+        fail(f"{path}: has no denoiser: unet or transformer is null in model_index.json")
+    for added in additions:
+        if Path(added).exists():
+            try:
+                find_addition(added)
+            except Exception as e:  # not clear, torn, or a pickle that is not of weights alone
+                fail(f"{path}: {' '.join(str(e).split())[:300]}")
+        elif added.startswith((".", "/")):
+            fail(f"{path}: no such file or folder: {added}")
 
 
 def load_pipeline(path, device="cpu", dtype=torch.float32, denoiser=True, encoders=True):
-    """Any diffusers text-to-image pipeline from a folder or a hub id; "base+folder" adds LoRA weights to it,
-    "base+first+second" one set after the other; "random:sdxl" is one of the real size with random weights.
-    A part that was saved as null (a safety checker, the T5 of SD3) stays None. Without `denoiser` its weights
-    are not read but stay on the meta device, without `encoders` VAE and text encoders are None; adapters may
-    belong to any of them, so with them all are read."""
+    """A diffusers text-to-image pipeline from a folder or a hub id. "base+folder" adds LoRA weights, or takes
+    the weights of a denoiser that was saved alone; "base+first+second" adds two sets in turn. "random:sdxl"
+    has random weights of the real size. A part that was saved as null (a safety checker, the T5 of SD3) stays
+    None.
+
+    Without `denoiser`, the denoiser stays on the meta device and its weights are not read. Without
+    `encoders`, VAE and text encoders are None. Adapters may change any of these parts, so with them all are
+    read."""
     if str(path).startswith("random:"):
-        return random_pipeline(str(path).removeprefix("random:"), device if denoiser else "meta", dtype)
+        with quiet():
+            return random_pipeline(str(path).removeprefix("random:"), device if denoiser else "meta", dtype)
     check_pipeline(path)
-    whole, (path, *adapters) = path, str(path).split("+")
-    denoiser, encoders = denoiser or bool(adapters), encoders or bool(adapters)
-    with suppress(ImportError):  # Stable Cascade's index looks for its VQGAN where it was before it moved
+    base, *additions = split_spec(path)
+    with suppress(ImportError):  # Stable Cascade's index names the module of its VQGAN before that moved
         from diffusers.pipelines.deprecated import wuerstchen
 
         diffusers.pipelines.wuerstchen = wuerstchen
     try:
-        kwargs = dict(load_parts(path, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
-        try:  # the text-to-image pipeline of that family: Stable Cascade's has two halves
-            pipe = AutoPipelineForText2Image.from_pretrained(path, **kwargs)
-        except ValueError:  # a family for which diffusers has no such entry
-            pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
-        for folder in adapters:
-            load_adapters(pipe, folder)
-            pipe.fuse_lora()  # into the weights: a model like any other, to tune or to save
-            pipe.unload_lora_weights()
-    except Exception as e:  # torn weights, no hub, another format: one line says which folder
+        with quiet():
+            found = [(added, *find_addition(added)) for added in additions]
+            adapters = any(kind == "adapters" for _, kind, _ in found)
+            denoiser, encoders = denoiser or adapters, encoders or adapters
+            kwargs = dict(load_parts(base, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
+            try:  # it joins the two pipelines of Stable Cascade
+                pipe = AutoPipelineForText2Image.from_pretrained(base, **kwargs)
+            except ValueError:  # diffusers has no text-to-image entry for this family
+                pipe = DiffusionPipeline.from_pretrained(base, **kwargs)
+            for added, kind, files in found:
+                if kind == "adapters":
+                    load_adapters(pipe, denoiser_of(pipe)[0], added, files[0])
+                elif denoiser:
+                    load_denoiser(denoiser_of(pipe)[1], added, files)
+    except Exception as e:  # torn weights, no hub, another format: libraries raise many kinds
         reason = " ".join(str(e).split())[:300] or type(e).__name__
-        fail(f"{whole}: could not load a pipeline: {reason}")
-    check_tokenizers(path, pipe)
+        fail(f"{path}: could not load a pipeline: {reason}")
+    check_tokenizers(base, pipe)
     for name, part in pipe.components.items():
         numbers = part.parameters() if isinstance(part, torch.nn.Module) else ()
         if not all(p.is_meta or p.isfinite().all() for p in numbers):
-            fail(f"{whole}: {name} holds weights that are not finite")
+            fail(f"{path}: {name} holds weights that are not finite")
     pipe.set_progress_bar_config(disable=True)
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)
 
 
+@contextmanager
+def quiet():
+    """Hide the libraries' warnings and loading bars meanwhile: one line of ours says what is wrong. Bars of
+    downloads stay."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for library, logger in zip((diffusers, transformers), loggers):
+        logger.setLevel(logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            huggingface_hub.utils.enable_progress_bars()  # transformers has disabled them too
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
 def load_parts(path, dtype, denoiser, encoders):
-    """{name: module or None} of a pipeline's parts with weights, each with exactly the tensors that its
-    configuration asks for: from_pretrained itself only warns, and draws what is missing at random."""
+    """{name: module or None} of a pipeline's parts with weights. ValueError where a part lacks a tensor of
+    its configuration: from_pretrained would only warn, and would draw that tensor at random."""
     parts = {}
     for name, value in DiffusionPipeline.load_config(path).items():
         library, kind = value if isinstance(value, list) and len(value) == 2 else ("", "")
         if kind is None:
-            parts[name] = None  # some pipelines ask for that in so many words
-        kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind or "", None)
+            parts[name] = None  # some pipelines have no default for it
+        known = {"diffusers": diffusers, "transformers": transformers}
+        module = known.get(library) or getattr(diffusers.pipelines, library or "", None)
+        kind = getattr(module, kind or "", None)
         if not isinstance(kind, type) or not issubclass(kind, torch.nn.Module):
             continue
         is_denoiser = name in ("unet", "transformer")
@@ -489,7 +606,7 @@ def load_parts(path, dtype, denoiser, encoders):
             with torch.device("meta"):
                 parts[name] = kind.from_config(kind.load_config(path, subfolder=name))
         elif is_denoiser or encoders:
-            more = dict(subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            more = dict(subfolder=name, dtype=dtype, output_loading_info=True, **stored_as(path, name))
             try:
                 parts[name], info = kind.from_pretrained(path, **more)
             except Exception as e:
@@ -503,24 +620,9 @@ def load_parts(path, dtype, denoiser, encoders):
     return parts
 
 
-def load_adapters(pipe, path):
-    """Those of a denoiser, whole: diffusers takes a file of another family for no adapters at all, and draws
-    the half of a pair that is missing at random."""
-    state = pipe.lora_state_dict(path)
-    names = list(state[0] if isinstance(state, tuple) else state)
-    down, up = (
-        {re.sub(half, "", name) for name in names if re.search(half, name)}
-        for half in (r"lora_A\.|lora\.down\.", r"lora_B\.|lora\.up\.")
-    )
-    if not down or down != up:
-        raise ValueError(f"{path}: holds no whole adapters")
-    pipe.load_lora_weights(path)
-    if not pipe.get_list_adapters():
-        raise ValueError(f"{path}: holds adapters of another kind of model")
-
-
 def check_tokenizers(path, pipe):
-    """transformers does not fail where a tokenizer's files are gone, but returns one of 2 to 5 words."""
+    """Fail where a tokenizer does not fit its encoder. If its files are missing, transformers raises no error
+    and returns a tokenizer of 2 to 5 words."""
     for name, encoder in text_encoders_of(pipe).items():
         tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
         words, wanted = len(tokenizer or ()), encoder.get_input_embeddings().num_embeddings
@@ -528,38 +630,44 @@ def check_tokenizers(path, pipe):
             folder, sizes = name.replace("text_encoder", "tokenizer"), f"{words} words, not {wanted}"
             fail(f"{path}/{folder}: {sizes} as {name} wants; put the model's tokenizer files there")
         if "clip" in encoder.config.model_type:
-            if tokenizer.model_max_length > encoder.config.max_position_embeddings:  # 10**30 if nobody says
+            if tokenizer.model_max_length > encoder.config.max_position_embeddings:  # 10**30 if not given
                 folder = name.replace("text_encoder", "tokenizer")
                 fail(f"{path}/{folder}: tokenizer_config.json lacks model_max_length; put the model's there")
 
 
 def random_pipeline(name, device, dtype):
-    """random:NAME, nothing but denoiser and scheduler: to measure. The same weights on every process."""
+    """random:NAME, a denoiser and a scheduler to measure with. The weights are the same on every process."""
     if name not in TRAINABLE:
         fail(f"random:{name}: there are {', '.join(f'random:{n}' for n in TRAINABLE)}")
     torch.manual_seed(0)
-    family = TRAINABLE[name]
-    with torch.device(device):
-        parts = family.random_parts()
-    scheduler = parts["scheduler"]  # its levels are looked at, which have no values on the meta device
+    family, default = TRAINABLE[name], torch.get_default_dtype()
+    try:  # in the type and on the device where they stay: fp32 would take twice the memory at first
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            parts = family.random_parts()
+    finally:
+        torch.set_default_dtype(default)
+    scheduler = parts["scheduler"]  # made anew: on the meta device its noise levels have no values
     parts["scheduler"] = type(scheduler).from_config(scheduler.config)
     wanted = signature(family.pipeline).parameters.values()
     missing = {p.name: None for p in wanted if p.default is p.empty and p.name not in parts}
-    pipe = family.pipeline(**parts, **missing)
-    return pipe if dtype == torch.float32 else pipe.to(dtype)
+    return family.pipeline(**parts, **missing)
 
 
 def denoiser_of(pipe):
-    """("unet" or "transformer", the module that is trained)."""
+    """(the name of the trained part: "unet" or "transformer", the module)."""
     name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
-    return name, getattr(pipe, name)
+    return name, getattr(pipe, name, None)
 
 
 def text_encoders_of(pipe):
+    """{name: module} of the text encoders that the pipeline has."""
     return {n: m for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None}
 
 
 def save_pipeline(pipe, folder, card=""):
+    """Save a pipeline, and the model card as its README.md, in one step: `folder` is never half written."""
+
     def write(tmp):
         pipe.save_pretrained(tmp, safe_serialization=True)
         if card:
@@ -568,15 +676,16 @@ def save_pipeline(pipe, folder, card=""):
     publish(folder, write)
 
 
-def add_adapters(model, rank, dtype):
-    """LoRA on the attention projections, in fp32 or wider, over frozen weights of the compute type."""
+def add_adapters(model, rank, dtype, name="default"):
+    """Add a set of LoRA of this rank to the attention projections and freeze the rest. Adapters are at least
+    fp32; the frozen weights keep the compute type `dtype`. At first the model predicts as without them."""
     from peft import LoraConfig
 
     model.requires_grad_(False)
-    torch.manual_seed(0)  # of A; B starts at 0, so the policy starts as the base
+    torch.manual_seed(0)  # A is random and B is 0
     projections = ["to_q", "to_k", "to_v", "to_out.0"]
     more = dict(init_lora_weights="gaussian", target_modules=projections)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, **more))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, **more), name)
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.to(torch.promote_types(dtype, torch.float32))
@@ -584,10 +693,10 @@ def add_adapters(model, rank, dtype):
 
 
 def model_card(base, adapters, about):
-    """README.md of a tuned folder, as the hub shows it. `about`: {title: {name: value}}."""
+    """The README.md of a tuned model, in the hub's format. `about` is {title: {name: value}}."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    source, licence = Path(base.split("+")[0]), {}
+    source, licence = Path(split_spec(base)[0]), {}
     with suppress(Exception):  # a base without a card
         card = ModelCard.load(source / "README.md" if source.is_dir() else str(source))
         licence = {k: v for k, v in card.data.to_dict().items() if k.startswith("license")}
@@ -605,8 +714,8 @@ def model_card(base, adapters, about):
 
 
 def save_tuned(folder, base, model, part, adapters, about):
-    """The pipeline `base` with `model` as its `part`, or that model's adapters, and a card that says what it
-    is. Called by every process; `about` is the first one's."""
+    """Save the pipeline `base` with the trained `model` as its `part`, or the set of adapters of `model` that
+    is called `adapters`, with a model card. Every process must call it; `about` counts on the first alone."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if base.startswith("random:"):
@@ -618,18 +727,18 @@ def save_tuned(folder, base, model, part, adapters, about):
         if process_rank()[0] == 0:
             pipe = load_pipeline(base, denoiser=False)
             getattr(pipe, part).load_state_dict({n: t.float() for n, t in state.items()}, assign=True)
-            save_pipeline(pipe, folder, model_card(base, adapters, about))
+            save_pipeline(pipe, folder, model_card(base, bool(adapters), about))
     elif process_rank()[0] == 0:
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, adapter_name=adapters))
         state = {f"{part}.{n}": p.float().cpu().contiguous() for n, p in layers.items()}
 
-        def write(tmp):  # the file that pipe.load_lora_weights looks for
+        def write(tmp):  # pipe.load_lora_weights looks for this file name
             tmp.mkdir()
             save_file(state, tmp / "pytorch_lora_weights.safetensors", {"format": "pt"})
-            (tmp / "README.md").write_text(model_card(base, adapters, about), encoding="utf-8")
+            (tmp / "README.md").write_text(model_card(base, bool(adapters), about), encoding="utf-8")
 
         publish(folder, write)
 
@@ -638,13 +747,13 @@ def save_tuned(folder, base, model, part, adapters, about):
 
 
 def noise_seed(prompt, model, seed):
-    """The starting noise of (prompt, model, seed): the same in any order, batch or process."""
+    """The seed of an image's starting noise. It depends on (prompt, model, seed) and on no order or batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{model}|{prompt}".encode()).digest()[:7], "big")
 
 
 def generate(pipe, prompts, seeds, settings):
-    """One batch -> [(PIL image, None) or (None, what is wrong with it)]. Every image has its own generator,
-    on the CPU: the same noise on every device. `settings` has steps, guidance and resolution."""
+    """Draw a batch -> [(PIL image, None) or (None, the problem)]. Each image's noise comes from its own
+    generator on the CPU, so that it is the same on every device. `settings`: steps, guidance, resolution."""
     family = family_of(pipe)
     kwargs = family.sampling(pipe, settings["steps"], settings["guidance"], settings["resolution"])
     kwargs.update(family.texts(prompts))
@@ -662,7 +771,7 @@ def generate(pipe, prompts, seeds, settings):
 
 
 def generate_each(pipe, prompts, seeds, settings):
-    """generate(), and where it raises, the batch's images one by one, so that the one that fails is named."""
+    """generate(). If it raises, the images of the batch are drawn one by one, to find the one that fails."""
     try:
         return generate(pipe, prompts, seeds, settings)
     except torch.cuda.OutOfMemoryError:
@@ -677,23 +786,42 @@ def generate_each(pipe, prompts, seeds, settings):
 
 @torch.no_grad()
 def encode_nothing(pipe, size, device, dtype):
-    """encode_prompts' of no caption, {name: tensor} of an image, as guidance has it: SDXL's text is zeros."""
+    """Conditioning of the negative prompt, {name: tensor} of one image, as sampling has it: SDXL's is 0."""
     for encoder in text_encoders_of(pipe).values():
         encoder.to(device, dtype)
     family = family_of(pipe)
-    cond = family.encode_prompts(pipe, [family.nothing], size)
+    cond = family.encode_prompts(pipe, [family.negative_prompt], size)
     zero = pipe.config.get("force_zeros_for_empty_prompt", False)
     return {name: (c[0] * (not zero or name == "time_ids")).cpu() for name, c in cond.items()}
 
 
 @torch.no_grad()
 def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
-    """Prompts -> the arguments with which `pipe` draws them without its text encoders, which are dropped."""
-    family, nothing = family_of(pipe), encode_nothing(pipe, size, device, dtype)  # moves the encoders, too
-    arguments = family.prompt_arguments(family.encode_prompts(pipe, prompts, size), nothing)
+    """N prompts -> the arguments with which `pipe` draws them, (N, ...) each. Drops its text encoders."""
+    family, negative = family_of(pipe), encode_nothing(pipe, size, device, dtype)  # moves the encoders too
+    arguments = family.prompt_arguments(family.encode_prompts(pipe, prompts, size), negative)
     for name in [*text_encoders_of(pipe), "safety_checker"]:
         if hasattr(pipe, name):
             setattr(pipe, name, None)
-    pipe.vae.enable_slicing()  # one image at a time: at 1024 px each takes gigabytes to decode
+    decode_in_tiles_where_needed(pipe.vae)
+    pipe.vae.enable_slicing()  # one image at a time: decoding 1024 px takes gigabytes each
     wide = torch.promote_types(dtype, torch.float32)
     return {"height": size[0], "width": size[1], **{k: v.to(wide) for k, v in arguments.items()}}
+
+
+def decode_in_tiles_where_needed(vae):
+    """Let a VAE decode in tiles, and say so, once a whole picture does not fit in the GPU's memory."""
+    whole = vae.decode
+
+    def decode(z, *args, **kwargs):
+        try:
+            return whole(z, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            if vae.use_tiling:
+                raise
+        torch.cuda.empty_cache()
+        vae.enable_tiling()
+        print("samples are decoded in tiles, since a whole picture does not fit in the GPU's memory")
+        return whole(z, *args, **kwargs)
+
+    vae.decode = decode

@@ -6,77 +6,69 @@
     torchrun --standalone --nproc_per_node 8 synpic.py ...   # the same data set, made by all GPUs
     python synpic.py ... --shard 3/16                        # part 3 of a job array; when all are done, once:
                                                              # the same command with --stages label
-    python synpic.py --models sdxl sdxl,seed=1 sdxl,seed=2   # one generator, several seeds (Table 4)
+    python synpic.py ... --models sdxl sdxl,seed=1 sdxl,seed=2     # one generator, several seeds (Table 4)
     python synpic.py --stages label --label majority         # phi and rank anew, in seconds
     python synpic.py --stages import --from pickapic --out synpic    # pairs from people, see docs/synpic.md
-    python synpic.py --stages label --out my_lists           # lists from elsewhere
+    python synpic.py --stages label --out my_lists           # your own pictures, see docs/synpic.md
 
 Every model draws every prompt, every reward scores every image, and phi (the share of pairwise wins over
 images and rewards) ranks the k images of a prompt, in three stages:
 
-    generate   images/00000/sdxl_0.png ...    whole or not at all; each image has its own noise, each batch
-                                              its place: the same pictures, whoever draws them, and when
-    score      scores/pickscore.jsonl ...     appended as they come; a torn last line is scored again
+    generate   images/00000/sdxl_0.png ...    a picture is written whole or not at all
+    score      scores/pickscore.jsonl ...     a row of scores a prompt, appended as they come
     label      metadata.jsonl, preview.png    a row a prompt: its images, models, seeds, scores, phi, rank
                summary.json, summary.png      wins, agreement of the rewards, ties, speed, cost
 
-A run that was killed is started again: the first two stages skip what is done; labels follow from the stored
-scores alone and are always made anew. rankdpo.py trains on the folder, and
-datasets.load_dataset("imagefolder", data_dir=...) reads it.
+After a kill the same command goes on: the first two stages skip what is done, and labels are always made anew
+from the stored scores. rankdpo.py trains on the folder; datasets.load_dataset("imagefolder", data_dir=...)
+reads it.
 """
 
-import hashlib
-import io
 import json
 import os
 import time
-import zlib
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from tqdm import tqdm
 
 from common import (
-    EVALUATION_ONLY,
     HERE,
-    check_label,
-    ends_of,
     fail,
     in_range,
-    is_number,
-    lock,
     one_line_errors,
-    open_image,
     option,
     parse,
     parse_json,
     pick_device,
-    pick_dtype,
     picture_grid,
     process_rank,
     publish,
     read_image,
-    read_metadata,
     read_prompts,
-    read_text,
     start_processes,
-    stored_rewards,
     whole_lines,
     writable_folder,
     write_text,
 )
+from draw import (
+    check_settings,
+    folder_lock,
+    generate_stage,
+    note_time,
+    progress,
+    read_settings,
+    settings_of,
+    share_of,
+    to_draw,
+)
+from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
 from losses import LABELS, preference_labels, preference_rank
-from pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
+from pipelines import split_spec
 from rewards import (
+    LOADERS,
     TOY_REWARDS,
     check_rewards,
     read_scores,
@@ -111,20 +103,27 @@ STAGES = ("generate", "score", "label")
 @dataclass
 class Config:
     # what is drawn
-    prompts: str = option(f"{HERE}/toy/prompts.txt", "prompts: .txt, .json, .jsonl, .csv, .tsv or .parquet")
-    field: str = option("", "the column of prompts in such a file; empty = prompt, caption or text")
+    prompts: str = option(
+        f"{HERE}/toy/prompts.txt", ".txt, .json, .jsonl, .csv, .tsv, .parquet, or a folder of .parquet shards"
+    )
+    field: str = option("", "the column of prompts in such a file; empty = prompt, prompts, caption or text")
     limit: int = option(0, "use that many prompts; 0 = all", at_least=0)
     offset: int = option(0, "skip that many prompts first", at_least=0)
-    models: tuple = option(TOY_MODELS, "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]...")
+    models: tuple = option(
+        (),
+        "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]... (default, for the toy's prompts only: "
+        "the toy's)",
+    )
     from_: str = option(
-        "", "import: .parquet or .json of Pick-a-Pic, HPDv2, HPDv3 or ImageRewardDB, or a folder"
+        "",
+        "import: .parquet, .json or .jsonl of Pick-a-Pic, HPDv2, HPDv3, ImageReward, or a folder of shards",
     )
     pictures: str = option("", "import: folder of its pictures or zips of them; empty = where the file lies")
     # how it is scored and ranked
     rewards: tuple = option(
         (),
-        "reward models, as name or name=source; see rewards.py (default: the toy world's four; to label "
-        "lists that are there, all that scored them)",
+        "reward models, name or name=source; see rewards.py (default, for the toy's prompts only: the toy's; "
+        "to label lists that are there: all that scored them)",
     )
     label: str = option("phi", f"what ranks a list: {', '.join(LABELS)} or single:REWARD")
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
@@ -144,9 +143,19 @@ class Config:
 # ----------------------------------------------------------------------------- generators
 
 
+def split_options(spec):
+    """[name=path, key=value, ...] of "name=path,key=value,..."; a path that exists may hold commas."""
+    words = spec.split(",")
+    for n in range(len(words), 1, -1):
+        head = ",".join(words[:n])
+        if "=" in head and all(map(os.path.exists, split_spec(head.partition("=")[2]))):
+            return [head, *words[n:]]
+    return words
+
+
 def parse_model(spec):
     """ "name[=path][,key=value...]" -> dict(name, path, steps, guidance, resolution, dtype, seed)."""
-    head, *options = spec.split(",")
+    head, *options = split_options(spec)
     name, _, path = head.partition("=")
     if not path and (name not in MODELS or "=" in head):
         fail(f"unknown model {name!r}: use one of {', '.join(MODELS)}, or {name}=folder_or_hub_id")
@@ -188,264 +197,6 @@ def file_name(i, model):
     return f"images/{i:05d}/{model['name']}_{model['seed']}.png"
 
 
-# ----------------------------------------------------------------------------- stage 1: generate
-
-
-def to_draw(cfg, batches, models):
-    """[(k, model, batches of rows (prompt, file_names) that lack its pictures)]. Every model is looked at
-    before the first one draws."""
-    todo = []
-    for k, model in enumerate(models):
-        missing = [b for b in batches if not all(is_whole(f"{cfg.out}/{files[k]}") for _, files in b)]
-        if missing:
-            check_pipeline(model["path"])
-            todo.append((k, model, missing))
-    return todo
-
-
-def progress(title, todo):
-    """A bar over the images of all models of to_draw, with images/s and the time left."""
-    images = sum(len(batch) for _, _, missing in todo for batch in missing)
-    return tqdm(total=images, desc=title, unit="image", disable=process_rank()[0] > 0 or not images)
-
-
-def generate_stage(cfg, todo, device, settings, bar):
-    """Draw what to_draw found missing, one generator in memory at a time. evaluate.py draws with it, too."""
-    pipe, loaded, problems = None, None, []
-    for k, model, missing in todo:
-        precision = cfg.precision
-        if precision == "auto":
-            precision = "fp32" if device.type == "cpu" else model["dtype"]
-        if loaded != (model["path"], precision):
-            pipe = None  # free the last one first
-            pipe = load_pipeline(model["path"], device, pick_dtype(precision, device))
-            loaded = (model["path"], precision)
-            keep_settings(cfg, settings)  # from here on the folder is that of these models
-        began, images = time.time(), sum(len(batch) for batch in missing)
-        problems += draw(cfg, pipe, k, model, missing, bar)
-        note_time(cfg, "generate", f"{model['name']}_{model['seed']}", images, time.time() - began)
-    keep_settings(cfg, settings)  # also where nothing was left to draw
-    show_problems(problems, "images could not be drawn")
-
-
-def show_problems(problems, what):
-    if problems:
-        print("\n".join(problems[:20]))
-        print(f"{len(problems)} {what}; at most 20 of them are listed above")
-
-
-def draw(cfg, pipe, k, model, batches, bar):
-    """Image k of every row; threads write pictures while the next batch is drawn. Returns what went wrong."""
-    problems, writing = [], []
-    bar.set_description(f"generate {model['name']}_{model['seed']}")
-    with ThreadPoolExecutor(4) as threads:
-        for batch in batches:
-            prompts = [prompt for prompt, _ in batch]
-            noise = model.get("noise", model["name"])  # models that are compared start from the same
-            seeds = [noise_seed(prompt, noise, model["seed"]) for prompt in prompts]
-            results = generate_each(pipe, prompts, seeds, model)
-            for picture in writing:  # at most one batch waits to be written
-                picture.result()
-            writing = []
-            for (prompt, files), (image, problem) in zip(batch, results):
-                path = Path(cfg.out) / files[k]
-                if problem:
-                    problems.append(f"{path}, prompt {prompt!r}: {problem}")
-                    path.unlink(missing_ok=True)
-                elif not is_whole(path):
-                    writing.append(threads.submit(publish, path, image.save, sync=False))
-            if problems and cfg.on_error == "stop":
-                fail(f"{problems[0]}; nothing was written for it. --on_error skip leaves such prompts out")
-            bar.update(len(batch))
-        for picture in writing:
-            picture.result()
-    return problems
-
-
-# ----------------------------------------------------------------------------- in place of 1 and 2: import
-
-# Published choices of people: the fields that a format is known by, and what a record of it says as (prompt,
-# pictures as bytes or names, a number a picture, higher is better). Of ImageRewardDB a record is a prompt_id.
-RANKED = lambda r: (r["prompt"], r["image_path"], [-rank for rank in r["rank"]])
-PICKED = lambda r: (r["caption"], [r["jpg_0"], r["jpg_1"]], [r["label_0"], r["label_1"]])
-FORMATS = {
-    "Pick-a-Pic v2": (("caption", "jpg_0", "jpg_1", "label_0", "label_1"), PICKED),
-    "ImageRewardDB": (("prompt_id", "prompt", "image_path", "rank"), RANKED),
-    "HPDv2 test": (("prompt", "image_path", "rank"), RANKED),
-    "HPDv2": (
-        ("prompt", "file_path", "human_preference"),
-        lambda r: (r["prompt"], r["file_path"], r["human_preference"]),
-    ),
-    "HPDv3": (("prompt", "path1", "path2"), lambda r: (r["prompt"], [r["path1"], r["path2"]], [1, 0])),
-}
-
-
-def format_of(path, fields):
-    """The name in FORMATS of a file with these fields."""
-    for name, (wanted, _) in FORMATS.items():
-        if set(wanted) <= set(fields):
-            return name
-    known = "; ".join(f"{name} has {', '.join(wanted)}" for name, (wanted, _) in FORMATS.items())
-    found = ", ".join(map(str, fields)) or "no fields"
-    fail(f"--from {path}: has {found}, which is no known format. {known}")
-
-
-def read_rows(path):
-    """(format, rows as dicts) of a file; those of a parquet come one row group after the other."""
-    if path.suffix != ".parquet":
-        rows = parse_json(read_text(path))
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("not a list of objects")
-        return format_of(path, rows[0] if rows else ()), rows
-    from pyarrow.parquet import ParquetFile
-
-    file = ParquetFile(path)
-    kind = format_of(path, file.schema_arrow.names)
-    columns = [c for c in file.schema_arrow.names if c in (*FORMATS[kind][0], "has_label")]
-    groups = (file.read_row_group(n, columns) for n in range(file.num_row_groups))  # iter_batches keeps all
-    return kind, (row for group in groups for batch in group.to_batches(64) for row in batch.to_pylist())
-
-
-def read_records(path):
-    """Yield (file, place in it, format, record) of a file."""
-    try:
-        kind, rows = read_rows(path)
-        if kind != "ImageRewardDB":
-            yield from ((path, f"row {n}", kind, row) for n, row in enumerate(rows, 1))
-            return
-        lists = {}  # a row an image, without its pixels
-        for row in rows:
-            lists.setdefault(row["prompt_id"], []).append(row)
-    except Exception as e:  # pyarrow has its own errors
-        fail(f"--from {path}: not a readable file ({' '.join(str(e).split())[:200]})")
-    for name, rows in lists.items():
-        columns = {key: [row[key] for row in rows] for key in ("image_path", "rank")}
-        yield path, f"prompt_id {name}", kind, {"prompt": rows[0]["prompt"], **columns}
-
-
-@lru_cache(maxsize=None)
-def zipped(folder):
-    """{file name: [(zip, member), ...]} of all zips in a folder; publishers cut their paths differently."""
-    members = {}
-    for path in sorted(folder.rglob("*.zip")):
-        archive = ZipFile(path)
-        for member in archive.namelist():
-            members.setdefault(Path(member).name, []).append((archive, member))
-    return members
-
-
-def picture_bytes(picture, folder):
-    """A picture of a record: its bytes, or a file of this name in the folder or in a zip there."""
-    if isinstance(picture, bytes):
-        return picture
-    if not isinstance(picture, str) or not picture or "\0" in picture:
-        raise ValueError(f"no picture ({picture!r})")
-    if (folder / picture).is_file():
-        return (folder / picture).read_bytes()
-    try:
-        found = zipped(folder).get(Path(picture).name, [])
-        if len(found) == 1:
-            return found[0][0].read(found[0][1])
-    except (BadZipFile, zlib.error, EOFError) as e:
-        raise ValueError(f"{picture}: {e}") from None
-    raise ValueError(f"{picture} is {'twice' if found else 'not'} in {folder} and its zips")
-
-
-def keep_picture(out, data):
-    """The name of a picture in the folder, made of its bytes: rows share it, and a second run finds it."""
-    try:
-        image = Image.open(io.BytesIO(data))  # its head alone
-    except Exception as e:  # besides OSError, each format of PIL has its own
-        raise ValueError(f"not a readable image ({e})") from None
-    digest = hashlib.sha256(data).hexdigest()[:32]
-    name = f"images/{digest[:2]}/{digest}.{image.format.lower()}"
-    try:
-        whole = os.stat(f"{out}/{name}").st_size == len(data)
-    except FileNotFoundError:
-        whole = False
-    if not whole:
-        open_image(image)
-        publish(f"{out}/{name}", lambda tmp: tmp.write_bytes(data), sync=False)
-    return name
-
-
-def imported_row(out, kind, record, folder):
-    """A row of metadata.jsonl with the people's choice as the scores `human`, or None without one. ValueError
-    with what is wrong with the record."""
-    if record.get("has_label") is False:
-        return None
-    try:
-        prompt, pictures, scores = FORMATS[kind][1](record)
-        prompt = " ".join(prompt.split())
-        fits = prompt and len(pictures) == len(scores) and all(map(is_number, scores))
-    except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"not the fields of {kind}: a prompt, pictures and as many labels are wanted")
-    if len(pictures) < 2:
-        return None
-    files = []
-    for n, picture in enumerate(pictures):
-        try:
-            files.append(keep_picture(out, picture_bytes(picture, folder)))
-        except ValueError as e:
-            raise ValueError(f"picture {n} of {prompt!r}: {e}") from None
-    if len(set(files)) < len(files):
-        return None  # nothing to choose between
-    phi = preference_labels("phi", [torch.tensor(scores, dtype=torch.float64)[:, None]])[0]
-    labels = dict(scores={"human": scores}, phi=phi.tolist(), rank=preference_rank(phi).tolist())
-    return dict(prompt=prompt, file_names=files, **labels)
-
-
-def import_lists(cfg, paths, metadata):
-    """Write the lists of all files to `metadata`. Returns how many of which kind, and what went wrong."""
-    counts, problems, seen = Counter(lists=0), [], set()
-    records = (record for path in paths for record in read_records(path))
-    with open(metadata, "w", encoding="utf-8") as f:
-        for path, place, kind, record in tqdm(records, desc="import", unit="list"):
-            try:
-                row = imported_row(cfg.out, kind, record, Path(cfg.pictures or path.parent))
-            except ValueError as e:
-                problems.append(f"{path}, {place}: {e}")
-                if cfg.on_error == "stop":
-                    fail(f"{problems[0]}; mend it, or leave such lists out with --on_error skip")
-                continue
-            key = row and hash((row["prompt"], *row["file_names"]))
-            if row is None or key in seen:
-                counts["without a choice" if row is None else "doubled"] += 1
-                continue
-            seen.add(key)
-            human = row["scores"]["human"]
-            counts.update(lists=1, images=len(human), ties=int(len(set(human)) < len(human)))
-            f.write(json.dumps(row) + "\n")
-    return counts, problems
-
-
-def import_stage(cfg):
-    """metadata.jsonl and images/ from what people chose. The pictures are there first, under names that
-    follow from their bytes, so that a run that was killed writes what is missing, and the same rows."""
-    source, out, done = Path(cfg.from_), Path(cfg.out), []
-    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
-    if not cfg.from_ or not paths or not all(path.is_file() for path in paths):
-        fail(f"--from {source}: name a .parquet or .json file, or a folder of .parquet files")
-    if cfg.pictures and not Path(cfg.pictures).is_dir():
-        fail(f"--pictures {cfg.pictures}: no such folder")
-    now = json.dumps([[path.name, *ends_of(path, 1 << 20)] for path in paths]) + "\n"
-    begun = out / "import.json"
-    if begun.is_file() and read_text(begun) != now:
-        fail(f"--out {out}: was begun from another file than {source}; choose another folder")
-    if not begun.is_file() and ((out / "metadata.jsonl").exists() or (out / "images").exists()):
-        fail(f"--out {out}: holds other pictures; choose another folder")
-    if (out / "metadata.jsonl").is_file():
-        print(f"{out}: was imported already; delete its metadata.jsonl to do it again")
-        return
-    write_text(begun, now)
-    publish(out / "metadata.jsonl", lambda tmp: done.extend(import_lists(cfg, paths, tmp)))
-    counts, problems = done
-    show_problems(problems, "lists could not be read")
-    print(f"{out}/metadata.jsonl: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-
-
 # ----------------------------------------------------------------------------- stage 2: score
 
 
@@ -456,7 +207,7 @@ def score_stage(cfg, batches, device, part):
         began = time.time()
         scored, _ = score_rows(cfg.out, spec, rows, device, cfg.batch_size, cfg.on_error, part)
         if scored:
-            note_time(cfg, "score", reward_name(spec), scored * len(rows[0][1]), time.time() - began)
+            note_time(cfg.out, "score", reward_name(spec), scored * len(rows[0][1]), time.time() - began)
 
 
 # ----------------------------------------------------------------------------- stage 3: label
@@ -481,9 +232,14 @@ def lists_drawn_here(cfg, rows, models):
     return lists
 
 
+def is_known(spec):
+    """False for a name that rewards.py cannot load: it can only be that of stored scores."""
+    return "=" in spec or spec in LOADERS
+
+
 def lists_from_elsewhere(cfg):
-    """The metadata.jsonl that is there, whoever wrote it, with scores that rewards.py --score added since:
-    those of the versions that --rewards names, or else of the only ones."""
+    """Rows of the metadata.jsonl that is there, with the scores that rewards.py --score added since. Where
+    several versions of a reward scored, --rewards says whose scores count."""
     lists, out = read_metadata(cfg.out, lists=True), Path(cfg.out)
     drawn = read_settings(out)[1] if (out / "settings.json").is_file() else 0
     if len(lists) < drawn:
@@ -491,7 +247,7 @@ def lists_from_elsewhere(cfg):
         print(f"{out}/metadata.jsonl has {len(lists)} rows of {drawn} prompts; {again}")
     rows = [(row["prompt"], row["file_names"]) for row in lists]
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
-    specs = {reward_name(spec): spec for spec in cfg.rewards}
+    specs = {reward_name(spec): spec for spec in cfg.rewards if is_known(spec)}
     for name in sorted(names - set(EVALUATION_ONLY)):
         lines = list(stored_lines(out, name))
         version = version_there(out, name, lines, specs.get(name))
@@ -574,8 +330,8 @@ def summarise(lists, names):
 
 
 def speed_and_cost(cfg, lists):
-    """Images a second of one process and, with --gpu_price, the cost, from timings.jsonl."""
-    path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, 0.0
+    """Images a second of one process, hours a stage and, with --gpu_price, the cost, from timings.jsonl."""
+    path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, {}
     for line in whole_lines(path):
         try:
             t = parse_json(line.decode())
@@ -588,13 +344,15 @@ def speed_and_cost(cfg, lists):
         entry["images"] += images
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["images_per_s"] = round(entry["images"] / max(entry["seconds"], 1e-9), 3)
-        hours += seconds / 3600
-    if not cfg.gpu_price or not hours:
-        return {"speed": speed}
-    cost = {"usd_per_gpu_hour": cfg.gpu_price, "gpu_hours": hours, "usd": hours * cfg.gpu_price}
+        hours[stage] = hours.get(stage, 0.0) + seconds / 3600
+    total = sum(hours.values())
+    if not cfg.gpu_price or not total:
+        return {"speed": speed, "hours": hours}
+    cost = {"usd_per_gpu_hour": cfg.gpu_price, "gpu_hours": total, "usd": total * cfg.gpu_price}
+    cost["usd_by_stage"] = {stage: taken * cfg.gpu_price for stage, taken in hours.items()}
     cost["usd_for_232k_images"] = cost["usd"] * 232_000 / sum(len(row["file_names"]) for row in lists)
     cost["paper_usd_for_232k_images"] = "< 206"
-    return {"speed": speed, "cost": cost}
+    return {"speed": speed, "hours": hours, "cost": cost}
 
 
 def draw_summary(out, summary):
@@ -631,133 +389,54 @@ def print_summary(out, summary):
     if "cost" in summary:
         cost = summary["cost"]
         paper = f"{cost['usd_for_232k_images']:.0f} USD for the paper's 232 k images (the paper: under 206)"
-        print(f"cost at {cost['usd_per_gpu_hour']} USD a GPU hour: {cost['usd']:.2f} USD, so {paper}")
+        names = {"generate": "drawing", "score": "scoring"}
+        parts = [f"{names.get(stage, stage)} {usd:.2f}" for stage, usd in cost["usd_by_stage"].items()]
+        price = f"cost at {cost['usd_per_gpu_hour']} USD a GPU hour"
+        print(f"{price}: {cost['usd']:.2f} USD ({', '.join(parts)}), so {paper}")
     print(f"{summary['lists']} lists in {out}/metadata.jsonl; look at {out}/preview.png (best to worst)")
-
-
-# ----------------------------------------------------------------------------- one folder, many processes
-
-
-def is_whole(path):
-    """A PNG file that is there to its end: ours are, unless a copy or a crash of the disk tore one."""
-    try:
-        f = os.open(path, os.O_RDONLY)  # plain system calls: a finished folder may have 232 k files
-    except OSError:
-        return False
-    try:
-        return os.pread(f, 4, max(0, os.fstat(f).st_size - 8)) == b"IEND"
-    finally:
-        os.close(f)
-
-
-@contextmanager
-def folder_lock(out, index, count, script="synpic.py"):
-    """Keep other processes out of the folder: a whole run excludes everybody, a part only the same part."""
-    message = f"{out}: another {script} is at work in this folder; wait for it, or choose another --out"
-    with lock(out / ".lock", message, shared=count > 1), lock(out / f".lock-{index}-{count}", message):
-        yield
-
-
-def settings_of(cfg, rows, models):
-    """What the pictures of a folder depend on; rewards and labels may change at any time."""
-
-    def weights(folder):  # of a local model, wherever it lies; others have a hub id
-        files = sorted(Path(folder).rglob("*.safetensors"))
-        return [[file.name, *ends_of(file, 1 << 20)] for file in files] or folder
-
-    def identity(model):
-        parts = [weights(folder) for folder in model["path"].split("+")]  # base and adapters
-        return {**model, "path": parts if len(parts) > 1 else parts[0]}
-
-    on_cpu = pick_device(cfg.device).type == "cpu"  # whose auto is another than a GPU's
-    prompts = [prompt for prompt, _ in rows]
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
-    return {
-        "prompts": [len(prompts), prompts[0], digest],
-        "models": {f"{m['name']}_{m['seed']}": identity(m) for m in models},
-        "batch_size": cfg.batch_size,
-        "precision": "fp32" if on_cpu and cfg.precision == "auto" else cfg.precision,
-    }
-
-
-def read_settings(out):
-    """What was kept, and how many prompts that were."""
-    path = Path(out) / "settings.json"
-    try:
-        settings = parse_json(read_text(path))
-        models = {name: dict(model) for name, model in settings["models"].items()}
-        return {**settings, "models": models}, int(settings["prompts"][0])
-    except (ValueError, TypeError, LookupError, AttributeError):
-        mend = "delete that file if this very command made the folder, or choose another --out"
-        fail(f"{path}: damaged, so it is not known what the pictures were made with; {mend}")
-
-
-def check_settings(cfg, now):
-    """A folder is not continued with other settings than it was begun with; each difference is named."""
-    if not (Path(cfg.out) / "settings.json").is_file():
-        return
-    (before, _), differs = read_settings(cfg.out), []
-    for key in ("prompts", "batch_size", "precision"):
-        if (key == "prompts" or "generate" in cfg.stages) and before.get(key) != now[key]:
-            differs.append(f"{key} (before: {before.get(key)}, now: {now[key]})")
-    for name in before["models"] | now["models"]:
-        old, new = before["models"].get(name), now["models"].get(name)
-        if not old or not new:
-            differs.append(f"model {name} ({'missing now' if old else 'not there before'})")
-        elif old != new:
-            keys = [key for key in old | new if old.get(key) != new.get(key)]
-            changes = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in keys if key != "path"]
-            changes += ["other weights"] if "path" in keys else []
-            differs.append(f"model {name} ({', '.join(changes)})")
-    if differs:
-        fail(f"{cfg.out} was made with other {'; '.join(differs)}. Choose another --out, or delete this one")
-
-
-def keep_settings(cfg, now):
-    """Write settings.json, unless another part of this run has done it meanwhile."""
-    path = Path(cfg.out) / "settings.json"
-    with lock(path.with_name(".lock-settings"), wait=True):
-        check_settings(cfg, now)
-        if not path.is_file():
-            write_text(path, json.dumps(now, indent=1))
-
-
-def note_time(cfg, stage, name, images, seconds):
-    """Append to timings.jsonl what a stage took; the summary adds it up."""
-    row = {"stage": stage, "name": name, "images": images, "seconds": round(seconds, 3)}
-    with open(Path(cfg.out) / "timings.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
 
 
 # ----------------------------------------------------------------------------- main
 
 
-def check_choices(cfg):
-    """Wrong names of rewards and labels fail now, not after hours of drawing."""
-    check_rewards(cfg.rewards or (() if set(cfg.stages) == {"label"} else TOY_REWARDS))
-    names = [reward_name(spec) for spec in cfg.rewards or TOY_REWARDS]
+def with_toy_models(cfg):
+    """The toy's generators and rewards know 32 x 32 pictures of the toy's prompts alone, and are the default
+    for these. For other prompts, or generators of the hub, they must be named."""
+    local = all("=" in spec for spec in cfg.models)
+    if local and Path(cfg.prompts).resolve().parent == HERE / "toy":
+        return replace(cfg, models=cfg.models or TOY_MODELS, rewards=cfg.rewards or TOY_REWARDS)
+    needed = {"models": "sdxl sd3 pixart cascade"}
+    if set(cfg.stages) != {"generate"}:
+        needed["rewards"] = "hpsv2.1 pickscore imagereward"
+    for name, example in needed.items():
+        if not getattr(cfg, name):
+            fail(f"--{name}: must be named, as in --{name} {example}; the toy's know the toy world alone")
+    return cfg
+
+
+def check_choices(cfg, stored):
+    """Wrong names of rewards and labels fail now, not after hours of drawing. `stored` lists may hold scores
+    of a function or of another program: their name is enough."""
+    check_rewards([spec for spec in cfg.rewards if not stored or is_known(spec)])
+    names = [reward_name(spec) for spec in cfg.rewards]
     if only := [name for name in names if name in EVALUATION_ONLY]:
         fail(f"--rewards {only[0]}: is for evaluation only, labels come from reward models")
     check_label(cfg.label, LABELS)
-    if set(cfg.stages) != {"label"} and cfg.label.startswith("single:") and cfg.label[7:] not in names:
+    drawn = names and set(cfg.stages) != {"label"}
+    if drawn and cfg.label.startswith("single:") and cfg.label[7:] not in names:
         fail(f"--label {cfg.label}: no such reward in --rewards (there are {', '.join(names)})")
-
-
-def share_of(shard):
-    """--shard i/n -> i, n, and this process's place among those of all parts, and how many these are."""
-    part, _, parts = shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        fail(f"--shard {shard}: must be i/n with 0 <= i < n, as in 3/16")
-    (rank, world), part, parts = process_rank(), int(part), int(parts)
-    return part, parts, part * world + rank, parts * world
 
 
 @one_line_errors
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    check_choices(cfg)
+    out, stages = Path(cfg.out), set(cfg.stages)
+    stored = stages == {"label"} and (out / "metadata.jsonl").is_file()  # needs neither prompts nor models
+    if "import" not in stages and not stored:
+        cfg = with_toy_models(cfg)
+    check_choices(cfg, stored)
     part, parts, index, count = share_of(cfg.shard)
-    out, stages = writable_folder("out", cfg.out), set(cfg.stages)
+    writable_folder("out", out)
     if "import" in stages:
         if len(stages) > 1:
             fail("--stages import: stands alone; then rewards.py --score and --stages label")
@@ -765,13 +444,12 @@ def main(argv=None):
             with folder_lock(out, 0, 1):
                 import_stage(cfg)
         return
-    if stages == {"label"} and (out / "metadata.jsonl").is_file():  # needs neither prompts nor models
+    if stored:
         if process_rank()[0] == 0:
             with folder_lock(out, 0, 1):
                 label_stage(cfg, lists_from_elsewhere(cfg))
         return
 
-    cfg = replace(cfg, rewards=cfg.rewards or TOY_REWARDS)
     if parts > 1 and stages == set(STAGES):
         stages.remove("label")  # the parts do not wait for each other
     rank, world = process_rank()
@@ -783,7 +461,7 @@ def main(argv=None):
     device = pick_device(cfg.device)
     with folder_lock(out, index, count):
         settings = settings_of(cfg, rows, models)
-        check_settings(cfg, settings)
+        check_settings(cfg.out, settings, drawing="generate" in stages)
         if "generate" in stages:
             todo = to_draw(cfg, mine, models)
             with progress("generate", todo) as bar:

@@ -39,7 +39,8 @@ PROMPTS = [
     "a circle above a triangle",
 ]
 OURS = (
-    r"(common|losses|pipelines|toyworld|rewards|synpic|rankdpo|evaluate|benchmarks|toy\.build|conftest"
+    r"(common|losses|pipelines|draw|engine|lists|memory|toy\.world|scorers|rewards|synpic|rankdpo|evaluate"
+    r"|benchmarks|toy\.build|conftest"
     r"|test_\w+)$"
 )
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import common
 import pipelines
 import rankdpo
+from lists import read_metadata, split
 
 OPTIONS = """
 --lr nan | --lr inf | --lr 0 | --lr -1 | --lr fast | --beta nan | --beta inf | --beta 0 | --beta -5
@@ -57,7 +58,7 @@ LINES = {  # line 2 of metadata.jsonl -> what the message says
     json.dumps({**ROW, "file_names": [1, 2]}): "line 2: image 1",
     json.dumps({**ROW, "file_names": ["/etc/passwd", "b"]}): "line 2: image '/etc/passwd'",
     json.dumps({**ROW, "file_names": ["../a.png", "b"]}): "line 2: image '../a.png'",
-    json.dumps({**ROW, "file_names": ["link.png", ROW["file_names"][0]]}): "line 2: image link.png",
+    json.dumps({**ROW, "file_names": ["link.png", ROW["file_names"][0]]}): "line 2: image 'link.png'",
     json.dumps({**ROW, "file_names": [ROW["file_names"][0]] * 2}): "2 times in the list",
     json.dumps({**ROW, "file_names": ["no.png", ROW["file_names"][0]]}): "line 2: image no.png",
     json.dumps({**ROW, "file_names": ROW["file_names"][:1], "phi": [1]}): "line 2: needs at least two",
@@ -102,7 +103,7 @@ def test_bytes_that_are_no_text_and_lists_that_stand_twice(data, tiny, tmp_path,
     fails(rankdpo.main, good, "line 2: the same prompt and images as line 1", capsys=capsys)
     separators = {**ROW, "prompt": "one\u2028two\u0085three"}  # no line ends of a JSON lines file
     (data / "metadata.jsonl").write_text(json.dumps(separators, ensure_ascii=False) + "\n")
-    assert common.read_metadata(data)[0]["prompt"] == separators["prompt"]
+    assert read_metadata(data)[0]["prompt"] == separators["prompt"]
 
 
 def bomb(path):
@@ -240,7 +241,34 @@ def test_adapters_that_are_not_whole_or_of_another_model_are_refused(model, list
     path = tmp_path / "out/model/pytorch_lora_weights.safetensors"
     if model == "sdxl":
         drop_tensor(path)
+    args[args.index("--out") + 1] = str(tmp_path / "second")
     fails(rankdpo.main, [*args, f"{tiny}/{model}+{path.parent}"], str(path.parent), "adapters", capsys=capsys)
+
+
+def test_a_model_in_the_folder_that_the_run_writes_is_refused(lists, tiny, tmp_path, capsys):
+    """It would lose its base."""
+    shutil.copytree(tiny / "sdxl", tmp_path / "out/model")
+    args = ["--data", lists, "--model", tmp_path / "out/model", "--out", tmp_path / "out"]
+    fails(rankdpo.main, args, "lies in --out", capsys=capsys)
+
+
+@pytest.mark.parametrize("save_every", ["0", "1"])
+def test_a_finished_run_is_not_replaced_by_another(save_every, lists, tiny, tmp_path, capsys):
+    """Its identity is in its log, with or without checkpoints. --resume false starts again."""
+    short = "--steps 1 --global_batch_size 4 --device cpu --save_every".split()
+    args = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", tmp_path, *short, save_every]
+    rankdpo.main([str(a) for a in args])
+    before = (tmp_path / "log.jsonl").read_bytes()
+    fails(rankdpo.main, [*args, "--beta", 7], "beta (100.0, now 7.0)", "--resume false", capsys=capsys)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    rankdpo.main([str(a) for a in (*args, "--beta", 7, "--resume", "false")])
+    assert log_of(tmp_path)[0]["config"]["beta"] == 7
+
+
+def test_random_lists_have_no_labels_to_choose_from(tmp_path, capsys):
+    dro = ["--loss", "dro", "--expert_by", "clip"]
+    for option in (["--label", "single:clip"], ["--label_rewards", "clip"], dro):
+        fails(rankdpo.main, ["--data", "random", "--out", tmp_path, *option], option[-2], capsys=capsys)
 
 
 def test_a_vote_wants_the_same_rewards_for_every_list(data, tiny, tmp_path, capsys):
@@ -424,9 +452,9 @@ def test_a_full_disk_ends_in_one_line(place, lists, tiny, tmp_path, capsys, monk
     if place in ("fsync", "replace"):
         monkeypatch.setattr(os, place, full_disk)
     if place == "cache":
-        monkeypatch.setattr(rankdpo, "save_file", full_disk)
+        monkeypatch.setattr("lists.save_file", full_disk)
     if place == "checkpoint":
-        monkeypatch.setattr(rankdpo.dcp, "save", full_disk)
+        monkeypatch.setattr("engine.dcp.save", full_disk)
     short = "--steps 1 --save_every 1 --global_batch_size 4 --device cpu".split()
     args = ["--data", tmp_path / "data", "--model", f"{tiny}/sdxl", "--out", tmp_path / "out", *short]
     fails(rankdpo.main, args, "No space left on device", capsys=capsys)
@@ -467,7 +495,7 @@ def test_options_that_would_be_ignored_or_cannot_be_are_refused(options, says, l
 
 def test_no_prompt_is_trained_on_and_held_out():
     rows = [{"prompt": prompt} for prompt in "abacbdadce"]
-    seen, held = rankdpo.split_lists(rankdpo.Config(holdout=0.4), rows)
+    seen, held = split(rows, 0.4, 0)
     prompts = lambda of: {rows[n]["prompt"] for n in of}
     assert sorted(seen + held) == list(range(10)) and len(prompts(held)) == 2
     assert not prompts(seen) & prompts(held)

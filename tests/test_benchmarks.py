@@ -14,8 +14,9 @@ from PIL import Image
 
 import benchmarks as b
 import rewards
-import toyworld
+import scorers
 from common import HERE
+from toy import world
 
 COCO = {i: name for i, name in enumerate(b.CLASSES)}
 
@@ -306,7 +307,7 @@ def random_case(rng, tag):
 def test_geneval_rules_against_a_slow_reference():
     rng, passed, kinds = np.random.default_rng(0), 0, set()
     for n in range(2000):
-        row, found = random_case(rng, toyworld.CATEGORIES[n % 6])
+        row, found = random_case(rng, world.CATEGORIES[n % 6])
         objects = {}
         for name, (boxes, colours) in found.items():
             kept = b.geneval_keep(boxes, row["tag"])
@@ -339,6 +340,17 @@ def test_geneval_edges():
     assert at(20, 20) == (True, "")  # left and above
     assert at(80, 20) == (False, "expected cat left of target, found right of and above target")
     assert b.geneval_verdict({}, {"include": [], "exclude": [{"class": "dog", "count": 1}]}) == (True, "")
+    assert b.geneval_keep([[0, 0, 1, 1, 0.5]], "colors") == [0] and b.geneval_verdict({}, {})[0]
+
+
+def objects_around(found, half):
+    """[(class or None, colour, x, y)] of world.find_objects -> the objects of geneval_verdict: boxes of
+    2 half a side, of confidence 1. What is of no class is left out."""
+    objects = {}
+    for name, colour, x, y in found:
+        if name is not None:
+            objects.setdefault(name, []).append(((x - half, y - half, x + half, y + half, 1.0), colour))
+    return objects
 
 
 def test_geneval_on_the_toy_world_equals_the_exact_checker():
@@ -346,23 +358,21 @@ def test_geneval_on_the_toy_world_equals_the_exact_checker():
     so that one more is right by GenEval's rule and wrong by the checker's: it is given one here."""
     rng, rows, shown = np.random.default_rng(0), b.read_bench("geneval", HERE / "toy/heldout.jsonl"), []
     for n, row in enumerate(rows):
-        spec, judged = toyworld.grammar()[row["prompt"]], dict(row)
+        spec, judged = world.grammar()[row["prompt"]], dict(row)
         if row["tag"] == "counting":
             judged["exclude"] = [{**item, "count": item["count"] + 1} for item in row["include"]]
-        for drawn in [toyworld.slip(spec, rng)] + [spec] * (n % 3 == 0):
-            image = toyworld.render(drawn, rng)
-            objects = b.objects_around(toyworld.find_objects(image), half=4.5)
+        for drawn in [world.slip(spec, rng)] + [spec] * (n % 3 == 0):
+            image = world.render(drawn, rng)
+            objects = objects_around(world.find_objects(image), half=4.5)
             assert (
-                b.geneval_verdict(objects, judged)[0]
-                == toyworld.check(row["prompt"], image)
-                == (drawn == spec)
+                b.geneval_verdict(objects, judged)[0] == world.check(row["prompt"], image) == (drawn == spec)
             )
             shown.append((row["tag"], drawn == spec))
-    assert {*shown} == {(tag, right) for tag in toyworld.CATEGORIES for right in (True, False)}
-    more = toyworld.draw([("circle", "red"), ("square", "red")], np.array([[8, 8], [24, 24]]), (4.5, 4.5))
+    assert {*shown} == {(tag, right) for tag in world.CATEGORIES for right in (True, False)}
+    more = world.draw([("circle", "red"), ("square", "red")], np.array([[8, 8], [24, 24]]), (4.5, 4.5))
     image, row = Image.fromarray(more), {"include": [{"class": "circle", "count": 1}]}
-    objects = b.objects_around(toyworld.find_objects(image), half=4.5)  # something more: the rules part here
-    assert b.geneval_verdict(objects, row)[0] and not toyworld.check("a circle", image)
+    objects = objects_around(world.find_objects(image), half=4.5)  # something more: the rules part here
+    assert b.geneval_verdict(objects, row)[0] and not world.check("a circle", image)
 
 
 # ----------------------------------------------------------------------------- models
@@ -447,9 +457,9 @@ def slow_instances(model, x, cut, full):
 
 def slow_colour(clip, image, box, mask, name):
     pixels = np.where(mask[..., None], np.asarray(image), 0x99).astype(np.uint8)
-    x = rewards.crop(Image.fromarray(pixels[box[1] : box[3], box[0] : box[2]]), 32)[None]
+    x = scorers.crop(Image.fromarray(pixels[box[1] : box[3], box[0] : box[2]]), 32)[None]
     seen = clip.get_image_features(pixel_values=x).pooler_output[0]
-    tokenizer, similarity = rewards.clip_tokenizer("", 49408), []
+    tokenizer, similarity = scorers.clip_tokenizer("", 49408), []
     for colour in b.COLOURS:
         kinds = [
             f"a photo of a {colour} {name}",
@@ -563,11 +573,11 @@ def test_blip_vqa_is_the_first_word_of_its_answer(models, tmp_path):
     for n, file in enumerate(files):
         draw(file, n, size=(30 + 20 * n, 40))
     questions = ["a Red dog?", "the (green) bench?", "is there a cat, a dog?"]
-    got = b.load_vqa(models, "cpu")(files, questions)
+    got = b.load_vqa(models, "cpu")(files, questions).tolist()
     for file, question, p in zip(files, ["a red dog?", "the green bench?", questions[2]], got):
         ids = torch.tensor([[enc, *tokenizer(question).input_ids[1:]]])
         x = Image.open(file).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
-        x = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255 - rewards.MEAN) / rewards.STD
+        x = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255 - scorers.MEAN) / scorers.STD
         seen = model.vision_model(pixel_values=x[None]).last_hidden_state
         read = model.text_encoder(input_ids=ids, encoder_hidden_states=seen).last_hidden_state
         first = model.text_decoder.generate(
@@ -590,7 +600,7 @@ def test_vqascore_answers_free_questions(tmp_path):
     vqa_folder(tmp_path / "t5")
     spec, image = f"vqascore={tmp_path / 't5'}", tmp_path / "a.png"
     draw(image, 0)
-    asked = b.load_vqa({"vqa": spec}, "cpu")([image], ['Does this figure show "two squares"?'])
+    asked = b.load_vqa({"vqa": spec}, "cpu")([image], ['Does this figure show "two squares"?']).tolist()
     assert asked == rewards.load_reward(spec)([image], ["two squares"]).tolist()
 
 
@@ -602,7 +612,7 @@ def test_two_processes_answer_as_one_does(models, monkeypatch, tmp_path):
     ask = lambda: b.measured(tmp_path, "dpg", {"vqa": models["vqa"]}, b.load_vqa, jobs, "cpu", 3)
     alone = ask()
     (tmp_path / "measured/dpg.jsonl").unlink()
-    monkeypatch.setattr(b, "wait_for_all", lambda hours: None)
+    monkeypatch.setattr(b, "wait_for_all", lambda slow: None)
     for rank in (1, 0):
         monkeypatch.setattr(b, "process_rank", lambda: (rank, 2))
         together = ask()
@@ -647,7 +657,7 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
     sources = {"vqa": models["vqa"], "clip": models["clip"], "phrases": str(phrases)}
     metrics, notes = b.measure("t2i-compbench", tmp_path, rows, files, sources=sources)
     values = metrics["t2i-compbench"]
-    two = answer([tmp_path / files[1][1]] * 2, ["a red dog?", "the green bench?"])
+    two = answer([tmp_path / files[1][1]] * 2, ["a red dog?", "the green bench?"]).tolist()
     assert values[1, 1] == pytest.approx(two[0] * two[1], abs=2e-4)
     rows_of = {row["tag"]: i for i, row in enumerate(rows)}
     assert (
@@ -655,7 +665,9 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
         and np.isfinite(np.delete(values, rows_of["spatial"], 0)).all()
     )
     i = rows_of["non_spatial"]
-    score = b.load_clip_scorer({"clip": models["clip"]}, "cpu")([tmp_path / files[i][0]], [rows[i]["prompt"]])
+    score = b.load_clip_scorer({"clip": models["clip"]}, "cpu")(
+        [tmp_path / files[i][0]], [rows[i]["prompt"]]
+    ).tolist()
     assert values[i, 0] == pytest.approx(score[0], abs=1e-6) and abs(score[0]) <= 1
     assert (
         notes[0].startswith("answers by") and notes[1] == "spatial: not run, the official scorers need UniDet"

@@ -11,13 +11,15 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HERE, fails, log_of, train, train_args
+from conftest import HERE, log_of, train
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import common
+import engine
 import pipelines
 import rankdpo
+from lists import find_cache, read_metadata
 
 
 @pytest.fixture
@@ -49,31 +51,47 @@ def test_the_cache_has_one_content_whoever_writes_it(lists, tiny, tmp_path, monk
         return parts
 
     monkeypatch.setattr(pipelines, "load_parts", noted)
-    monkeypatch.setattr(rankdpo, "CHUNK", 4)
-    train(data, tiny, tmp_path / "a", "--steps", 1)
+    monkeypatch.setattr("lists.CHUNK", 4)
+    train(data, tiny, tmp_path / "a")
     whole = cache_of(data)
     folder = next((data / ".cache").iterdir())
     for n in (1, 7):
         (folder / f"{n:07d}.safetensors").unlink()
-    train(data, tiny, tmp_path / "b", "--steps", 1)
+    train(data, tiny, tmp_path / "b")
     assert cache_of(data) == whole and len(whole) == 10
-    train(data, tiny, tmp_path / "c", "--steps", 1)  # VAE and text encoders only where they are needed:
+    train(data, tiny, tmp_path / "c")  # VAE and text encoders only where they are needed:
     assert [parts == {"unet"} for parts in read] == [False, False, False, False, True, False]  # also to save
 
     pipe = pipelines.load_pipeline(tiny / "sdxl")
-    for n, row in enumerate(common.read_metadata(data)):
+    for n, row in enumerate(read_metadata(data)):
         cond = pipelines.family_of(pipe).encode_prompts(pipe, [row["prompt"]], (32, 32))
         cached = load_file(folder / f"{n:07d}.safetensors")
         assert all(torch.allclose(cached[name], c[0], atol=1e-6) for name, c in cond.items())
 
 
+def test_only_lists_that_the_steps_visit_are_encoded(lists, tiny, tmp_path):
+    """One step of four lists of ten encodes four; another run on the same data adds what it lacks."""
+    data = tmp_path / "data"
+    shutil.copytree(lists, data, ignore=shutil.ignore_patterns(".cache"))
+    log = train(data, tiny, tmp_path / "a", "--steps", 1)
+    cfg = rankdpo.Config(steps=1, global_batch_size=4)
+    first = rankdpo.visited(cfg, range(10))
+    assert {int(name[:7]) for name in cache_of(data)} == first and len(first) == 4
+    cfg.device_batch_size = 4
+    assert first == {n for _, n in rankdpo.micro_batches(cfg, range(10), 0)[0]}
+    train(data, tiny, tmp_path / "b", "--steps", 1, "--holdout", 0.5)
+    assert len(first) < len(cache_of(data)) < 10
+    train(data, tiny, tmp_path / "c")
+    assert len(cache_of(data)) == 10 and log_of(tmp_path / "c")[1]["loss"] == log[1]["loss"]
+
+
 def test_every_list_is_encoded_by_one_process(monkeypatch, tmp_path):
     shares, rows = [], [{"prompt": "", "file_names": []}] * 100
-    cfg = rankdpo.Config(data=str(tmp_path), model="none")
+    cfg = rankdpo.Config(data=str(tmp_path), model="org/name")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "3")
-        shares.append(rankdpo.lists_to_encode(cfg, rows, torch.float32)[1])
+        shares.append(find_cache(cfg, rows, torch.float32, range(100))[1])
     assert sorted(sum(shares, [])) == list(range(100)) and all(len(share) >= 32 for share in shares)
 
 
@@ -92,15 +110,16 @@ def test_what_one_process_reads_the_others_receive(alone, monkeypatch):
     model[0].register_buffer("unsaved", torch.arange(3.0), persistent=False)
     model[1].table = torch.arange(4) * 1j
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    values = rankdpo.to_meta(model)
+    values = engine.to_meta(model)
     assert all(p.is_meta for p in [*model.parameters(), *model.buffers()])
     for _ in range(2):  # the policy and the reference
-        rankdpo.receive(model, values, torch.device("cpu"))
+        engine.receive(model, values, torch.device("cpu"))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(model[0].unsaved, torch.arange(3.0))
         assert torch.equal(model[1].table, torch.arange(4) * 1j)
     monkeypatch.setenv("RANK", "1")
-    assert rankdpo.to_meta(model) == ({}, {})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert engine.to_meta(model) == ({}, {})
 
 
 def test_other_processes_read_no_weights(tiny):
@@ -170,7 +189,7 @@ def test_the_rounded_reference_changes_nothing(lists, tiny, tmp_path, monkeypatc
     a refresh, and the curve is the same bit for bit."""
     more = ("--precision", "bf16", "--ref_refresh", 2, "--lr", 1e-3)
     rounded = train(lists, tiny, tmp_path / "a", *more)[1:]
-    monkeypatch.setattr(rankdpo, "in_compute_type", lambda model, dtype: None)
+    monkeypatch.setattr(engine, "in_compute_type", lambda model, dtype: None)
     plain = train(lists, tiny, tmp_path / "b", *more)[1:]
     for a, b in zip(rounded, plain, strict=True):
         assert all(a[k] == b[k] for k in ("loss", "accuracy", "best_s", "worst_s", "grad_norm"))
@@ -190,29 +209,6 @@ def test_compiled_blocks_have_the_same_curve(lists, tiny, tmp_path, monkeypatch,
             a["best_s"], abs=1e-5
         )
     assert graphs
-
-
-def test_eight_bit_moments_go_on_bit_for_bit(lists, tiny, tmp_path):
-    """Their curve stays near AdamW's; only with bitsandbytes, which is no requirement."""
-    pytest.importorskip("bitsandbytes")
-    more = ("--adam_8bit", "true", "--steps", 4, "--lr", 1e-3)
-    whole = train(lists, tiny, tmp_path / "whole", *more, "--save_every", 2, "--keep", 9)
-    plain = train(lists, tiny, tmp_path / "plain", "--steps", 4, "--lr", 1e-3)
-    for a, b in zip(whole[1:], plain[1:], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
-    assert [a["loss"] for a in whole[1:]] != [b["loss"] for b in plain[1:]]
-    shutil.rmtree(tmp_path / "whole/checkpoints/step-000004")
-    again = train(lists, tiny, tmp_path / "whole", *more)
-    assert [(a["loss"], a["grad_norm"]) for a in again[1:]] == [
-        (a["loss"], a["grad_norm"]) for a in whole[1:]
-    ]
-
-
-def test_eight_bit_moments_are_refused_where_they_cannot_be(lists, tiny, tmp_path, monkeypatch, capsys):
-    args = train_args(lists, tiny, tmp_path / "a", "--adam_8bit", "true")
-    fails(rankdpo.main, [*args, "--precision", "fp64"], "--adam_8bit", "fp32", capsys=capsys)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    fails(rankdpo.main, args, "--adam_8bit", "pip install bitsandbytes", capsys=capsys)
 
 
 # ----------------------------------------------------------------------------- what is saved

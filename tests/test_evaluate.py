@@ -18,15 +18,16 @@ from conftest import PROMPTS, fails, rewards
 from PIL import Image
 from test_kills_synpic import killed_at
 
+import draw
 import evaluate
 import rewards as scorers
-import toyworld
+from toy import world
 
 
 def command(tiny, out, *more, models=("base={}/sdxl", "same={}/sdxl", "other={}/sd15"), seeds=2):
     """Ten prompts in GenEval's form, the exact checker and two rewards (clip brings diversity)."""
     prompts = out.parent / "held.jsonl"
-    rows = [{"prompt": p, "tag": toyworld.grammar()[p]["tag"]} for p in PROMPTS]
+    rows = [{"prompt": p, "tag": world.grammar()[p]["tag"]} for p in PROMPTS]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = ["--models", *(m.format(tiny) for m in models), "--prompts", prompts, "--out", out]
     scored = ["--rewards", "toyworld", *rewards(tiny)[::2], "--batch_size", 4]
@@ -158,12 +159,13 @@ def test_the_page_holds_every_score_and_thumbnails_only(compared):
 
 
 def test_a_prompt_cannot_break_the_page(tmp_path):
-    names, row = dict(models=["a"], rewards=["r"]), {"prompt": "</script><img src=x>"}
-    evaluate.write_html(
-        tmp_path / "page.html", "<b>", [(["<i>", "n"], [["**a**", "<u>"]])], names, iter([row])
-    )
-    assert data_of(tmp_path / "page.html")["rows"] == [row]
-    assert "<u>" not in (tmp_path / "page.html").read_text()
+    row, table = {"prompt": "</script><img src=x>"}, (["<i>", "n"], [["**a**", "<u>"]])
+    head = dict(models=["a"], rewards=["r"], setting="<b>", tables=[table])
+    evaluate.write_html(tmp_path / "page.html", head, iter([row]))
+    data = data_of(tmp_path / "page.html")
+    assert data["rows"] == [row] and data["setting"] == "<b>" and data["tables"][0][1] == [["**a**", "<u>"]]
+    text = (tmp_path / "page.html").read_text()
+    assert "<u>" not in text and "<b>" not in text and "innerHTML" not in text  # all of it is set as text
 
 
 @pytest.mark.skipif(not Path("/usr/bin/chromium").is_file(), reason="no chromium here")
@@ -186,14 +188,14 @@ def test_the_page_sorts_and_filters_in_a_browser(compared, tmp_path):
 
 
 def test_more_models_and_seeds_draw_only_what_is_new(tiny, compared, tmp_path, monkeypatch):
-    out, drawn, generate_each = tmp_path / "out", [], evaluate.synpic.generate_each
+    out, drawn, generate_each = tmp_path / "out", [], draw.generate_each
     shutil.copytree(compared, out)
 
     def noted(pipe, prompts, seeds, settings):
         drawn.extend((settings["name"], settings["seed"]) for _ in prompts)
         return generate_each(pipe, prompts, seeds, settings)
 
-    monkeypatch.setattr(evaluate.synpic, "generate_each", noted)
+    monkeypatch.setattr(draw, "generate_each", noted)
     elsewhere = f"elsewhere={compared}/other"  # a folder of pictures in the place of a model
     models = ("base={}/sdxl", "other={}/sd15", elsewhere, "third={}/sd3")
     evaluate.main(command(tiny, out, models=models))
@@ -277,7 +279,7 @@ def test_a_reward_that_fails_to_load_loses_no_picture(tiny, compared, tmp_path, 
     monkeypatch.setitem(scorers.LOADERS, "pickscore", (broken, *scorers.LOADERS["pickscore"][1:]))
     fails(evaluate.main, [*args, *rewards(tiny)], "pickscore", "broken weights", capsys=capsys)
     monkeypatch.undo()
-    monkeypatch.setattr(evaluate.synpic, "generate_each", broken)  # it would be named
+    monkeypatch.setattr(draw, "generate_each", broken)  # it would be named
     scorers.main(["--score", str(out / "base"), "--rewards", rewards(tiny)[2]])  # as in another environment
     evaluate.main([*args, *rewards(tiny)])
     mine, known = results(out)["scores"], results(compared)["scores"]
@@ -302,14 +304,14 @@ def test_missing_and_torn_pictures_are_named_and_left_out(tiny, compared, tmp_pa
 
 
 def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
-    generate = evaluate.synpic.generate_each
+    generate = draw.generate_each
 
     def failing(pipe, prompts, seeds, settings):
         done = generate(pipe, prompts, seeds, settings)
         fails_here = lambda p: settings["name"] == "other" and p == PROMPTS[2]
         return [(None, "it is tired") if fails_here(p) else d for p, d in zip(prompts, done)]
 
-    monkeypatch.setattr(evaluate.synpic, "generate_each", failing)
+    monkeypatch.setattr(draw, "generate_each", failing)
     args = command(tiny, tmp_path / "out", models=("base={}/sdxl", "other={}/sd15"))
     fails(evaluate.main, args, "out/other/00002", "tired", "--on_error skip", capsys=capsys)
     evaluate.main([*args, "--on_error", "skip"])
@@ -322,7 +324,7 @@ def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
 def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys):
     shutil.copytree(compared, tmp_path / "out")
     args = [*command(tiny, tmp_path / "out"), "--stages", "report"]
-    evaluate.main([*args, "--study", "12"])
+    evaluate.main([*args, "--study", "6"])
     key = json.loads((tmp_path / "out/key.json").read_text())
     page = (tmp_path / "out/study/index.html").read_text()
     assert len(key["pairs"]) == 12 and not any(name in page for name in ("sdxl", "sd15", "other", "key.json"))
@@ -341,8 +343,8 @@ def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys)
     files = ["--out", str(tmp_path / "out"), "--study_answers", str(tmp_path / "ann.json")]
     evaluate.main([*files, str(tmp_path / "bob.json")])
     r = json.loads((tmp_path / "out/study.json").read_text())
-    assert r["other over base"]["votes"]["wins"] == 8 and r["other over base"]["majority"]["n"] == 4
-    assert r["other over base"]["agreement"] == 1 and r["same over base"]["votes"]["ties"] == 4
+    assert r["other over base"]["votes"]["wins"] == 12 and r["other over base"]["majority"]["n"] == 6
+    assert r["other over base"]["agreement"] == 1 and r["same over base"]["votes"]["ties"] == 6
     assert "other over base" in capsys.readouterr().out
     (tmp_path / "eve.json").write_text('{"study": "1", "answers": {}}')
     fails(evaluate.main, [*files, tmp_path / "eve.json"], "eve.json", "of study 1", capsys=capsys)
@@ -360,7 +362,7 @@ def test_agreement_golden():
 
 
 def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
-    rows = [dict(tag=toyworld.grammar()[p]["tag"], include=[], prompt=p) for p in PROMPTS]
+    rows = [dict(tag=world.grammar()[p]["tag"], include=[], prompt=p) for p in PROMPTS]
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def judge(bench, folder, rows, files, device, batch_size, sources):
@@ -368,7 +370,7 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
         values[3] = np.nan  # as where a category has no judge
         return {bench: values}, [f"judged by {sources['detector']}"]
 
-    monkeypatch.setattr(evaluate, "measure", judge)
+    monkeypatch.setattr(evaluate.benchmarks, "measure", judge)
     args = command(tiny, tmp_path / "out", models=("base={}/sdxl", "other={}/sd15"))
     args += ["--bench", "geneval", "--prompts", tmp_path, "--bench_models", "detector=mine", "--limit", 4]
     evaluate.main([*map(str, args), "--rewards", rewards(tiny)[0]])
@@ -408,7 +410,3 @@ def test_a_benchmark_without_a_metric_needs_rewards(tiny, tmp_path, capsys):
     models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15"]
     bench = ["--bench", "parti", "--prompts", tmp_path, "--out", tmp_path / "out"]
     fails(evaluate.main, [*models, *bench], "--bench parti", "--rewards", capsys=capsys)
-
-
-def test_the_rules_of_geneval_are_here_too(compared):
-    assert evaluate.geneval_keep([[0, 0, 1, 1, 0.5]], "colors") == [0] and evaluate.geneval_verdict({}, {})[0]

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_rewards import DAMAGE, ODD_IMAGES, PAIRS, picture
 
-import rewards
+import scorers
 from rewards import load_reward
 
 SPECIAL = [
@@ -47,7 +47,7 @@ def qwen_tokenizer(folder):
     raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=letters, show_progress=False)
-    raw.train_from_iterator([rewards.HPSV3_QUESTION.partition(" {")[0]] * 3, trainer)
+    raw.train_from_iterator([scorers.HPSV3_QUESTION.partition(" {")[0]] * 3, trainer)
     raw.add_special_tokens(SPECIAL)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
@@ -112,7 +112,7 @@ def slow_scores(folder, model, head, pairs, three_axes=False):
     processor = Qwen2VLProcessor(pixels, tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
     out, inputs = [], []
     for image, prompt in pairs:
-        question = dict(type="text", text=rewards.HPSV3_QUESTION.format(text_prompt=prompt))
+        question = dict(type="text", text=scorers.HPSV3_QUESTION.format(text_prompt=prompt))
         chat = [dict(role="user", content=[dict(type="image"), question])]
         text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         x = processor(text=[text], images=[image.convert("RGB")], return_tensors="pt")
@@ -152,7 +152,7 @@ def test_parity_of_hpsv3_with_qwens_processor_and_forward_pass_one_pair_at_a_tim
 def test_the_question_is_the_published_one():
     """A hash of INSTRUCTION + prompt_with_special_token of the package hpsv3 1.0.0."""
     assert (
-        hashlib.sha256(rewards.HPSV3_QUESTION.encode()).hexdigest()
+        hashlib.sha256(scorers.HPSV3_QUESTION.encode()).hexdigest()
         == "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
     )
 
@@ -165,10 +165,10 @@ def test_the_size_of_a_picture_is_qwens(seed):
     sides = torch.randint(1, (40, 600, 3000)[seed], (20, 2), generator=torch.manual_seed(seed)).tolist()
     for w, h in [*sides, (448, 448), (1024, 1024), (512, 512), (1344, 768), (440, 455), (1000, 5)]:
         if max(w, h) <= 200 * min(w, h):
-            H, W = smart_resize(h, w, min_pixels=rewards.HPSV3_PIXELS, max_pixels=rewards.HPSV3_PIXELS)
-            assert rewards.qwen_patches(Image.new("RGB", (w, h)))[1] == (1, H // 14, W // 14)
+            H, W = smart_resize(h, w, min_pixels=scorers.HPSV3_PIXELS, max_pixels=scorers.HPSV3_PIXELS)
+            assert scorers.qwen_patches(Image.new("RGB", (w, h)))[1] == (1, H // 14, W // 14)
     with pytest.raises(ValueError, match="too elongated: 603 x 3 pixels"):
-        rewards.qwen_patches(picture(603, 3))
+        scorers.qwen_patches(picture(603, 3))
 
 
 def test_both_layouts_of_the_checkpoint_are_one_model(tiny_hpsv3, tmp_path):
@@ -186,7 +186,7 @@ LAYER = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.mark.parametrize("key", ["rm_head.5.bias", "model.norm.weight", "visual.merger.mlp.2.bias", LAYER])
 def test_a_checkpoint_that_is_not_whole_or_not_the_model_is_refused_by_name(tiny_hpsv3, tmp_path, key):
-    folder, name = shutil.copytree(tiny_hpsv3[0], tmp_path / "model"), rewards.hpsv3_key(key)
+    folder, name = shutil.copytree(tiny_hpsv3[0], tmp_path / "model"), scorers.hpsv3_key(key)
     state = load_file(folder / "HPSv3.safetensors")
     for says, change in (
         ("missing keys", {k: v for k, v in state.items() if k != key}),
@@ -247,6 +247,6 @@ def test_the_published_sizes_are_those_of_qwen2_vl_7b():
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     with torch.device("meta"):
-        config = Qwen2VLConfig(text_config=rewards.QWEN2_VL_7B)
+        config = Qwen2VLConfig(text_config=scorers.QWEN2_VL_7B)
         count = sum(p.numel() for p in Qwen2VLModel(config).parameters())
     assert count + 152064 * 3584 == 8_291_375_616  # with the language model's head, as its page says

@@ -74,8 +74,8 @@ def test_every_copy_of_the_policy_is_counted():
 
 
 def test_memory_of_a_pass_is_counted(capsys):
-    """SD3-Medium at 1024 px: what an image's pass keeps, and what to run on which GPUs. One list,
-    kept gathered on 8, took 56.9 GB of PyTorch's own allocator (docs/memory.md)."""
+    """SD3-Medium at 1024 px: what one image's pass keeps, and what to run on which GPUs. PyTorch's own
+    allocator took 56.9 GB on null GPUs for one list, kept gathered (docs/memory.md)."""
     memory.main(["--model", "random:sd3"])
     said = capsys.readouterr().out
     kept, recomputed = map(float, re.findall(r"pass: ([\d.]+) GB, recomputed ([\d.]+) GB", said)[0])
@@ -163,6 +163,5 @@ def test_pictures_at_once_that_fit(capsys):
 
 
 def test_a_resolution_that_cannot_be_is_refused(capsys):
-    fails(
-        memory.main, ["--model", "random:flux", "--resolution", "1000"], "--resolution", "16", capsys=capsys
-    )
+    args = ["--model", "random:flux", "--resolution", "1000"]
+    fails(memory.main, args, "--resolution", "16", capsys=capsys)

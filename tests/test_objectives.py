@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import fails, log_of, rows_of, together, train, train_args
 
+import engine
 import losses
 import pipelines
 import rankdpo
+from lists import check_scores
 
 ALL = ("--steps", 1, "--global_batch_size", 10)  # the whole set of ten lists, once
 
@@ -32,11 +34,12 @@ def test_every_objective_begins_where_its_weights_say(lists, tiny, tmp_path):
         if loss == "direct":
             total = sum(losses.direct_weights(s.T[None]).sum().item() for s in scores)
         else:  # position p holds the p-th list of the first epoch, and one drawn reward orders it
-            lists_of_step = rankdpo.lists_of_step(config(global_batch_size=10), 0, list(range(10)))
+            cfg = config(global_batch_size=10, device_batch_size=10)
             total = 0
-            for p, n in lists_of_step:
+            for p, n in rankdpo.micro_batches(cfg, range(10), 0)[0]:
                 coin = torch.rand(2, generator=rankdpo.generator_of(config(), p, n, 1))[1].item()
-                total += losses.dpo_weights(scores[n][int(coin * 3)][None]).sum().item()
+                phi = losses.preference_probability(scores[n][int(coin * 3)][:, None])
+                total += losses.dpo_weights(phi[None]).sum().item()
         assert log[1]["loss"] == pytest.approx(total / 10 * math.log(2), rel=1e-5)
         assert log[1]["accuracy"] == 0.5 and log[1]["grad_norm"] > 0
 
@@ -53,77 +56,56 @@ def test_fine_tuning_weighs_by_comparisons_won_and_by_scores(lists):
 def test_what_an_objective_lacks_is_said_before_anything_is_loaded(lists):
     rows = [{"phi": [1.0, 0.0], "scores": {"clip": [-1.0, 0.2]}, "prompt": "", "file_names": []}] * 2
     scores = lambda says, **options: fails(
-        lambda _: rankdpo.check_scores(config(data="x", **options), rows), [], *says
+        lambda _: check_scores(config(data="x", **options), rows), [], *says
     )
     scores(["list 1", "hpsv2.1", "--weight_by", "every list has clip"], loss="weighted")
     scores(["--weight_by clip", "50%", "not positive"], loss="weighted", weight_by="clip")
     check = lambda says, **options: fails(lambda _: rankdpo.check_options(config(**options)), [], *says)
-    check(["--rank_by model", "--loss rankdpo"], rank_by="model", loss="dpo")
-    check(["--label_smoothing", "pairs"], label_smoothing=0.1, loss="sft")
+    check(["--ties", "balanced"], ties="literal", loss="dpo")
+    check(["--ref_refresh", "rankdpo"], ref_refresh=5, loss="dro")
+    check(["--sampler_refresh", "dro"], sampler_refresh=5, loss="sft")
 
 
-def test_even_votes_are_counted_and_logged(lists, tiny, tmp_path):
-    two = lambda a, b: {"scores": {"a": a, "b": b}}
-    rows = [two([1, 0], [0, 1]), two([2, 1, 0], [0, 1, 2]), two([1, 0], [1, 0])]
-    assert rankdpo.even_votes(config(loss="balanced"), rows) == pytest.approx(4 / 5)
+def test_a_literal_vote_gives_every_pair_a_side(lists, tiny, tmp_path):
     log = train(lists, tiny, tmp_path, "--loss", "balanced", "--ties", "literal", *ALL)
-    assert 0 <= log[0]["even_votes"] < 1 and log[1]["unweighted"] == 0  # literal: every pair has a side
+    assert log[1]["unweighted"] == 0
 
 
 # ----------------------------------------------------------------------------- options of the objective
 
 
-def test_the_models_order_weighs_padding_last():
-    cfg = config(loss="rankdpo", rank_by="model", beta=2.0)
-    phi = torch.tensor([[1.0, 0.5, 0.0, -1.0]])
-    mask = phi >= 0
-    policy, ref = torch.tensor([[0.3, 0.2, 0.1, 0.3]]), torch.zeros(1, 4)
-    batch = rankdpo.Batch(None, None, None, None, mask, losses.dcg_weights(phi), phi, None, torch.zeros(1))
-    loss, _ = rankdpo.list_loss(cfg, policy, ref, batch)
-    weights = losses.dcg_weights(phi[:, :3], torch.tensor([[3.0, 2.0, 1.0]]))
-    assert loss.item() == pytest.approx(
-        losses.preference_loss(policy[:, :3], ref[:, :3], weights, 2.0)[0].item(), rel=1e-5
-    )
-
-
-def test_smoothing_and_the_winners_term_are_what_their_formulas_say():
+def test_the_winners_term_is_what_its_formula_says():
     phi = torch.tensor([[1.0, 1.0, 0.0, -1.0]])  # two winners share the term, the last is padding
     policy, ref = torch.tensor([[0.3, 0.2, 0.1, 9.0]]).requires_grad_(), torch.zeros(1, 4)
-    weights = losses.dpo_weights(phi)
+    weights = losses.dpo_weights(phi.clamp(min=0))
     batch = rankdpo.Batch(None, None, None, None, phi >= 0, weights, phi, None, torch.zeros(1))
     slope = lambda **more: torch.autograd.grad(
         rankdpo.list_loss(config(loss="dpo", beta=2.0, **more), policy, ref, batch)[0].sum(), policy
     )[0]
     added = slope(sft_weight=3.0) - slope()
     assert torch.allclose(added, torch.tensor([[1.5, 1.5, 0, 0]]), atol=1e-6)
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))
-    pulls = [0.9 * sigmoid(2 * d) - 0.1 * sigmoid(-2 * d) for d in (0.2, 0.1)]  # s_i - s_j of the two pairs
-    wanted = torch.tensor([[2 * pulls[0], 2 * pulls[1], -2 * sum(pulls), 0]])
-    assert torch.allclose(slope(label_smoothing=0.1), wanted, atol=1e-5)
 
 
-def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny):
+def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny, monkeypatch):
     """From (seed, position, list) alone, about p of them, never on held-out lists."""
     pipe = pipelines.load_pipeline(tiny / "sdxl")
     nothing = pipelines.encode_nothing(pipe, (32, 32), "cpu", torch.float32)
     assert not nothing["embeds"].any() and nothing["time_ids"].any()  # SDXL's guidance has zeros
     item = {name: torch.ones_like(t) for name, t in nothing.items()}
-    read = lambda n: dict(item, latents=torch.zeros(4, 4, 8, 8))
+    monkeypatch.setattr("lists.read_cached", lambda _, n: dict(item, latents=torch.zeros(4, 4, 8, 8)))
     labels = rankdpo.Labels(torch.zeros(1, 4, 4), torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool))
 
     def dropped(positions, p):
         cfg = config(caption_dropout=p)
-        load = lambda some: rankdpo.load_batch(
-            cfg, read, pipe.scheduler, labels, nothing, "cpu", torch.float32, some
-        )
-        embeds = load([(position, 0) for position in positions]).cond["embeds"]
+        data = rankdpo.Data(None, labels, pipe.scheduler, nothing, "cpu", torch.float32)
+        embeds = rankdpo.load_batch(cfg, data, [(position, 0) for position in positions]).cond["embeds"]
         assert all((image == image.flatten()[0]).all() for image in embeds)
         return embeds.flatten(1)[:, 0].view(-1, 4) == 0  # (B, K)
 
     some = dropped(range(200), 0.2)
     assert (some == some[:, :1]).all() and 20 < some[:, 0].sum() < 60
     assert torch.equal(dropped(range(100, 200), 0.2), some[100:]) and not dropped(range(50), None).any()
-    assert not dropped([rankdpo.UNSEEN] * 3, 0.99).any()
+    assert not dropped([rankdpo.HELD_OUT] * 3, 0.99).any()
     sd15 = pipelines.load_pipeline(tiny / "sd15")
     assert pipelines.encode_nothing(sd15, (32, 32), "cpu", torch.float32)["embeds"].any()  # an encoded ""
 
@@ -131,18 +113,17 @@ def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny):
 # ----------------------------------------------------------------------------- what is measured
 
 
-def test_accuracy_by_time_is_binned_by_sigma(lists, tiny, tmp_path):
+def test_accuracy_by_time_is_binned_by_sigma(lists, tiny, monkeypatch):
     """After draw and shift, and of held-out lists' accuracy the average's, where there is one."""
-    rows = torch.zeros(4, len(rankdpo.METRICS))
-    rows[:, 1], rows[:, -1] = torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([0.05, 0.95, 1.0, 0.94])
-    by_time = rankdpo.summarise(rows)["accuracy_by_time"]
+    metrics = {name: torch.zeros(4) for name in rankdpo.METRICS}
+    metrics["accuracy"], metrics["time"] = torch.tensor([[0, 1, 1, 0], [0.05, 0.95, 1.0, 0.94]])
+    by_time = rankdpo.summarise([metrics])["accuracy_by_time"]
     assert by_time[0] == 0 and by_time[9] == pytest.approx(2 / 3) and np.isnan(by_time[1:9]).all()
     pipe = pipelines.load_pipeline(tiny / "sd3")
-    read = lambda n: {"latents": torch.zeros(2, 4, 8, 8)}
+    monkeypatch.setattr("lists.read_cached", lambda _, n: {"latents": torch.zeros(2, 4, 8, 8)})
     labels = rankdpo.Labels(torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
-    batch = rankdpo.load_batch(
-        config(), read, pipe.scheduler, labels, {}, "cpu", torch.float32, [(p, 0) for p in range(9)]
-    )
+    data = rankdpo.Data(None, labels, pipe.scheduler, {}, "cpu", torch.float32)
+    batch = rankdpo.load_batch(config(), data, [(p, 0) for p in range(9)])
     assert torch.equal(batch.time, batch.t[::2] / 1000) and batch.time.unique().numel() == 9
     sigma = (batch.x_t / batch.target).flatten(1).mean(1)[::2]  # x = 0: x_t = sigma eps, target = eps
     assert torch.allclose(batch.time, sigma, atol=1e-5)
@@ -151,7 +132,9 @@ def test_accuracy_by_time_is_binned_by_sigma(lists, tiny, tmp_path):
 @pytest.mark.parametrize("more", [(), ("--lora_rank", 2)])
 def test_held_out_accuracy_is_the_averages(lists, tiny, tmp_path, monkeypatch, more):
     """With a decay that keeps the first weights for ever, s stays 0 and accuracy 1/2; training does not."""
-    monkeypatch.setattr(rankdpo, "update_average", lambda *_: None)
+    copy = engine.copy_weights
+    still = lambda policy, into, share=1.0: copy(policy, into) if share == 1 else None
+    monkeypatch.setattr(engine, "copy_weights", still)
     args = ("--holdout", 0.5, "--eval_every", 1, "--lr", "1e-2", "--global_batch_size", 5, *more)
     log = train(lists, tiny, tmp_path / "ema", "--ema", 0.9, *args)
     assert [r["held_out_accuracy"] for r in log[1:]] == [0.5] * 3
@@ -170,8 +153,8 @@ DRO += ("--margin", 10)  # every hinge stays active
 
 
 def norms(log):
-    """Loss, errors and gradient norms of a run, those of the two terms where they were measured."""
-    keys = ("loss", "accuracy", "best_s", "worst_s", "grad_norm", "expert_grad_norm", "negative_grad_norm")
+    """Loss, errors and gradient norms of a run."""
+    keys = ("loss", "accuracy", "best_s", "worst_s", "grad_norm")
     return np.array([[row.get(key, 0) for key in keys] for row in log[1:]])
 
 
@@ -220,23 +203,35 @@ def test_experts_are_the_best_images_with_their_captions(capsys):
     assert names(experts=3) == [["a1"], ["b0"], ["b2"]] and "3 of 6 images" in capsys.readouterr().out
     assert names(experts=2, expert_by="clip") == [["b1"], ["a0"]]
     assert rankdpo.expert_rows(config(experts=1), rows)[0]["prompt"] == "a"
-    fails(lambda _: names(expert_by="mps"), [], "--expert_by mps", "list 1")
+    cfg = config(loss="dro", expert_by="mps", data="x")
+    fails(lambda _: check_scores(cfg, rows), [], "--expert_by mps", "list 1")
 
 
 @pytest.mark.parametrize("model,lora", [("sdxl", 0), ("sd3", 0), ("sd15", 2)])
 def test_negatives_have_no_gradient_while_their_sampler_is_the_policy(
-    lists, tiny, tmp_path, model, lora, capsys
+    lists, tiny, tmp_path, model, lora, monkeypatch
 ):
-    args = ("--sampler_refresh", 2, "--eval_every", 1, "--lora_rank", lora, "--images_per_forward", 3)
+    """Right after a refresh the policy's errors on negatives are exactly 0, and so is their gradient: the
+    errors are squares. A step later neither is."""
+    list_loss, seen = rankdpo.list_loss, []
+
+    def noted(cfg, policy_err, ref_err, batch):
+        if policy_err.requires_grad:
+            seen.append(policy_err.detach())
+        return list_loss(cfg, policy_err, ref_err, batch)
+
+    monkeypatch.setattr(rankdpo, "list_loss", noted)
+    args = ("--sampler_refresh", 2, "--lora_rank", lora, "--images_per_forward", 3)
     log = train(lists, tiny, tmp_path, *DRO, *args, model=model)
-    first, second, third = norms(log)
     assert log[1]["loss"] == pytest.approx(10, abs=1e-12) and log[1]["accuracy"] == 0.5
-    for row in (first, third):  # right after a refresh
-        assert row[6] == 0 and row[5] == pytest.approx(row[4], rel=1e-12) and row[4] > 0
-    assert second[6] > 0 and second[5] > 0 and second[3] != 0
-    assert second[4] <= second[5] + second[6] + 1e-12
-    says = capsys.readouterr()
-    assert (says.out + says.err).count("exactly zero") == 2
+    first, second, third = seen
+    assert (first[:, 1] == 0).all() and (third[:, 1] == 0).all() and (second[:, 1] > 0).all()
+    assert all((err[:, 0] > 0).all() for err in seen) and log[2]["worst_s"] != 0
+
+
+def test_a_sampler_that_is_always_the_policy_is_warned_of(capsys):
+    rankdpo.check_options(config(loss="dro", sampler_refresh=1))
+    assert "exactly zero" in capsys.readouterr().out
 
 
 def test_dro_trains_a_model_that_predicts_v(lists, tiny, tmp_path):
@@ -256,7 +251,7 @@ def test_dro_has_one_curve_and_resumes_exactly(lists, tiny, tmp_path, lora):
     train(lists, tiny, tmp_path / "part", *args, "--save_every", 3)
     assert [p.name for p in (tmp_path / "part/checkpoints").iterdir()] == ["step-000003"]
     again = train(lists, tiny, tmp_path / "part", *args)  # from step 3, a copy one step old
-    assert np.array_equal(norms(again), norms(whole)) and norms(whole)[1, 6] > 0
+    assert np.array_equal(norms(again), norms(whole)) and norms(whole)[1, 3] != 0
     together(rankdpo.main, train_args(lists, tiny, tmp_path / "two", *args))
     two = log_of(tmp_path / "two")
     assert np.allclose(norms(two), norms(whole), rtol=1e-9, atol=1e-9)

@@ -10,7 +10,7 @@ import pytest
 from conftest import fails
 
 from toy import study
-from toyworld import CATEGORIES, grammar, held_out
+from toy.world import CATEGORIES, grammar, held_out
 
 
 def test_the_study_prompts_are_held_out_and_balanced():

@@ -15,7 +15,18 @@ from rewards import TOY_REWARDS, load_reward
 from synpic import TOY_MODELS, parse_model
 from toy import build
 from toy.build import TOY
-from toyworld import CATEGORIES, WORDS, check, draw, find_objects, grammar, held_out, prompts_of, render, slip
+from toy.world import (
+    CATEGORIES,
+    WORDS,
+    check,
+    draw,
+    find_objects,
+    grammar,
+    held_out,
+    prompts_of,
+    render,
+    slip,
+)
 
 
 def sample(n, seed):

@@ -53,6 +53,10 @@ def test_the_toy_task_prints_its_three_commands():
         (["sd15"], {"PICKAPIC": "none.parquet", "EVAL_PROMPTS": "README.md"}, "PICKAPIC=none.parquet"),
         (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "GPUS": "0"}, "GPUS=0"),
         (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "GPUS": "all"}, "GPUS=all"),
+        (["dro"], {"EVAL_PROMPTS": "README.md"}, "PICKAPIC"),
+        (["sdxl"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "REWARDS": " "}, "REWARDS is blank"),
+        (["sd15"], {"PICKAPIC": "README.md", "EVAL_PROMPTS": "README.md", "REWARDS": "\t"}, "REWARDS is"),
+        (["sd3"], {"PROMPTS": "README.md", "EVAL_PROMPTS": "README.md", "MODELS": " "}, "MODELS is blank"),
     ],
 )
 def test_train_sh_refuses_what_it_does_not_know(args, env, says):
@@ -74,9 +78,51 @@ def test_the_balanced_recipe_is_the_papers(tmp_path):
     assert all(option in options for option in wanted.split("|")) and "--label_rewards clip mps" in options
     del env["REWARDS"]
     options = " ".join(commands_of(train_sh("sd15", check=True, **env))[3])
-    assert "--label_rewards pickscore hpsv2.1 clip aesthetic" in options
+    assert "--label_rewards pickscore-cosine hpsv2 clip aesthetic" in options  # HPS v2.0: the paper's means
+    assert "--schedule constant" in options and "--warmup_steps 500" in options
     options = " ".join(commands_of(train_sh("sd15", check=True, LOSS="dpo", **env))[3])
     assert "--loss dpo" in options and "--label_rewards" not in options  # phi, stored, is of those rewards
+
+
+def test_the_dro_recipe_is_that_of_the_public_code():
+    """Diffusion-DRO: 1,600 steps of 256 pairs, 500 experts by HPSv2, a constant 1e-4, EMA .9999, SD 1.5."""
+    env = dict(BIN="", GPUS="8", PICKAPIC="README.md", EVAL_PROMPTS="README.md", OUT="o")
+    commands = commands_of(train_sh("dro", check=True, **env))
+    assert scripts_of(commands) == ["synpic.py", "rewards.py", "synpic.py", "rankdpo.py", "evaluate.py"]
+    options = " ".join(commands[3])
+    wanted = "--loss dro|--steps 1600|--global_batch_size 256|--resolution 512|--lr 1e-4|--schedule constant"
+    wanted += "|--warmup_steps 0|--experts 500|--expert_by hpsv2|--ema .9999|--sampler_refresh 20"
+    assert all(option in options for option in wanted.split("|")) and "--beta" not in options
+    by_pickscore = commands_of(train_sh("dro", check=True, REWARDS="pickscore=a.safetensors", **env))[3]
+    assert "--expert_by pickscore --" in " ".join(by_pickscore)
+
+
+@pytest.mark.parametrize("options", ["--lora_rank 64", "--lora_rank=64", "--compile true --lora_rank  8"])
+def test_adapters_get_their_rate_and_are_evaluated_upon_their_base(options):
+    """They were trained at the rate of all weights, and failed at the evaluation, after all training."""
+    env = dict(BIN="", GPUS="8", PROMPTS="README.md", EVAL_PROMPTS="README.md", OUT="o", MODEL="m")
+    _, train, evaluation = commands_of(train_sh("sdxl", check=True, TRAIN_OPTIONS=options, **env))
+    assert "--lr 1e-4 " in " ".join(train) and "tuned=m+o/rankdpo/model" in evaluation
+    _, train, evaluation = commands_of(train_sh("sdxl", check=True, TRAIN_OPTIONS="--lora_rank 0", **env))
+    assert "--lr 2e-5 " in " ".join(train) and "tuned=o/rankdpo/model" in evaluation
+    _, train, _ = commands_of(train_sh("sdxl", check=True, TRAIN_OPTIONS=options, LR="3e-4", **env))
+    assert "--lr 3e-4 " in " ".join(train)
+
+
+def test_all_gpus_draw_train_and_evaluate():
+    env = dict(BIN="", GPUS="8", PROMPTS="README.md", EVAL_PROMPTS="README.md")
+    for command in commands_of(train_sh("sdxl", check=True, **env)):
+        assert command[:4] == ["torchrun", "--standalone", "--nproc_per_node", "8"]
+
+
+def test_names_of_rewards_are_no_patterns_and_cdpath_leads_nowhere(tmp_path):
+    (tmp_path / HERE.name).mkdir()
+    env = dict(BIN="", GPUS="1", PROMPTS="README.md", EVAL_PROMPTS="README.md", REWARDS="clip=doc*/* mps")
+    command = ["bash", f"{HERE.name}/train.sh", "sdxl"]  # a relative path, which CDPATH would look up
+    env = {**os.environ, "DRY_RUN": "1", "CDPATH": str(tmp_path), **env}
+    done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "clip=doc*/*" in commands_of(done)[0] and "clip=doc*/*" in commands_of(done)[2]
 
 
 @pytest.mark.parametrize("task", ["sdxl", "sd3"])
@@ -110,7 +156,7 @@ def test_every_command_of_the_recipes_runs_on_tiny_models(tiny, tmp_path, task):
     for command, script in zip(commands, (synpic, rankdpo, evaluate)):
         if task == "sd3":
             options = command[command.index(f"{script.__name__}.py") + 1 :]
-            together(script.main, options, processes=1 if script is evaluate else 2)
+            together(script.main, options)
             continue
         done = subprocess.run(
             command, cwd=HERE, env={**os.environ, **env}, capture_output=True, text=True, timeout=300

@@ -38,7 +38,7 @@ from tqdm import tqdm
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
-from common import fail, one_line_errors, option, parse, pick_device, publish, write_text
+from common import fail, one_line_errors, option, parse, pick_device, publish, read_text, write_text
 from pipelines import (
     BETAS,
     add_noise,
@@ -50,9 +50,10 @@ from pipelines import (
     save_pipeline,
     text_encoders_of,
 )
-from rewards import MEAN, STD, TOY_REWARDS, BlipReward, load_reward, sizes
+from rewards import TOY_REWARDS, load_reward
+from scorers import MEAN, STD, BlipReward, sizes
 from synpic import TOY_MODELS, parse_model
-from toyworld import (
+from toy.world import (
     CATEGORIES,
     COLORS,
     NUMBERS,
@@ -575,6 +576,8 @@ def build_stage(stage, steps, device, folder, vae_folder):
     if stage in HARD:
         return save_reward(stage, *train_reward(stage, vae, device, steps), folder)
     save_pipeline(train_generator(stage, vae, device, steps).to("cpu", torch.float16), folder)
+    for file in folder.glob("text_encoder*/config.json"):  # else from_pretrained alone reads them as fp16
+        write_text(file, read_text(file).replace('"float16"', '"float32"'))
 
 
 @one_line_errors

@@ -45,7 +45,7 @@ from common import (
 from evaluate import category_mean, entropy, markdown
 from pipelines import SUITS, generate_each, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, load_reward, reward_name
-from toyworld import CATEGORIES, check, find_objects, grammar, prompts_of
+from toy.world import CATEGORIES, check, find_objects, grammar, prompts_of
 
 RATES = (1e-4, 2e-4, 4e-4)  # the grid of every objective
 SEEDS = 5  # of training, a method
@@ -294,7 +294,7 @@ def run_all(cfg):
                 tried.add(job)
                 continue
             text = json.dumps(run(cfg, job, base)) + "\n"
-            with appending(Path(cfg.results), busy="") as f:
+            with appending(Path(cfg.results).resolve(), busy="") as f:
                 f.write(text.encode())
 
 

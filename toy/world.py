@@ -194,8 +194,8 @@ def check(prompt, image):
     """Does the PIL `image` show exactly what `prompt` says? ValueError for a sentence outside the grammar."""
     spec = grammar().get(prompt)
     if spec is None:
-        judged = "it judges prompts of toyworld.grammar() only"
-        raise ValueError(f"toyworld.check: {prompt!r} is not a sentence of the toy world; {judged}")
+        judged = "it judges prompts of toy/world.py's grammar() only"
+        raise ValueError(f"world.check: {prompt!r} is not a sentence of the toy world; {judged}")
     found, wanted = find_objects(image), spec["objects"]
     if sorted(str(f[0]) for f in found) != sorted(s for s, _ in wanted):
         return False

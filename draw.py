@@ -1,0 +1,210 @@
+"""Pictures on disk: drawn once, kept whole, resumed, by many processes, for synpic.py and evaluate.py.
+
+    for k, model, missing in to_draw(cfg, batches, models)      what is not there yet
+    generate_stage(cfg, todo, device, settings, bar)            one generator in memory at a time
+
+A row is (prompt, file names), a name a model. Each image has its own noise and each batch its place, so the
+same pictures come out whoever draws them, and when. `cfg` holds the options of the script: out, batch_size,
+precision, device, on_error. settings.json says what the pictures were made with; other settings are refused.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import (
+    appending,
+    fail,
+    lock,
+    parse_json,
+    pick_device,
+    pick_dtype,
+    print_problems,
+    process_rank,
+    publish,
+    quoted,
+    read_text,
+    write_text,
+)
+from pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
+
+# ----------------------------------------------------------------------------- drawing
+
+
+def to_draw(cfg, batches, models):
+    """[(k, model, batches that lack pictures of model k)]. A batch is a list of rows. A model that cannot be
+    loaded is refused here, before the first one draws."""
+    todo = []
+    for k, model in enumerate(models):
+        missing = [b for b in batches if not all(is_whole(f"{cfg.out}/{files[k]}") for _, files in b)]
+        if missing:
+            check_pipeline(model["path"])
+            todo.append((k, model, missing))
+    return todo
+
+
+def progress(title, todo):
+    """A bar over the images of all models of to_draw, with images/s and the time left."""
+    images = sum(len(batch) for _, _, missing in todo for batch in missing)
+    return tqdm(total=images, desc=title, unit="image", disable=process_rank()[0] > 0 or not images)
+
+
+def generate_stage(cfg, todo, device, settings, bar):
+    """Draw what to_draw found missing, one generator in memory at a time."""
+    pipe, loaded, problems = None, None, []
+    for k, model, missing in todo:
+        precision = cfg.precision
+        if precision == "auto":
+            precision = "fp32" if device.type == "cpu" else model["dtype"]
+        if loaded != (model["path"], precision):
+            pipe = None  # free the last one first
+            pipe = load_pipeline(model["path"], device, pick_dtype(precision, device))
+            loaded = (model["path"], precision)
+            keep_settings(cfg.out, settings)  # from here on the folder is that of these models
+        began, images = time.time(), sum(len(batch) for batch in missing)
+        problems += draw_model(cfg, pipe, k, model, missing, bar)
+        note_time(cfg.out, "generate", f"{model['name']}_{model['seed']}", images, time.time() - began)
+    keep_settings(cfg.out, settings)  # also where nothing was left to draw
+    print_problems(problems, "images could not be drawn")
+
+
+def draw_model(cfg, pipe, k, model, batches, bar):
+    """Image k of every row; threads write pictures while the next batch is drawn. Returns a line for each
+    image that could not be drawn."""
+    problems, writing = [], []
+    bar.set_description(f"generate {model['name']}_{model['seed']}")
+    with ThreadPoolExecutor(4) as threads:
+        for batch in batches:
+            prompts = [prompt for prompt, _ in batch]
+            noise = model.get("noise", model["name"])  # models that are compared start from the same
+            seeds = [noise_seed(prompt, noise, model["seed"]) for prompt in prompts]
+            results = generate_each(pipe, prompts, seeds, model)
+            for picture in writing:  # at most one batch waits to be written
+                picture.result()
+            writing = []
+            for (prompt, files), (image, problem) in zip(batch, results):
+                path = Path(cfg.out) / files[k]
+                if problem:
+                    problems.append(f"{path}, prompt {quoted(prompt)}: {problem}")
+                    path.unlink(missing_ok=True)
+                elif not is_whole(path):
+                    writing.append(threads.submit(publish, path, image.save, sync=False))
+            if problems and cfg.on_error == "stop":
+                fail(f"{problems[0]}; nothing was written for it. --on_error skip leaves such prompts out")
+            bar.update(len(batch))
+        for picture in writing:
+            picture.result()
+    return problems
+
+
+# ----------------------------------------------------------------------------- one folder, many processes
+
+
+def is_whole(path):
+    """Is this a PNG file with its end? A picture of ours is, unless a copy or a full disk tore it."""
+    try:
+        # plain system calls, since a finished folder may have 232 k files; a pipe must not be waited for
+        f = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        there = os.fstat(f)
+        return stat.S_ISREG(there.st_mode) and os.pread(f, 4, max(0, there.st_size - 8)) == b"IEND"
+    finally:
+        os.close(f)
+
+
+@contextmanager
+def folder_lock(out, index, count, script="synpic.py"):
+    """Keep other runs out of the folder: a whole run excludes every other, a part only the same part."""
+    message = f"{out}: another {script} is at work in this folder; wait for it, or choose another --out"
+    with lock(out / ".lock", message, shared=count > 1), lock(out / f".lock-{index}-{count}", message):
+        yield
+
+
+def share_of(shard):
+    """--shard i/n -> i, n, and this process's place among those of all parts, and how many these are."""
+    part, _, parts = shard.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        fail(f"--shard {shard}: must be i/n with 0 <= i < n, as in 3/16")
+    (rank, world), part, parts = process_rank(), int(part), int(parts)
+    return part, parts, part * world + rank, parts * world
+
+
+# ----------------------------------------------------------------------------- what a folder was made with
+
+
+def settings_of(cfg, rows, models):
+    """What the pictures of a folder depend on; rewards and labels may change at any time. A model is known by
+    what its files hold, and may be moved; a model of the hub by its name."""
+    on_cpu = pick_device(cfg.device).type == "cpu"  # whose auto is another than a GPU's
+    prompts = [prompt for prompt, _ in rows]
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    return {
+        "prompts": [len(prompts), prompts[0], digest],
+        "models": {f"{m['name']}_{m['seed']}": {**m, "path": fingerprint(m["path"])} for m in models},
+        "batch_size": cfg.batch_size,
+        "precision": "fp32" if on_cpu and cfg.precision == "auto" else cfg.precision,
+    }
+
+
+def read_settings(out):
+    """settings.json of a folder, and how many prompts it was made for."""
+    path = Path(out) / "settings.json"
+    try:
+        settings = parse_json(read_text(path))
+        models = {name: {**model, "path": dict(model["path"])} for name, model in settings["models"].items()}
+        return {**settings, "models": models}, int(settings["prompts"][0])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        mend = "delete it and metadata.jsonl if this very command made the folder, or choose another --out"
+        fail(f"{path}: damaged, so it is not known what the pictures were made with; {mend}")
+
+
+def check_settings(out, now, drawing=True):
+    """A folder is not continued with other settings than it was begun with; each difference is named. Where
+    nothing is drawn, batches and precision may differ. Lists that were not drawn here are not replaced."""
+    if not (Path(out) / "settings.json").is_file():
+        if (Path(out) / "metadata.jsonl").exists():
+            how = "choose another --out; rewards.py --score scores them, --stages label ranks them"
+            fail(f"{out}/metadata.jsonl: holds lists that were not drawn here; {how}")
+        return
+    (before, _), differs = read_settings(out), []
+    for key in ("prompts", "batch_size", "precision"):
+        if (key == "prompts" or drawing) and before.get(key) != now[key]:
+            differs.append(f"{key} (before: {before.get(key)}, now: {now[key]})")
+    for name in before["models"] | now["models"]:
+        old, new = before["models"].get(name), now["models"].get(name)
+        if not old or not new:
+            differs.append(f"model {name} ({'missing now' if old else 'not there before'})")
+        elif old != new:
+            keys = [key for key in old | new if old.get(key) != new.get(key)]
+            changes = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in keys if key != "path"]
+            parts = {k for k in old["path"] | new["path"] if old["path"].get(k) != new["path"].get(k)}
+            named = {k if k.startswith(("scheduler", "tokenizer")) else "weights" for k in parts}
+            changes += [f"other {name}" for name in sorted(named)]
+            differs.append(f"model {name} ({', '.join(changes)})")
+    if differs:
+        fail(f"{out} was made with other {'; '.join(differs)}. Choose another --out, or delete this one")
+
+
+def keep_settings(out, now):
+    """Write settings.json, unless another part of this run has done it meanwhile."""
+    path = Path(out) / "settings.json"
+    with lock(path.with_name(".lock-settings"), wait=True):
+        check_settings(out, now)
+        if not path.is_file():
+            write_text(path, json.dumps(now, indent=1))
+
+
+def note_time(out, stage, name, images, seconds):
+    """Append to timings.jsonl what a stage took; the summary adds it up."""
+    row = {"stage": stage, "name": name, "images": images, "seconds": round(seconds, 3)}
+    with appending(Path(out) / "timings.jsonl", busy="") as f:
+        f.write(json.dumps(row).encode() + b"\n")

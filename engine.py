@@ -1,0 +1,537 @@
+"""Devices, not the method: networks and their copies, shards, clipping, checkpoints, the log, samples.
+
+    networks = build_networks(cfg, family, module, device, dtype)  # policy, reference, sampler, average
+    copy_weights(policy, reference)                                # BalancedDPO: reference <- policy
+    ends_step(policy, last)                                        # FSDP2: reduce gradients, or wait
+    save_checkpoint(cfg, training_state(...), identity, step)      # for any number of processes
+
+A copy of the policy is called like the policy. Of all weights each copy is a network of its own; of adapters
+each copy is a second set in the same network. One process runs plain, several shard all weights (FSDP2) and
+keep adapters whole.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import signal
+import time
+import warnings
+from collections import namedtuple
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from tqdm import tqdm
+
+import common
+import pipelines
+from common import fail, process_rank
+
+# on purpose: one process saves for itself, and copies of adapters are sets of one network
+warnings.filterwarnings("ignore", "torch.distributed is disabled|Already found a `peft_config`")
+
+# ----------------------------------------------------------------------------- networks
+
+
+def load_base(cfg, device, encoders):
+    """The pipeline of --model, with no weights but those that this process uses, and its family."""
+    loaded_on = device if cfg.model.startswith("random:") else "cpu"
+    denoiser = process_rank()[0] == 0
+    pipe = pipelines.load_pipeline(cfg.model, loaded_on, denoiser=denoiser, encoders=encoders)
+    common.wait_for_all(slow=True)  # the first process may have fetched the weights from the hub
+    family = pipelines.family_of(pipe, trainable=True)
+    if encoders and (missing := [name for name in family.encoders if getattr(pipe, name) is None]):
+        fail(f"{cfg.model}: has no {', '.join(missing)}, which lists, samples or dropped captions need")
+    return pipe, family
+
+
+Networks = namedtuple("Networks", "policy reference sampler average")  # the last two are None without use
+
+
+class AdapterSet:
+    """A set of adapters of a network, called like a network of its own."""
+
+    def __init__(self, network, name):
+        self.network, self.name = network, name
+
+    def __call__(self, *args, **kwargs):
+        return self.selected()(*args, **kwargs)
+
+    def __getattr__(self, name):  # its config
+        return getattr(self.network, name)
+
+    def selected(self):
+        """The network, with this set switched on."""
+        if self.network.active_adapters() != [self.name]:
+            self.network.set_adapter(self.name)
+        return self.network
+
+
+def module_of(network):
+    """The torch module of a network. peft trains the set that is switched on, and freezes the others."""
+    return network.selected() if isinstance(network, AdapterSet) else network
+
+
+def weights(network):
+    """{name: parameter} of a network, or of an adapter set under the names that all sets share."""
+    named = module_of(network).named_parameters()
+    if isinstance(network, AdapterSet):
+        tag = f".{network.name}."
+        return {name.replace(tag, "."): p for name, p in named if tag in name}
+    return dict(named)
+
+
+def build_networks(cfg, family, policy, device, dtype):
+    """Networks of the denoiser `policy`, on the device. Trained weights are fp32, as loaded, or fp64."""
+    world, sharded = process_rank()[1], is_sharded(cfg)
+    copies = ["reference", *(["sampler"] if cfg.loss == "dro" else []), *(["average"] if cfg.ema else [])]
+    policy.eval()  # so that s is exactly 0 where policy = reference
+    if dtype == torch.float64 or cfg.lora_rank:
+        policy.to(dtype)
+    if cfg.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    values = to_meta(policy) if world > 1 else None
+    if not sharded:
+        if values:
+            receive(policy, values, device)
+        policy.to(device)
+        if device.type == "cuda":  # faster convolutions; FSDP2 wants contiguous weights
+            policy.to(memory_format=torch.channels_last)
+    if cfg.lora_rank:  # small enough to be whole on each process
+        for name in ("policy", *copies):
+            pipelines.add_adapters(policy, cfg.lora_rank, dtype, name)
+        networks = {name: AdapterSet(policy, name) for name in ("policy", *copies)}
+    else:
+        for name, p in policy.named_parameters():
+            p.requires_grad_(not name.startswith(family.unused(policy)))
+        # sharded, these copies are on the meta device and take no memory
+        copied = {name: copy.deepcopy(policy).requires_grad_(False) for name in copies}
+        networks = {"policy": policy, **copied}
+    for network in set(map(module_of, networks.values())) if cfg.compile else ():
+        for module in network.modules():  # the repeated blocks; diffusers names none in SD3
+            if type(module).__name__ in (network._repeated_blocks or network._no_split_modules):
+                module.compile()
+    for name, network in networks.items():
+        if sharded:
+            shard(network, dtype, device, cfg.keep_gathered)
+            receive(network, values, device, like=None if name == "policy" else policy)
+        elif cfg.lora_rank:
+            copy_weights(networks["policy"], network)
+        elif name in ("reference", "sampler"):
+            in_compute_type(network, dtype)
+    return Networks(*(networks.get(name) for name in Networks._fields))
+
+
+def is_sharded(cfg):
+    return process_rank()[1] > 1 and not cfg.lora_rank
+
+
+def in_compute_type(network, dtype):
+    """A frozen copy's weights that autocast would round to bf16 at every pass are rounded once. Norms compute
+    in fp32 and stay as they are, so the copy predicts what it did."""
+    for module in network.modules() if dtype == torch.bfloat16 else ():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(dtype)
+
+
+@torch.no_grad()
+def copy_weights(policy, into, share=1.0):
+    """into <- policy; with a share, into <- into + share (policy - into), a moving average. Each process
+    copies its own shards, so gathered weights, which would be stale afterwards, are dropped first."""
+    reshard(policy)
+    reshard(into)
+    source, target = weights(policy), weights(into)
+    for name, p in source.items():
+        if share == 1:
+            target[name].copy_(p)
+        else:
+            target[name].lerp_(p, share)
+
+
+# ----------------------------------------------------------------------------- several processes
+
+
+def shard(network, dtype, device, keep_gathered):
+    """FSDP2: each block that diffusers names is a unit, and the rest is one. Weights and reductions are fp32,
+    gathered weights `dtype`. Inputs stay fp32 until autocast: bf16 would round SDXL's time ids."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))  # --device, whatever else is there
+    half = dtype if dtype == torch.bfloat16 else None
+    precision = MixedPrecisionPolicy(half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
+    for module in reversed(list(network.modules())):  # children before parents
+        if module is network or type(module).__name__ in (network._no_split_modules or ()):
+            # FSDP2 would leave the root gathered unless it is told otherwise
+            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep_gathered)
+    network.keep_gathered = keep_gathered
+
+
+def reshard(network):
+    """FSDP2: drop gathered weights, which are stale once the shards change."""
+    for module in module_of(network).modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def ends_step(policy, last):
+    """FSDP2 with --keep_gathered: only the last backward pass of a step reduces gradients and drops gathered
+    weights. Before that, gradients stay whole on each process."""
+    if getattr(policy, "keep_gathered", False):
+        policy.set_requires_gradient_sync(last)
+        policy.set_reshard_after_backward(last)
+        policy.last = last
+
+
+def ends_with(policy, first_part):
+    """The same where a batch is predicted in parts: autograd goes through them backwards, so the pass of the
+    first part is the last."""
+    if getattr(policy, "last", False) and first_part.requires_grad:
+        ends_step(policy, False)
+        first_part.register_hook(lambda _: ends_step(policy, True))
+
+
+def to_meta(model):
+    """Take a model's values out of it: (state, constants) on the process that has read them, else ({}, {}).
+    Constants are buffers that are not saved and tensors that a module keeps as mere attributes."""
+    state, constants = {}, {}
+    if process_rank()[0] == 0:
+        state = {name: value.detach() for name, value in model.state_dict().items()}
+        for path, module in model.named_modules():
+            unsaved = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+            unsaved.update({name: v for name, v in vars(module).items() if isinstance(v, torch.Tensor)})
+            constants.update({(path, name): value for name, value in unsaved.items() if value is not None})
+    model.to("meta")
+    return state, constants
+
+
+def receive(model, values, device, like=None):
+    """Give the model on each process its shards of what the first process has, so that no other process holds
+    a whole copy; or its shards of the model `like`."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state, constants = dict(values[0]), [values[1]]  # a copy: torch puts its shards into it
+    model.to_empty(device=device)
+    if like:
+        model.load_state_dict(like.state_dict())
+    else:
+        set_model_state_dict(model, state, options=options)
+    dist.broadcast_object_list(constants)
+    for (path, name), value in constants[0].items():
+        module = model.get_submodule(path)
+        if name in module._buffers:
+            module._buffers[name] = value.to(device)
+        else:
+            setattr(module, name, value)
+
+
+def signals():
+    """A list that a SIGTERM or Ctrl-C puts its exit status into. A second Ctrl-C ends the run at once."""
+    came = []
+    signal.signal(signal.SIGTERM, lambda *_: came.append(143))
+    signal.signal(signal.SIGINT, lambda *_: came.append(130) or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return came
+
+
+def clip_grad_norm(parameters, largest):
+    """The gradient's norm, () on every process, after clipping it to `largest`; 0 = no clipping. Adapters are
+    whole on each process: their gradients are summed here."""
+    for p in parameters if process_rank()[1] > 1 else ():
+        if not hasattr(p, "full_tensor"):
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def training_state(cfg, networks, optimizer):
+    """All that the next step depends on, as one flat {name: tensor}. Data, noise and rate follow from the
+    step. The reference is part of it where it is refreshed, else every run begins with it."""
+    kept = networks if cfg.ref_refresh else networks._replace(reference=None)
+    for network in filter(None, networks):
+        reshard(network)  # weights are their shards
+    trained = {name: p for name, p in weights(networks.policy).items() if p.requires_grad}
+    state = {}
+    for kind, network in kept._asdict().items():
+        values = weights(network) if network else {}
+        state.update({f"{kind}.{name}": values[name].detach() for name in trained if values})
+    for name, p in trained.items():
+        moments = moments_of(optimizer, p)
+        state.update({f"optimizer.{name}.{key}": moment for key, moment in moments.items()})
+    return state
+
+
+def moments_of(optimizer, p):
+    """AdamW's state of a parameter, as AdamW makes it in its first step where no step was taken yet."""
+    if p not in optimizer.state:
+        count = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+        moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": count, **moments}
+    return optimizer.state[p]
+
+
+def save_checkpoint(cfg, state, identity, step):
+    """out/checkpoints/step-000100: written under another name, renamed when all processes are done. A GPU's
+    channels_last weights are not contiguous, which safetensors wants: they are laid out anew on the CPU."""
+    (rank, world), folder = process_rank(), Path(cfg.out) / "checkpoints"
+    tmp, final = folder / f".tmp-step-{step:06d}", folder / f"step-{step:06d}"
+    if rank == 0:
+        common.remove(tmp)
+        tmp.mkdir(parents=True)
+    common.wait_for_all(slow=True)
+    state = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in state.items()}
+    writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # safetensors: data, never code
+    try:
+        dcp.save(state, storage_writer=writer, no_dist=world == 1)
+    except (Exception, CheckpointException) as e:  # torch's own, one error a process, is no Exception
+        common.remove(tmp)
+        fail(f"{final}: not written ({' '.join(str(e).split())[-200:]}); the checkpoint before it is kept")
+    common.wait_for_all(slow=True)
+    if rank == 0:
+        files = {p.name: p.stat().st_size for p in tmp.glob("*.safetensors")}
+        common.write_text(tmp / "run.json", json.dumps({"step": step, "identity": identity, "files": files}))
+        common.remove(final)
+        os.rename(tmp, final)
+        for old in sorted(folder.glob("step-??????"))[: -cfg.keep]:
+            common.remove(old)
+    common.wait_for_all(slow=True)
+
+
+def load_checkpoint(folder, state):
+    """Into the tensors of training_state, in place."""
+    contiguous = {name: t.contiguous() for name, t in state.items()}
+    try:
+        reader = dcp.HuggingFaceStorageReader(folder)
+        dcp.load(contiguous, storage_reader=reader, no_dist=process_rank()[1] == 1)
+    except (Exception, CheckpointException) as e:  # tensors of another model
+        reason = " ".join(str(e).split())[:200]
+        fail(f"{folder}: does not fit this run ({reason}); delete it, or start again with --resume false")
+    for name, t in state.items():
+        if contiguous[name] is not t:
+            t.copy_(contiguous[name])
+    values = [t for t in state.values() if t.dim()]
+    common.check_finite(values, values[0].device, f"{folder}: holds weights that are not finite")
+
+
+def identity_of(cfg, options, rows, policy):
+    """What makes a run this run: its options (fields of cfg), the weights it begins with, its lists."""
+    lists = hashlib.sha256()
+    for row in rows:
+        sizes = [(Path(cfg.data) / f).stat().st_size for f in row.get("file_names", [])]
+        parts = [row["prompt"], row["phi"], row.get("scores"), row.get("file_names"), sizes]
+        lists.update(json.dumps(parts).encode())
+    parts = pipelines.fingerprint(cfg.model)
+    weights = {
+        name: parts.pop(name) for name in list(parts) if name in ("unet", "transformer") or name[0] == "+"
+    }
+    if not weights and process_rank()[0] == 0:  # from the hub: which revision?
+        weights = [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
+    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    identity = {f.name: getattr(cfg, f.name) for f in options}
+    identity.update(
+        {"weights": digest(weights), "other parts": digest(parts), "lists": lists.hexdigest()[:16]}
+    )
+    return json.loads(json.dumps(identity))  # as it is read back: tuples are lists
+
+
+def read_run(folder):
+    """run.json of a checkpoint whose files are all there and whole, or None."""
+    try:
+        run = common.parse_json((folder / "run.json").read_text())
+        for name, size in run["files"].items():
+            if (folder / name).stat().st_size != size or not common.is_whole_safetensors(folder / name):
+                return None
+        return run if folder.name == f"step-{run['step']:06d}" and run["identity"].items() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def find_checkpoint(cfg, identity):
+    """(folder, step) of the newest whole checkpoint of this run, or (None, 0), the same for every process. A
+    damaged one is set aside. What another run left in --out, finished or not, is refused by name."""
+    (rank, world), found, folder = process_rank(), [None, 0], Path(cfg.out) / "checkpoints"
+    if rank == 0 and not cfg.resume:
+        common.remove(folder)
+    for path in folder.glob(".tmp-*") if rank == 0 else ():
+        common.remove(path)  # a killed run's
+    for path in sorted(folder.glob("step-??????"), reverse=True) if rank == 0 else ():
+        run = read_run(path)
+        if run is None:
+            print(f"{path}: damaged, set aside as damaged-{path.name}")
+            common.remove(folder / f"damaged-{path.name}")
+            os.rename(path, folder / f"damaged-{path.name}")
+            continue
+        same_run(path, run["identity"], identity)
+        found = [str(path), run["step"]]
+        break
+    if rank == 0 and cfg.resume and not found[1] and (head := read_head(Path(cfg.out) / "log.jsonl")):
+        same_run(f"{cfg.out}/log.jsonl", head.get("identity", {}), identity)  # a finished run's
+    for path in Path(cfg.out).glob("model-" + "[0-9]" * 6) if rank == 0 else ():
+        if int(path.name[6:]) > found[1]:  # exported later; this run does it anew
+            common.remove(path)
+    if world > 1:
+        dist.broadcast_object_list(found)
+    return found
+
+
+def read_head(path):
+    """The first row of a log, {} if there is none."""
+    with suppress(IndexError, ValueError):
+        return dict(common.parse_json(common.whole_lines(path)[0].decode()))
+    return {}
+
+
+def same_run(path, before, identity):
+    changed = [f"{k} ({before.get(k)}, now {v})" for k, v in identity.items() if before.get(k) != v]
+    if changed:
+        where = f"{path} belongs to a run with another {', '.join(changed[:5])}"
+        fail(f"{where}; choose another --out, or start again with --resume false")
+
+
+def save_model(cfg, name, network, part, about):
+    """OUT/NAME: the pipeline with this network as its `part`, or an adapter set alone. By every process."""
+    adapters = network.name if isinstance(network, AdapterSet) else ""
+    pipelines.save_tuned(Path(cfg.out) / name, cfg.model, module_of(network), part, adapters, about)
+
+
+# ----------------------------------------------------------------------------- log
+
+CURVES = {
+    "loss": {"loss": ""},
+    "implicit accuracy": {"accuracy": ""},
+    "error against the reference": {"best_s": "winner", "worst_s": "loser"},
+    "gradient norm": {"grad_norm": ""},
+}
+
+
+GROWTH = 0.01  # of the winner's error, from which the log warns; less is the noise of a row
+
+
+class Log:
+    """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. tensorboard
+    gets the same numbers where it is installed. `flops`: of a list on one device."""
+
+    def __init__(self, cfg, head, start_step, flops):
+        path = Path(cfg.out) / "log.jsonl"
+        there = start_step and path.is_file()
+        rows = [row for _, row in common.read_jsonl(path, torn_end=True)] if there else []
+        numbers = ["step", *(key for lines in CURVES.values() for key in lines)]
+        if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
+            fail(f"{path}: not the log of this run; move it away")
+        kept = [row for row in rows if row.get("step", -1) < start_step] or [{**head, "config": asdict(cfg)}]
+        if start_step:  # by another commit, perhaps, on another machine
+            kept[0].setdefault("resumed", []).append({"step": start_step, **head})
+        common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file, self.head, self.last, self.winners = open(path, "a"), head, {}, []
+        self.began, self.start_step, self.cfg, self.flops, self.board = (
+            time.time(),
+            start_step,
+            cfg,
+            flops,
+            None,
+        )
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
+
+    def write(self, row):
+        """One line; returns what the progress bar shows."""
+        steps = row["step"] + 1 - self.start_step
+        per_s = steps * self.cfg.global_batch_size / (time.time() - self.began)
+        row.update(lists_per_s=per_s, tflops=per_s * self.flops / 1e12)
+        if torch.cuda.is_initialized():
+            row.update(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+        text = json.dumps(row).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null")
+        self.file.write(text + "\n")
+        self.file.flush()
+        for name, value in row.items() if self.board else ():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, row["step"])
+        self.last = row
+        self.warn_of_growth(row)
+        shown = {"loss": "loss", "acc": "accuracy", "winner": "best_s", "loser": "worst_s"}
+        return {name: f"{row[key]:.3g}" for name, key in shown.items()}
+
+    def warn_of_growth(self, row):
+        """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls."""
+        self.winners.append(row["best_s"])
+        winner, than = row.get("held_out_best_s"), "the base's on held-out lists"
+        if winner is None and row["step"] % 50 == 49:
+            winner, than = np.mean(self.winners[-25:]), "the reference's"
+        if winner is not None and winner > GROWTH:
+            grows = f"step {row['step']}: the winner's error is {winner:.3f} above {than}"
+            tqdm.write(f"{grows}; pictures may get worse although loss falls: lower --lr or raise --beta")
+
+    def card(self):
+        """What a model card says of the run: {title: {name: value}}."""
+        run = {name: value for name, value in self.head.items() if name != "identity"}
+        return {"Run": run, "Options": asdict(self.cfg), "Last step": self.last}
+
+    def close(self):
+        """Draws curves.png; returns the card."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.board:
+            self.board.close()
+        rows = [row for _, row in common.read_jsonl(self.file.name)][1:]
+        common.plot_curves(rows, CURVES, Path(self.file.name).with_name("curves.png"))
+        return self.card()
+
+
+# ----------------------------------------------------------------------------- samples
+
+Samples = namedtuple("Samples", "pipe part prompts arguments")
+
+
+def prepare_samples(cfg, pipe, part, rows, item, device, dtype):
+    """Samples of the first prompts, which are encoded now, or None. `part`: the pipeline's name of the
+    denoiser; `item`: a list as cached."""
+    if not cfg.sample_every:
+        return None
+    size = [side * pipe.vae_scale_factor for side in item["latents"].shape[-2:]]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
+    arguments = pipelines.encode_and_drop_encoders(pipe, prompts, size, device, dtype)
+    arguments.update(pipelines.family_of(pipe).sampling(pipe, cfg.sample_steps, cfg.sample_guidance))
+    return Samples(pipe, part, prompts, arguments)
+
+
+@torch.no_grad()
+def draw_samples(cfg, samples, network, autocast, step):
+    """A row of pictures from fixed noise. All processes draw, for a sharded network; the first one writes."""
+    pipe, prompts = samples.pipe, samples.prompts
+    generator = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
+    network = module_of(network)
+    p = next(network.parameters())
+    setattr(pipe, samples.part, network)
+    pipe.vae.to(p.device, torch.promote_types(p.dtype, torch.float32))  # fp32, or fp64 as the denoiser
+    with autocast:
+        images = pipe(**samples.arguments, generator=generator, output_type="np").images  # (N, H, W, 3)
+    pipe.vae.to("cpu")
+    if process_rank()[0] == 0:
+        write_samples(Path(cfg.out), prompts, np.nan_to_num(images), step)
+
+
+def write_samples(out, prompts, images, step):
+    """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far."""
+    if step == 0:  # of an earlier run
+        common.remove(out / "samples")
+    w, gap = images.shape[2], images.shape[2] // 16
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=1)
+    row = Image.fromarray((np.concatenate(list(images), axis=1) * 255).round().astype(np.uint8))
+    common.publish(out / f"samples/{step:06d}.png", row.save)
+    rows = []
+    for path in sorted((out / "samples").glob("??????.png")):
+        if int(path.stem) <= step:  # a killed run may have been further
+            row, captions = Image.open(path), prompts if not rows else [""] * len(prompts)
+            cells = [row.crop((i * (w + gap), 0, i * (w + gap) + w, row.height)) for i in range(len(prompts))]
+            rows.append((f"step {int(path.stem)}", list(zip(cells, captions))))
+    common.picture_grid(rows, out / "samples.png")

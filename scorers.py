@@ -1,0 +1,879 @@
+"""The published reward models: preprocessing, tokenizers and weights, one section for each model.
+
+PUBLISHED holds a loader for each name; rewards.load_reward calls it. A loader gets (name, source, weights,
+device) and returns a Scorer: `source` is the folder or file that the user named, or "", and `weights` is the
+file that find_weights took for it. docs/rewards.md says how far each scorer agrees with its original.
+
+A wrong score looks like a right one, so loading fails instead: weights must have exactly the tensors of the
+published architecture (or of the folder's config) in its shapes, and a tokenizer must fit its model and tell
+two sentences apart. Weights are read as safetensors or with weights_only=True. The scorers' own packages are
+not used: they pin libraries of years ago. tests/test_rewards.py and test_hpsv3.py hold each scorer against
+the original's own preprocessing and modules.
+"""
+
+import math
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from common import HERE, ahead, open_image, parse_json, read_text
+
+# ----------------------------------------------------------------------------- pictures
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # of every CLIP, and of BLIP
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+def check_area(width, height):
+    """ValueError where a resize would make more pixels than PIL's limit, as of a picture of 30000 x 1."""
+    if width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"too elongated: it would be resized to {width} x {height} pixels")
+
+
+def crop(image, size):
+    """OpenAI CLIP's preprocessing -> (3, size, size): shorter side to `size` by PIL bicubic, centre crop,
+    RGB, normalise. Alpha weighs the colours that the resize mixes; an odd margin is rounded half to even."""
+    return crop_at(image, size, lambda margin: round(margin / 2))
+
+
+def crop_rgb(image, size):
+    """The same as transformers' CLIPImageProcessor does it: RGB first, an odd margin rounded down."""
+    return crop_at(image.convert("RGB"), size, lambda margin: margin // 2)
+
+
+def crop_at(image, size, half):
+    w, h = image.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    check_area(w, h)
+    left, top = half(w - size), half(h - size)
+    image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return normalised(image.convert("RGB"))
+
+
+def normalised(image):
+    """An RGB image as (3, H, W), as every CLIP's vision transformer reads it."""
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN) / STD
+
+
+def letterbox(image, size):
+    """HPSv2's preprocessing: LONGER side to `size` by bicubic with antialias on the float tensor, zero-padded
+    to a centred square, then normalised -> (3, size, size)."""
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()[None] / 255
+    h, w = (max(1, round(n * (size / max(x.shape[-2:])))) for n in x.shape[-2:])
+    if (h, w) != tuple(x.shape[-2:]):
+        x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    left, top = (size - w) // 2, (size - h) // 2
+    x = F.pad(x, (left, size - w - left, top, size - h - top))[0]
+    return (x - MEAN) / STD
+
+
+def square(image, size):
+    """VQAScore's (LLaVA's) preprocessing: padded to a centred square with the mean colour, then crop_rgb."""
+    side, (w, h) = max(image.size), image.size
+    check_area(side, side)
+    canvas = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN.flatten().tolist()))
+    canvas.paste(image.convert("RGB"), ((side - w) // 2, (side - h) // 2))
+    return crop_rgb(canvas, size)
+
+
+# ----------------------------------------------------------------------------- text
+
+CLIP_WORDS = 49408  # the size of CLIP's one published vocabulary, which comes with open_clip
+KNOWN = {  # what two published vocabularies, recognised by their size, make of "a photo of a cat"
+    CLIP_WORDS: [49406, 320, 1125, 539, 320, 2368, 49407],
+    30524: [101, 1037, 6302, 1997, 1037, 4937, 102],  # bert-base-uncased with BLIP's two special words
+}
+
+
+def check_tokenizer(tokenizer, size, ends=True):
+    """ValueError unless it has the model's `size` words and tells two English sentences apart. transformers 5
+    does not fail where a tokenizer's files are not there: it returns one of 2 to 5 words, and all prompts
+    become the same."""
+    special = set(tokenizer.all_special_ids)
+    ids = [tokenizer(text).input_ids for text in ("a red circle", "two squares")]
+    words = [set(i) - special for i in ids]
+    if len(tokenizer) != size:
+        raise ValueError(f"it has {len(tokenizer)} words and the model {size}")
+    if not all(words) or words[0] == words[1]:
+        raise ValueError("it knows no word of 'a red circle' or 'two squares'")
+    if ends and ids[0][-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        raise ValueError("it sets no end token")
+    if size in KNOWN and tokenizer("a photo of a cat").input_ids != KNOWN[size]:
+        raise ValueError("it is not the published one: its numbers for 'a photo of a cat' are others")
+    return tokenizer
+
+
+def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
+    """The tokenizer of a folder that brings one, or the hub's: checked. A file of weights brings none,
+    whatever lies beside it."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+    own = [Path(source) / name for name in names if source and (Path(source) / name).is_file()]
+    try:
+        tokenizer = kind.from_pretrained(source if own or not hub else hub)
+        tokenizer.add_tokens(list(extra), special_tokens=True)
+        return check_tokenizer(tokenizer, size or len(tokenizer), ends)
+    except Exception as e:  # a tokenizer of another kind fails as it is called, each in a way of its own
+        where = own[0] if own else hub or source
+        raise ValueError(
+            f"no tokenizer at {where} for this model ({one_line(e)}); name a FOLDER that holds the weights "
+            "and the tokenizer's files (tokenizer.json, or vocab.txt / vocab.json and merges.txt)"
+        ) from None
+
+
+def clip_tokenizer(source, size):
+    """transformers' CLIPTokenizer, as PickScore and MPS use it. No folder's files replace CLIP's words."""
+    from transformers import CLIPTokenizer
+
+    if size != CLIP_WORDS:
+        return load_tokenizer(CLIPTokenizer, source, size)
+    from open_clip import SimpleTokenizer
+
+    bpe = SimpleTokenizer()
+    words = {word: i for word, i in bpe.encoder.items() if i < CLIP_WORDS - 2}
+    words |= {"<|startoftext|>": CLIP_WORDS - 2, "<|endoftext|>": CLIP_WORDS - 1}
+    tokenizer = CLIPTokenizer(vocab=words, merges=list(bpe.bpe_ranks), model_max_length=77)
+    return check_tokenizer(tokenizer, size)
+
+
+def warn_cut(lengths, limit, name):
+    if max(lengths) > limit and name not in warn_cut.said:
+        warn_cut.said.add(name)
+        print(f"{name}: a prompt of {max(lengths)} tokens is cut at {limit}; said once", file=sys.stderr)
+
+
+warn_cut.said = set()
+
+
+def tokenize(tokenizer, texts, length, name):
+    """transformers tokenizer -> ids and attention mask, both (N, length)."""
+    warn_cut([len(t) for t in tokenizer(texts, truncation=False, verbose=False).input_ids], length, name)
+    out = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return out.input_ids, out.attention_mask
+
+
+def open_clip_ids(source, config, name):
+    """prompts -> ids (N, length), as open_clip does it: its own tokenizer, which cleans the text (ftfy,
+    HTML), for CLIP's vocabulary; for any other the folder's."""
+    size, length = config.get("vocab_size", CLIP_WORDS), config.get("context_length", 77)
+    if size != CLIP_WORDS:
+        tokenizer = clip_tokenizer(source, size)
+        return lambda texts: tokenize(tokenizer, texts, length, name)[0]
+    from open_clip import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer(context_length=length)
+
+    def ids(texts):
+        warn_cut([len(tokenizer.encode(t)) + 2 for t in texts], length, name)
+        return tokenizer(texts)
+
+    return ids
+
+
+# ------------------------------------------------------------ scoring: threads read, the model scores
+
+
+class Scorer:
+    """score(images, prompts) -> (N,) float tensor on the CPU, larger is better.
+
+    prepare: PIL image -> tensor, in threads and two batches ahead; forward: (N, ...) tensor on the device, N
+    prompts -> (N,). reserved: words that a prompt may not hold, because the model gives them another meaning.
+    of_row: the results of one prompt's pictures -> their scores, where pictures are compared."""
+
+    def __init__(self, name, prepare, forward, device="cpu", reserved=(), of_row=lambda results: results):
+        self.name, self.prepare, self.forward, self.device = name, prepare, forward, device
+        self.reserved, self.of_row = reserved, of_row
+
+    def load(self, image, prompt):
+        """(what forward takes, None), or (None, what is wrong)."""
+        if not prompt.strip():
+            return None, "an empty prompt cannot be scored"
+        if odd := [word for word in self.reserved if word in prompt]:
+            return None, f"{odd[0]} in the prompt would not be read as text"
+        try:
+            prompt.encode()  # half a surrogate pair is no text
+            return self.prepare(open_image(image)), None
+        except (OSError, ValueError) as e:
+            return None, str(e)
+
+    def score_batch(self, loaded, prompts):
+        """[(score, None) or (None, problem)]. The first good pair stands in for what cannot be scored, so
+        that the scores of the others do not depend on it: a forward pass rounds differently for another
+        number of images."""
+        good = next((n for n, (_, problem) in enumerate(loaded) if not problem), None)
+        if good is None:
+            return loaded
+        x = [loaded[good if problem else n][0] for n, (_, problem) in enumerate(loaded)]
+        texts = [prompts[good if problem else n] for n, (_, problem) in enumerate(loaded)]
+        with torch.inference_mode():
+            x = torch.stack(x).to(self.device) if torch.is_tensor(x[0]) else x
+            scores = self.forward(x, texts).float().tolist()
+        found = []
+        for score, (_, problem) in zip(scores, loaded):
+            if not problem and not np.isfinite(score).all():
+                problem = f"the score is {score}"
+            found.append((None if problem else score, problem))
+        return found
+
+    def stream(self, images, prompts, batch_size=32):
+        """Yield (score, None), or (None, what is wrong with it), of each pair in order."""
+        # a function of the user's may change the working folder while threads read files
+        images = (i if isinstance(i, Image.Image) else Path(i).absolute() for i in images)
+        pairs, threads = list(zip(images, prompts)), min(8, os.cpu_count() or 1)
+        loaded = ahead(lambda pair: self.load(*pair), pairs, depth=2 * batch_size, threads=threads)
+        for n in range(0, len(pairs), batch_size):
+            texts = [prompt for _, prompt in pairs[n : n + batch_size]]
+            yield from self.score_batch([next(loaded) for _ in texts], texts)
+
+    def __call__(self, images, prompts, batch_size=32):
+        if len(images) != len(prompts):
+            raise ValueError(f"{self.name}: {len(images)} images but {len(prompts)} prompts")
+        out = []
+        for value, problem in self.stream(images, prompts, batch_size):
+            if problem:
+                raise ValueError(f"{self.name}: pair {len(out)}: {problem}")
+            out.append(value)
+        return torch.tensor(out)
+
+
+# ----------------------------------------------------------------------------- weights
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+FOLDER = "config.json"  # in place of a file of weights: a folder of several files, which has a config.json
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:400]
+
+
+def from_hub(repo, file):
+    """A file of a hub repository; without a name, its only weights."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    try:
+        files = [f for f in ([file] if file else list_repo_files(repo)) if f.endswith(WEIGHTS)]
+        return Path(hf_hub_download(repo, max(files, key=lambda f: f.endswith(".safetensors"))))
+    except Exception as e:
+        problem = f"cannot be had from the hub ({type(e).__name__}); name a local copy"
+        raise ValueError(f"{repo} {file or 'weights'} {problem}") from None
+
+
+def find_weights(source, repo, file):
+    """The checkpoint: `source` itself, that folder's file of the usual name or its only one, or the hub's.
+    Of a FOLDER of several files the folder, or its name on the hub."""
+    if file == FOLDER:
+        if source and not (Path(source) / FOLDER).is_file():
+            raise ValueError(f"{source}: a FOLDER with config.json, weights and tokenizer is wanted")
+        return source or repo
+    path = Path(source or from_hub(repo, file))
+    if not path.is_dir():
+        return path
+    files = sorted(p for p in path.iterdir() if p.suffix in WEIGHTS)
+    usual = [p for p in files if p.name == (file or "model.safetensors")]
+    if not usual and len(files) != 1:
+        found = ", ".join(p.name for p in files) or "nothing of the kind"
+        raise ValueError(f"{path}: {file or 'model.safetensors'} is wanted there, found {found}")
+    return (usual or files)[0]
+
+
+def read_weights(path):
+    """State dict of tensors from .safetensors, or from a torch file without code."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # each format has its own
+        raise ValueError(f"{path}: no readable weights ({type(e).__name__})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"{path}: holds no state dict of tensors")
+    return {k: v for k, v in state.items() if not k.endswith("position_ids")}  # 0, 1, 2, ...
+
+
+def check_keys(path, missing, unexpected, shapes=()):
+    found = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes}
+    problems = [f"{what} {sorted(keys)[:3]}" for what, keys in found.items() if keys]
+    if problems:
+        raise ValueError(f"{path} is not such a checkpoint: {', '.join(problems)}")
+
+
+def load_strict(build, path, device, rename=lambda key: key, dtype=torch.float32):
+    """build() with exactly the weights of a file: which tensors there are, the architecture says, not the
+    file. rename: a key of the file -> as build() calls it, None for what is not used; no dtype: as built."""
+    named = ((rename(key), tensor) for key, tensor in read_weights(path).items())
+    state = {key: tensor for key, tensor in named if key}
+    try:
+        with torch.device("meta"):  # a wrong file fails before a billion weights are made
+            wanted = {k: tuple(v.shape) for k, v in build().state_dict().items()}
+    except Exception as e:
+        raise ValueError(f"{path}: the config beside it describes no such model ({one_line(e)})") from None
+    wanted = {k: shape for k, shape in wanted.items() if not k.endswith("position_ids")}
+    differ = [k for k in wanted.keys() & state.keys() if tuple(state[k].shape) != wanted[k]]
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {wanted[k]}" for k in differ]
+    check_keys(path, wanted.keys() - state.keys(), state.keys() - wanted.keys(), shapes)
+    with torch.device(device):  # initial values cost 16 s for a ViT-H on a CPU, nothing on a GPU
+        model = build()
+    model.load_state_dict(state, strict=False)
+    return model.to(dtype).eval()
+
+
+def pretrained(kind, source, unused=(), optional=(), **kwargs):
+    """transformers' from_pretrained, which only warns of keys that do not fit -> (model, missing `optional`
+    keys). `unused` parts may lie in the file."""
+    kwargs = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    try:
+        model, info = kind.from_pretrained(source, **kwargs)
+    except Exception as e:
+        for path in sorted(Path(source).glob("*model*")):  # one of several files may be torn
+            if path.suffix in WEIGHTS:
+                read_weights(path)
+        what = f"{source}: config.json or weights cannot be read ({type(e).__name__}: {one_line(e)[:200]})"
+        raise ValueError(f"{what}; a folder with all files of the repository is wanted") from None
+    left_out = {k for k in info["missing_keys"] if k.startswith(optional)}
+    unexpected = {k for k in info["unexpected_keys"] if "position_ids" not in k and not k.startswith(unused)}
+    shapes = [f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in info["mismatched_keys"]]
+    check_keys(source, info["missing_keys"] - left_out, unexpected, shapes)
+    return model.eval(), left_out
+
+
+def read_json(path):
+    """A dict from a JSON file; an empty one if there is no such file."""
+    try:
+        found = parse_json(read_text(path)) if path.is_file() else {}
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return found
+
+
+def folder_config(kind, source, published):
+    """The config.json of a folder, if it is of this kind: sizes of its own. Otherwise the published sizes."""
+    if source and read_json(Path(source) / "config.json").get("model_type") == kind.model_type:
+        return kind.from_pretrained(source)
+    return kind(**published)
+
+
+def sizes(width, layers, heads=16):
+    """A transformer as transformers' configurations name it."""
+    return dict(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads
+    )
+
+
+# ------------------------------------------------------------ clip, hpsv2.1, hpsv2, pickscore
+
+LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+VIT_H = dict(  # as transformers names it
+    projection_dim=1024,
+    text_config=dict(sizes(1024, layers=24), hidden_act="gelu"),
+    vision_config=dict(sizes(1280, layers=32), hidden_act="gelu", patch_size=14),
+)
+
+
+def cosine(scale, image, text):
+    """The formula of every CLIP-type reward: scale * cos(image, text); (N, D), (N, D) -> (N,), fp32."""
+    return scale * (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)
+
+
+def open_clip_model(source, weights, device):
+    """(open_clip's CLIP, its text_cfg, pixels a side) of ViT-H-14 or of a folder's open_clip_config.json."""
+    import open_clip
+
+    own = read_json(Path(source) / "open_clip_config.json") if source else {}
+    config = own.get("model_cfg", open_clip.get_model_config("ViT-H-14"))
+    steps, where = own.get("preprocess_cfg", {}), f"{source}/open_clip_config.json"
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        raise ValueError(f"{where}: model_cfg has no embed_dim, vision_cfg and text_cfg")
+    for key, value in (("mean", MEAN.flatten()), ("std", STD.flatten())):
+        if not np.allclose(steps.get(key, value), value):
+            raise ValueError(f"{where}: another {key} than CLIP's in preprocess_cfg")
+    for key, value in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
+        if steps.get(key, value) != value:
+            raise ValueError(f"{where}: another {key} than {value} in preprocess_cfg")
+    model = load_strict(lambda: open_clip.CLIP(**config), weights, device)
+    size = np.ravel(config["vision_cfg"].get("image_size", 224))[0].item()  # some write [224, 224]
+    return model, config["text_cfg"], size
+
+
+def load_open_clip(name, source, weights, device, prepare):
+    """CLIP score and HPSv2 (Wu et al. 2023): the cosine, unscaled."""
+    model, text, size = open_clip_model(source, weights, device)
+    ids = open_clip_ids(source, text, name)
+
+    def forward(x, prompts):
+        return cosine(1.0, model.encode_image(x), model.encode_text(ids(prompts).to(device)))
+
+    return Scorer(name, partial(prepare, size=size), forward, device)
+
+
+def load_clip_model(kind, name, source, weights, device):
+    """(model, prompts -> ids (N, length), picture -> pixels) of a `kind` that is built from a CLIPConfig."""
+    from transformers import CLIPConfig
+
+    config = folder_config(CLIPConfig, source, VIT_H)
+    tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
+    model = load_strict(lambda: kind(config), weights, device)
+    length = config.text_config.max_position_embeddings
+    ids = lambda texts: tokenize(tokenizer, texts, length, name)[0].to(device)
+    return model, ids, partial(crop_rgb, size=config.vision_config.image_size)
+
+
+def load_pickscore(name, source, weights, device, scale=None):
+    """PickScore (Kirstain et al. 2023): the cosine of a CLIPModel, times `scale` or exp(logit_scale)."""
+    from transformers import CLIPModel
+
+    model, ids, prepare = load_clip_model(CLIPModel, name, source, weights, device)
+    scale = scale or model.logit_scale.exp().item()
+
+    def forward(x, prompts):
+        text = model.get_text_features(input_ids=ids(prompts)).pooler_output
+        return cosine(scale, model.get_image_features(pixel_values=x).pooler_output, text)
+
+    return Scorer(name, prepare, forward, device)
+
+
+# ------------------------------------------------------------ imagereward, cyclereward: BLIP and a head
+
+BERT, BLIP_WORDS = "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")  # its tokenizer, and what BLIP adds
+BLIP_TEXT = dict(sizes(768, layers=12, heads=12), vocab_size=30524, encoder_hidden_size=1024)
+BLIP_L = dict(
+    text_config=dict(BLIP_TEXT, max_position_embeddings=512, layer_norm_eps=1e-12),
+    vision_config=dict(sizes(1024, layers=24), image_size=224, patch_size=16, layer_norm_eps=1e-6),
+)
+BLIP_NAMES = (  # of the vision transformer in the checkpoints -> in transformers
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj", "embeddings.patch_embedding"),
+    ("blocks", "encoder.layers"),
+    ("norm1", "layer_norm1"),
+    ("norm2", "layer_norm2"),
+    ("attn.qkv", "self_attn.qkv"),
+    ("attn.proj", "self_attn.projection"),
+    ("norm", "post_layernorm"),
+)
+
+
+def blip_key(key):
+    """A key of ImageReward's state dict as BlipReward calls it; None for what only pre-training used."""
+    if key.startswith(("blip.vision_proj.", "blip.text_proj.")):
+        return None
+    if key.startswith("blip.visual_encoder."):
+        key = f"{key}."
+        for old, new in BLIP_NAMES:  # whole names only: norm is not norm1
+            key = key.replace(f".{old}.", f".{new}.")
+        key = key.strip(".")
+    return key
+
+
+def reward_head(width, gelu=False):
+    """The multi-layer perceptron of ImageReward and of the aesthetic predictor, which has no activations (its
+    dropout counts as a layer in the keys), or CycleReward's, which has GELUs."""
+    between = nn.GELU if gelu else nn.Identity
+    layers = []
+    for inputs, outputs in ((width, 1024), (1024, 128), (128, 64)):
+        layers += [nn.Linear(inputs, outputs), between()]
+    last = [between()] if gelu else []
+    return nn.Sequential(*layers, nn.Linear(64, 16), *last, nn.Linear(16, 1))
+
+
+class BlipReward(nn.Module):
+    """MLP(h_CLS) of BLIP's image-grounded text encoder."""
+
+    def __init__(self, config, gelu):
+        from transformers import BlipTextModel, BlipVisionModel
+
+        super().__init__()
+        text = BlipTextModel(config.text_config, add_pooling_layer=False)
+        vision = BlipVisionModel(config.vision_config)
+        self.blip = nn.ModuleDict(dict(visual_encoder=vision, text_encoder=text))
+        self.mlp = nn.ModuleDict(dict(layers=reward_head(config.text_config.hidden_size, gelu)))
+
+    def forward(self, x, ids, attention):
+        patches = self.blip["visual_encoder"](pixel_values=x).last_hidden_state  # (N, 1 + patches, width)
+        text = self.blip["text_encoder"](
+            input_ids=ids, attention_mask=attention, encoder_hidden_states=patches, is_decoder=False
+        )
+        return self.mlp["layers"](text.last_hidden_state[:, 0])[:, 0]
+
+
+def lower(text, keep):
+    """Lower case as BERT's first tokenizer had it, by words: final sigmas differ from those inside words."""
+    return " ".join(word if word in keep else word.lower() for word in text.split(" "))
+
+
+def load_blip(name, source, weights, device):
+    """ImageReward (Xu et al. 2023) and CycleReward (Bahng et al. 2025).
+
+    transformers' BLIP after renaming keys, not the `image-reward` package: under transformers 5 the package
+    does not even import."""
+    from transformers import BertTokenizer, BlipConfig
+
+    cycle = name == "cyclereward"
+    config = folder_config(BlipConfig, source, BLIP_L)
+    size, length = config.text_config.vocab_size, 128 if cycle else 35
+    mean, std = (0.0, 1.0) if cycle else (0.16717362830052426, 1.0333394966054072)
+    model = load_strict(lambda: BlipReward(config, gelu=cycle), weights, device, blip_key)
+    tokenizer = load_tokenizer(BertTokenizer, source, size, BERT, BLIP_WORDS)
+
+    def forward(x, prompts):
+        texts = [lower(p, tokenizer.get_added_vocab()) for p in prompts]
+        ids, attention = tokenize(tokenizer, texts, length, name)
+        return (model(x, ids.to(device), attention.to(device)) - mean) / std
+
+    return Scorer(name, partial(crop, size=config.vision_config.image_size), forward, device)
+
+
+# ----------------------------------------------------------------------------- mps: CLIP and cross-attention
+
+CONDITION = (
+    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, "
+    "instance, texture, quantity, attributes, position, number, location, word, things."
+)
+TAU = 0.01  # of MPS's README and of RE-N-Y/mpsv1's code; its evaluation scripts have .3
+LAYERS, HEADS, HEAD_WIDTH = 4, 16, 64
+
+
+def attend(q, k, v, mask=None):
+    """Heads of q (N, L, heads * d) against one key and value (N, T, d) for all; scale 1 / sqrt(d)."""
+    q = q.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (N, heads, L, d)
+    k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, -1)
+        return F.silu(gate) * value
+
+
+class CrossAttention(nn.Module):
+    """Image tokens read text tokens where mask (N, T) is true; a feed-forward stands beside, not behind."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, HEADS * HEAD_WIDTH, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * HEAD_WIDTH, bias=False)
+        self.to_out = nn.Linear(HEADS * HEAD_WIDTH, dim, bias=False)
+        wide = nn.Linear(dim, 8 * dim, bias=False)
+        self.ff = nn.Sequential(wide, SwiGLU(), nn.Linear(4 * dim, dim, bias=False))
+
+    def forward(self, x, text, mask):
+        x = self.norm(x)
+        k, v = self.to_kv(text).chunk(2, -1)
+        return self.to_out(attend(self.to_q(x), k, v, mask[:, None, None])) + self.ff(x)
+
+
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inv_freq", 10000 ** (-torch.arange(0, HEAD_WIDTH, 2).float() / HEAD_WIDTH))
+
+    def forward(self, t):  # (N, L, heads * d), the same angles for every head
+        angle = torch.arange(t.shape[1], device=t.device)[:, None] * self.inv_freq
+        angle = torch.cat([angle, angle], -1)  # (L, d)
+        t = t.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
+        a, b = t.chunk(2, -1)
+        turned = torch.cat([-b, a], -1)
+        return (t * angle.cos() + turned * angle.sin()).transpose(1, 2).flatten(2)
+
+
+class ParallelBlock(nn.Module):
+    """PaLM's block: rotary self-attention and a feed-forward side by side, from one projection."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.rotary_emb = nn.LayerNorm(dim), Rotary()
+        self.sizes = (HEADS * HEAD_WIDTH, HEAD_WIDTH, HEAD_WIDTH, 8 * dim)
+        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.attn_out = nn.Linear(HEADS * HEAD_WIDTH, dim, bias=False)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(4 * dim, dim, bias=False))
+
+    def forward(self, x):
+        q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.sizes, -1)
+        return self.attn_out(attend(self.rotary_emb(q), self.rotary_emb(k), v)) + self.ff_out(ff)
+
+
+class MpsModel(nn.Module):
+    """exp(logit_scale) * cos(text, image tokens after reading the text). Named as in the checkpoint.
+
+    Text tokens that have nothing to do with the condition are masked out. The largest similarity is taken
+    within each pair; the original takes it over the batch, so that its scores depend on the batch."""
+
+    def __init__(self, config):
+        from transformers import CLIPModel
+
+        super().__init__()
+        dim = config.projection_dim
+        named = lambda block: nn.ModuleDict(dict(fn=block))  # as the checkpoint has it
+        pair = lambda: nn.ModuleList([named(CrossAttention(dim)), named(ParallelBlock(dim))])
+        cross = nn.ModuleDict(dict(layers=nn.ModuleList([pair() for _ in range(LAYERS)])))
+        self.mps = nn.ModuleDict(dict(model=CLIPModel(config), cross_model=cross))
+
+    def tokens(self, ids):
+        """Every text token, projected, (N, T, D)."""
+        clip = self.mps["model"]
+        return clip.text_projection(clip.text_model(input_ids=ids).last_hidden_state)
+
+    def forward(self, x, ids, condition):
+        clip, text = self.mps["model"], self.tokens(ids)
+        end = text[torch.arange(len(ids)), ids.argmax(-1)]  # (N, D): the end token has the largest id
+        near = (text @ condition[0].T).amax(-1)  # (N, T)
+        mask = near / near.amax(-1, keepdim=True) > TAU
+        patches = clip.vision_model(pixel_values=x).last_hidden_state
+        patches = clip.visual_projection(patches)  # (N, 1 + patches, D)
+        for cross_attention, block in self.mps["cross_model"]["layers"]:
+            patches = patches + cross_attention["fn"](patches, text, mask)
+            patches = patches + block["fn"](patches)
+        return cosine(clip.logit_scale.exp(), patches[:, 0], end)
+
+
+def load_mps(name, source, weights, device):
+    """MPS (Zhang et al. 2024), overall preference."""
+    model, ids, prepare = load_clip_model(MpsModel, name, source, weights, device)
+    with torch.inference_mode():
+        condition = model.tokens(ids([CONDITION]))  # (1, T, D)
+
+    return Scorer(name, prepare, lambda x, prompts: model(x, ids(prompts), condition), device)
+
+
+# ------------------------------------------------------------ vqascore: a question to a T5 that sees
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+QUESTION = '\nDoes this figure show "{}"? Please answer yes or no. ASSISTANT: '
+CLIP_L_336 = dict(sizes(1024, layers=24), image_size=336, patch_size=14)
+
+
+def clip_t5_class():
+    """CLIP-FlanT5: a T5 with a vision tower and a two-layer projector beside it."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, T5ForConditionalGeneration
+
+    class ClipT5(T5ForConditionalGeneration):
+        _tied_weights_keys = {  # without lm_head, which transformers would make up where it is missing
+            "encoder.embed_tokens.weight": "shared.weight",
+            "decoder.embed_tokens.weight": "shared.weight",
+        }
+
+        def __init__(self, config):
+            super().__init__(config)
+            width, tower = config.d_model, config.mm_vision_tower
+            first, second = nn.Linear(config.mm_hidden_size, width), nn.Linear(width, width)
+            self.mm_projector = nn.Sequential(first, nn.GELU(), second)
+            if tower == "openai/clip-vit-large-patch14-336":
+                vision = CLIPVisionConfig(**CLIP_L_336)
+            else:
+                vision = CLIPVisionConfig.from_pretrained(tower)
+            self.vision_tower = nn.ModuleDict(dict(vision_tower=CLIPVisionModel(vision)))
+            self.post_init()
+
+    return ClipT5
+
+
+def load_clip_t5(source, device, dtype):
+    """The model with every weight from its checkpoint, but for a vision tower that its config may name."""
+    from transformers import CLIPVisionModel, T5Config
+
+    config, kind = T5Config.from_pretrained(source), clip_t5_class()
+    if config.scale_decoder_outputs:  # as in T5 1.0; Flan-T5 has a head of its own
+        raise ValueError(f"{source}/config.json: tie_word_embeddings must be false, as in Flan-T5")
+    if not hasattr(config, "mm_vision_tower"):
+        raise ValueError(f"{source}/config.json: no CLIP-FlanT5, which has an mm_vision_tower")
+    if torch.device(device).type == "cuda":
+        with torch.device("meta"):
+            need = kind(config).num_parameters() * dtype.itemsize / 1e9
+        free = torch.cuda.mem_get_info(device)[0] / 1e9
+        if need > free:
+            advice = "-bf16 takes half of fp32, -xl a fourth of xxl"
+            raise ValueError(f"{need:.0f} GB are needed, {free:.0f} GB are free; {advice}")
+    renamed = {r"^vision_tower\.vision_tower\.vision_model\.": "vision_tower.vision_tower."}
+    model, tower = pretrained(
+        kind, source, "embed_tokens.", "vision_tower.", config=config, dtype=dtype, key_mapping=renamed
+    )
+    if len(tower) == len(model.vision_tower.state_dict()):  # the checkpoint brings the whole of it or nothing
+        unused = ("text_model.", "text_projection", "visual_projection", "logit_scale")
+        tower_model, _ = pretrained(CLIPVisionModel, config.mm_vision_tower, unused, dtype=dtype)
+        model.vision_tower["vision_tower"] = tower_model
+    else:
+        check_keys(source, tower, ())
+    return model.to(device)
+
+
+def load_vqascore(name, source, weights, device, flan, dtype, question=QUESTION):
+    """VQAScore (Lin et al. 2024): P("Yes" | image, 'Does this figure show "..."?') by CLIP-FlanT5.
+
+    It is exp(-mean cross-entropy of the answer). The patches of CLIP-L/336's last but one layer stand,
+    projected, among the words."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(AutoTokenizer, source, 0, flan)
+    model = load_clip_t5(weights, device, dtype)
+    tower, surplus = model.vision_tower["vision_tower"], model.config.vocab_size - len(tokenizer)
+    answer = tokenizer("Yes", return_tensors="pt").input_ids.to(device)  # (1, 2): Yes and the end token
+    known = answer.shape[1] == 2 and tokenizer.unk_token_id not in answer[0]
+    if not 0 <= surplus < 128 or not known:  # vocabularies are rounded up to a multiple of 128
+        raise ValueError(f"{source or flan}: a tokenizer of {len(tokenizer)} words does not fit this model")
+    words = model.get_input_embeddings()
+    # each side of the image is tokenised for itself, so an end token stands before the image, as in training
+    system = tokenizer(f"{SYSTEM} USER: ", return_tensors="pt").input_ids.to(device)
+
+    def forward(x, prompts):
+        n = len(prompts)
+        questions = [question.format(prompt) for prompt in prompts]
+        ids = tokenizer(questions, padding=True, return_tensors="pt").input_ids.to(device)
+        mask = ids.ne(tokenizer.pad_token_id).long()  # as in the original, also where a prompt says <pad>
+        patches = tower(pixel_values=x.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
+        patches = model.mm_projector(patches)  # (N, 576, D)
+        embeds = torch.cat([words(system).expand(n, -1, -1), patches, words(ids)], 1)
+        before = mask.new_ones(n, embeds.shape[1] - ids.shape[1])
+        attention, labels = torch.cat([before, mask], 1), answer.repeat(n, 1)
+        logits = model(inputs_embeds=embeds, attention_mask=attention, labels=labels).logits.float()
+        logits = logits[..., : len(tokenizer)]  # (N, 2, words): rows of no word take no part in the softmax
+        return (-F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)).exp()
+
+    return Scorer(name, partial(square, size=tower.config.image_size), forward, device)
+
+
+# ------------------------------------------------------------ hpsv3: Qwen2-VL and a token that is scored
+
+QWEN = "Qwen/Qwen2-VL-7B-Instruct"  # whose tokenizer it has
+QWEN2_VL_7B = dict(sizes(3584, layers=28, heads=28), num_key_value_heads=4, rms_norm_eps=1e-6)
+QWEN2_VL_7B["intermediate_size"] = 18944
+IMAGE, REWARD = "<|image_pad|>", "<|Reward|>"  # the second is HPSv3's own: its hidden state is scored
+HPSV3_PIXELS = 256 * 28 * 28  # about so many: 256 tokens of 28 x 28 pixels
+HPSV3_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+HPSV3_QUESTION = (HERE / "docs/templates/hpsv3.txt").read_text("utf-8")
+
+
+def qwen_patches(image):
+    """Qwen2-VL's preprocessing, PIL image -> (patches (h w, 3 * 2 * 14 * 14), (1, h, w)): both sides to
+    multiples of 28 by PIL bicubic; patches of 14 x 14 in blocks of 2 x 2, which become one token; each patch
+    twice, a film of two equal frames."""
+    w, h = sides = image.size
+    if max(sides) > 200 * min(sides):
+        raise ValueError(f"too elongated: {w} x {h} pixels")
+    near = [max(28, round(side / 28) * 28) for side in sides]
+    if math.prod(near) > HPSV3_PIXELS:
+        scale = math.sqrt(w * h / HPSV3_PIXELS)
+        near = [math.floor(side / scale / 28) * 28 for side in sides]
+    elif math.prod(near) < HPSV3_PIXELS:
+        scale = math.sqrt(HPSV3_PIXELS / (w * h))
+        near = [math.ceil(side * scale / 28) * 28 for side in sides]
+    x = normalised(image.convert("RGB").resize(near, Image.Resampling.BICUBIC))
+    w, h = near[0] // 28, near[1] // 28
+    x = x.reshape(3, h, 2, 14, w, 2, 14).permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)  # (4 h w, 3, 14, 14)
+    return x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1), (1, 2 * h, 2 * w)
+
+
+def hpsv3_key(key):
+    """A key of the checkpoint, also in the form of before transformers 4.52, as Qwen2VLModel calls it."""
+    if key.startswith("lm_head."):
+        return None
+    if key.startswith("visual."):
+        return f"model.{key}"
+    if key.startswith(("model.embed_tokens.", "model.layers.", "model.norm.")):
+        return key.replace("model.", "model.language_model.", 1)
+    return key
+
+
+def load_hpsv3(name, source, weights, device, dtype):
+    """HPSv3 (Ma et al. 2025): the first output, a mean, of an MLP on Qwen2-VL's hidden state at <|Reward|>.
+
+    The published model runs with plain positions 0, 1, 2, ... in place of Qwen2-VL's of three axes, and with
+    all of Qwen2-VL in bf16, rotary frequencies included: so it was trained."""
+    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+
+    config = folder_config(Qwen2VLConfig, source, dict(text_config=QWEN2_VL_7B))
+    tokenizer = load_tokenizer(AutoTokenizer, source, 0, QWEN, (REWARD,), ends=False)
+    image, reward = tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
+    if image != config.image_token_id or reward != len(tokenizer) - 1:
+        raise ValueError(f"{source or QWEN}: a tokenizer of {len(tokenizer)} words does not fit this model")
+    text = config.text_config
+    text.vocab_size, text.dtype, config.vision_config.dtype = len(tokenizer), torch.bfloat16, torch.bfloat16
+
+    def build():
+        first, last = nn.Linear(text.hidden_size, 1024), nn.Linear(16, 2)
+        head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), last)
+        return nn.ModuleDict(dict(model=Qwen2VLModel(config), rm_head=head))
+
+    model = load_strict(build, weights, device, hpsv3_key, dtype=None)
+    qwen, head = model["model"].bfloat16().to(dtype), model["rm_head"]
+
+    def forward(x, prompts):
+        texts = []
+        for (patches, _), prompt in zip(x, prompts):
+            question = HPSV3_QUESTION.format(text_prompt=prompt)
+            texts.append(HPSV3_CHAT.format(image=IMAGE * (len(patches) // 4), question=question))
+        rows = [torch.tensor(ids) for ids in tokenizer(texts).input_ids]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (N, T), padded on the right
+        states = qwen(  # causal: without a mask, too, no word reads the padding behind it
+            input_ids=ids,
+            position_ids=torch.arange(ids.shape[1], device=device)[None],
+            pixel_values=torch.cat([patches for patches, _ in x]).to(device),
+            image_grid_thw=torch.tensor([grid for _, grid in x], device=device),
+            use_cache=False,
+        ).last_hidden_state  # (N, T, D)
+        return head(states[ids == reward].float())[:, 0]
+
+    return Scorer(name, qwen_patches, forward, device, reserved=(IMAGE, REWARD))
+
+
+# ------------------------------------------------------------ aesthetic: reads no prompt
+
+
+def load_aesthetic(name, source, weights, device):
+    """LAION aesthetic predictor v2 (Schuhmann 2022): MLP(e / |e|), e the image embedding of OpenAI's CLIP
+    ViT-L/14. The MLP has no activation, so it is one affine map."""
+    from transformers import CLIPVisionModelWithProjection
+
+    unused = ("text_model.", "text_projection", "logit_scale")
+    own = source and (Path(source) / "config.json").is_file()
+    tower = source if own else "openai/clip-vit-large-patch14"
+    build = lambda: nn.ModuleDict(dict(layers=reward_head(768)))
+    head = load_strict(build, weights, device)["layers"]
+    model = pretrained(CLIPVisionModelWithProjection, tower, unused)[0].to(device)
+
+    def forward(x, prompts):
+        return head(F.normalize(model(pixel_values=x).image_embeds, dim=-1))[:, 0]
+
+    config = getattr(model.config, "vision_config", model.config)
+    return Scorer(name, partial(crop, size=config.image_size), forward, device)
+
+
+# ----------------------------------------------------------------------------- by name
+
+PICK = "yuvalkirstain/PickScore_v1", "model.safetensors"
+XXL, XL = "google/flan-t5-xxl", "google/flan-t5-xl"
+vqa = lambda flan, dtype: partial(load_vqascore, flan=flan, dtype=dtype)
+PUBLISHED = {  # name: (loader, its default hub repository, the file of weights there; None: its only one)
+    "clip": (partial(load_open_clip, prepare=crop), LAION_H, "open_clip_model.safetensors"),
+    "hpsv2.1": (partial(load_open_clip, prepare=letterbox), "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "hpsv2": (partial(load_open_clip, prepare=letterbox), "xswu/HPSv2", "HPS_v2_compressed.pt"),
+    "pickscore": (load_pickscore, *PICK),
+    "pickscore-cosine": (partial(load_pickscore, scale=1.0), *PICK),
+    "imagereward": (load_blip, "zai-org/ImageReward", "ImageReward.pt"),
+    "cyclereward": (load_blip, "carolineec/CycleReward-Combo", None),
+    "mps": (load_mps, "RE-N-Y/mpsv1", "model.safetensors"),
+    "vqascore": (vqa(XXL, torch.float32), "zhiqiulin/clip-flant5-xxl", FOLDER),
+    "vqascore-xl": (vqa(XL, torch.float32), "zhiqiulin/clip-flant5-xl", FOLDER),
+    "vqascore-bf16": (vqa(XXL, torch.bfloat16), "zhiqiulin/clip-flant5-xxl", FOLDER),
+    "vqascore-xl-bf16": (vqa(XL, torch.bfloat16), "zhiqiulin/clip-flant5-xl", FOLDER),
+    "hpsv3": (partial(load_hpsv3, dtype=torch.float32), "MizzenAI/HPSv3", "HPSv3.safetensors"),
+    "hpsv3-bf16": (partial(load_hpsv3, dtype=torch.bfloat16), "MizzenAI/HPSv3", "HPSv3.safetensors"),
+    "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
+}

@@ -1,0 +1,249 @@
+"""Options, processes, files and readers: what common.py promises to every script.
+
+pytest -q tests/test_common.py
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HERE, child, fails
+from PIL import Image, ImageOps
+
+import common
+from common import MARKER, appending, open_image, option, publish, read_pixels, read_prompts, write_text
+
+# ----------------------------------------------------------------------------- options
+
+
+@dataclass
+class Example:
+    # first things
+    lora_rank: int = option(0, "rank of the adapters", at_least=0)
+    # last things
+    out: str = option("here", "folder")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--lora_rnak", "4"], "did you mean --lora_rank?"),
+        (["--lorarank=4"], "did you mean --lora_rank?"),
+        (["--lora_rank", "-1"], "must not be negative"),
+    ],
+)
+def test_a_wrong_option_ends_in_one_line_that_names_the_nearest(words, says, capsys):
+    fails(lambda args: common.parse(Example, "", args), words, says, capsys=capsys)
+
+
+def test_an_option_unlike_all_others_gets_no_proposal(capsys):
+    with pytest.raises(SystemExit):
+        common.parse(Example, "", ["--xyz"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_help_has_the_headings_of_the_dataclass(capsys):
+    with pytest.raises(SystemExit):
+        common.parse(Example, "", ["--help"])
+    text = capsys.readouterr().out.partition("options:")[2]  # below the usage
+    first, last = text.index("first things:"), text.index("last things:")
+    assert first < text.index("--lora_rank LORA_RANK") < last < text.index("--out OUT")
+
+
+def test_common_is_imported_without_torch():
+    """Scripts parse their options before they import torch: --help is there at once."""
+    code = "import sys, common; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'pandas')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+# ----------------------------------------------------------------------------- processes
+
+
+def start(args):
+    common.start_processes("cpu")
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        (dict(RANK="abc"), "RANK=abc"),
+        (dict(RANK="5", WORLD_SIZE="2"), "RANK=5 WORLD_SIZE=2"),
+        (dict(RANK="0", WORLD_SIZE="0"), "WORLD_SIZE=0"),
+        (dict(RANK="0", WORLD_SIZE="many"), "WORLD_SIZE=many"),
+        (dict(RANK="1"), "RANK=1: not what torchrun sets"),
+        (dict(RANK="-1", WORLD_SIZE="2"), "RANK=-1"),
+        (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
+        (dict(RANK="0", WORLD_SIZE="2"), "without MASTER_ADDR, MASTER_PORT"),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "without RANK"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="many"), "127.0.0.1:many"),
+    ],
+)
+def test_variables_that_a_scheduler_left_end_in_one_line(env, says, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    fails(start, [], says)
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch):
+    """An old driver: training would start on the CPU and take weeks."""
+    there = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl" or there(path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(SystemExit, match="cannot use this machine's GPU.*--device cpu"):
+        common.pick_device()
+    assert common.pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert common.pick_device().type == "cpu"
+
+
+def test_a_taken_port_ends_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        process = child(start, [], tmp_path / "said", **env)
+        process.join(60)
+    # a child prints torch's own warning of the port, then our line
+    assert process.exitcode == 1
+    assert f"127.0.0.1:{port}: the processes cannot meet there" in (tmp_path / "said").read_text()
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def write_folder(name):
+    def write(tmp):
+        tmp.mkdir()
+        (tmp / name).write_text(name)
+
+    return write
+
+
+def test_publish_replaces_its_own_folder_and_an_empty_one(tmp_path):
+    (tmp_path / "model").mkdir()
+    publish(tmp_path / "model", write_folder("a"))
+    publish(tmp_path / "model", write_folder("b"))
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"b", MARKER}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("new", ["a file", "a folder"])
+def test_publish_never_deletes_somebodys_folder(new, tmp_path):
+    """evaluate.py drew a model named results.json into OUT/results.json, which its report then replaced."""
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "x.json/thesis.txt").write_text("years of work")
+    write = write_folder("a") if new == "a folder" else lambda tmp: tmp.write_text("{}")
+    with pytest.raises(SystemExit, match="x.json: would replace a folder"):
+        publish(tmp_path / "x.json", write)
+    assert (tmp_path / "x.json/thesis.txt").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_file_does_not_replace_a_folder_of_our_own(tmp_path):
+    publish(tmp_path / "model", write_folder("a"))
+    with pytest.raises(SystemExit, match="a file would replace this folder"):
+        write_text(tmp_path / "model", "text")
+    assert (tmp_path / "model/a").is_file() and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("linked", ["scores/clip.jsonl", "scores"])
+def test_no_line_is_appended_through_a_link(linked, tmp_path):
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    (there / "clip.jsonl").write_text("not scores\n")
+    album = tmp_path / "album"
+    (album / linked).parent.mkdir(parents=True)
+    (album / linked).symlink_to(there / "clip.jsonl" if linked.endswith("jsonl") else there)
+    with pytest.raises(SystemExit, match="is a link"):
+        with appending(album / "scores/clip.jsonl", "busy") as f:
+            f.write(b"{}\n")
+    assert (there / "clip.jsonl").read_text() == "not scores\n"
+    assert [p.name for p in there.iterdir()] == ["clip.jsonl"]
+
+
+# ----------------------------------------------------------------------------- readers
+
+
+def test_a_line_separator_inside_a_prompt_does_not_cut_it(tmp_path):
+    (tmp_path / "a.txt").write_text("a red\u2028circle\ntwo\x85squares\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a red\u2028circle"}\n', encoding="utf-8")
+    assert [row["prompt"] for row in read_prompts(tmp_path / "a.txt")] == ["a red circle", "two squares"]
+    assert [row["prompt"] for row in read_prompts(tmp_path / "a.jsonl")] == ["a red circle"]
+
+
+def test_postscript_is_not_opened_whatever_its_name_is(tmp_path, monkeypatch):
+    """PIL starts Ghostscript, where it is installed, for a PostScript file."""
+    from PIL import EpsImagePlugin
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    os.rename(tmp_path / "a.eps", tmp_path / "a.png")
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **more: started.append(args))
+    with pytest.raises(ValueError, match="not a readable image"):
+        open_image(tmp_path / "a.png")
+    assert not started
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff", "a.ppm", "a.jp2"])
+def test_the_formats_that_people_have_are_read(name, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    red = np.asarray(common.read_image(tmp_path / name))[4, 4].astype(int)
+    assert red[0] > 240 and red[1] < 20 and red[2] < 20
+
+
+def test_a_pipe_in_place_of_a_picture_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a folder, a pipe or a device"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_says(orientation, tmp_path):
+    rng = np.random.default_rng(0)
+    upright = Image.fromarray(rng.integers(0, 255, (6, 10, 3), np.uint8))
+    stored = {  # the transpose that undoes what a viewer does
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    lying = upright if stored is None else upright.transpose(stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying.save(tmp_path / "lying.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    assert np.array_equal(read_pixels(tmp_path / "lying.png", 0), read_pixels(tmp_path / "upright.png", 0))
+    assert np.array_equal(np.asarray(common.read_image(Image.open(tmp_path / "lying.png"))), upright)
+    assert ImageOps.exif_transpose(Image.open(tmp_path / "lying.png")).size == upright.size
+
+
+def test_ctrl_c_promises_only_what_is_true(capsys):
+    """With --save_every 0 a trainer has saved nothing: the same command begins again."""
+
+    @common.one_line_errors
+    def main(argv):
+        raise KeyboardInterrupt
+
+    fails(main, [], "interrupted; the same command goes on from what is saved", capsys=capsys)
+
+
+def test_every_locked_file_is_a_file_of_its_own(tmp_path):
+    (tmp_path / "elsewhere").write_text("")
+    (tmp_path / ".clip.lock").symlink_to(tmp_path / "not there")
+    with pytest.raises(OSError):
+        with common.lock(tmp_path / ".clip.lock", "taken"):
+            pass
+    assert not (tmp_path / "not there").exists() and Path(tmp_path / ".clip.lock").is_symlink()
