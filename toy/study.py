@@ -174,7 +174,7 @@ def colour_bits(images, prompts):
 
 def scores_of(images, prompts):
     """{reward: (P, NOISES)} by the four toy rewards and the three exact ones."""
-    scores = {reward_name(spec): np.array(load_reward(spec)(images, prompts)) for spec in TOY_REWARDS}
+    scores = {reward_name(spec): load_reward(spec)(images, prompts).numpy() for spec in TOY_REWARDS}
     exact = [exact_rewards(prompt, image) for prompt, image in zip(prompts, images)]
     scores.update({name: np.array([one[name] for one in exact]) for name in CONFLICT})
     return {name: values.reshape(-1, NOISES).round(4) for name, values in scores.items()}
