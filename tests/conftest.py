@@ -39,7 +39,7 @@ PROMPTS = [
     "a circle above a triangle",
 ]
 OURS = (
-    r"(common|losses|pipelines|draw|lists|toy\.world|scorers|rewards|synpic|rankdpo|evaluate|benchmarks"
+    r"(common|losses|pipelines|draw|lists|toy\.world|scorers|rewards|stats|synpic|rankdpo|evaluate|benchmarks"
     r"|toy\.build|conftest|test_\w+)$"
 )
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win

@@ -21,6 +21,7 @@ from test_kills_synpic import killed_at
 import draw
 import evaluate
 import rewards as scorers
+import stats
 from toy import world
 
 
@@ -55,13 +56,13 @@ def data_of(page):
 
 
 def test_wilson_interval_golden():
-    low, high = evaluate.wilson(233, 297)  # 78.45 % of 297, BalancedDPO's Pick-a-Pic row
+    low, high = stats.wilson(233, 297)  # 78.45 % of 297, BalancedDPO's Pick-a-Pic row
     assert (round(low, 3), round(high, 3)) == (0.734, 0.827)
 
 
 def test_holm_golden():
-    assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
 
 
 def test_scores_become_win_rates_and_gains():
@@ -70,7 +71,7 @@ def test_scores_become_win_rates_and_gains():
         "a": {"r": np.array([[0.0, 1.0], [0.0, 0.0], [2.0, 2.0]])},
         "b": {"r": np.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])},
     }
-    r = evaluate.compare(scores, tags, 0)["b"]
+    r = stats.compare(scores, tags, 0)["b"]
     pair = r["against"]["a"]["r"]
     wins = {k: pair["best"][k] for k in ("wins", "ties", "losses", "n")}
     assert wins == dict(wins=1, ties=1, losses=1, n=3) and pair["best"]["p"] == 1
@@ -85,7 +86,7 @@ def test_p_values_see_what_is_there_and_nothing_else():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(60, 1))
     scores = {"a": {"r": base}, "b": {"r": base + 0.5}, "c": {"r": base + 0.01 * rng.normal(size=(60, 1))}}
-    r = evaluate.compare(scores, ["all"] * 60, 0)
+    r = stats.compare(scores, ["all"] * 60, 0)
     better, none = r["b"]["against"]["a"]["r"], r["c"]["against"]["a"]["r"]
     assert better["gain"]["p"] == pytest.approx(1.6e-11, rel=1) and better["best"]["p"] == pytest.approx(
         2 / 2**60
@@ -97,7 +98,7 @@ def test_p_values_see_what_is_there_and_nothing_else():
 def test_entropy_of_free_colours():
     same, even = np.zeros((5, 6)), np.ones((5, 6)) / 6
     same[:, 2] = 1
-    r = evaluate.colour_entropy({"even": even, "same": same}, seed=0)
+    r = stats.colour_entropy({"even": even, "same": same}, seed=0)
     assert r["even"]["bits"] == pytest.approx(np.log2(6)) and r["same"]["bits"] == pytest.approx(0, abs=1e-9)
     assert r["same"]["change"]["gain"] == pytest.approx(-np.log2(6)) and r["same"]["share"]["blue"] == 1
 
@@ -355,7 +356,7 @@ def test_agreement_golden():
     counts = np.array([[3, 0, 0], [0, 0, 3], [2, 0, 1], [1, 1, 1]])
     observed = (1 + 1 + 1 / 3 + 0) / 4
     chance = (6 / 12) ** 2 + (1 / 12) ** 2 + (5 / 12) ** 2
-    assert evaluate.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
+    assert stats.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
 
 
 # ----------------------------------------------------------------------------- benchmarks
@@ -401,7 +402,7 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
 def test_a_metric_without_a_judge_is_left_out():
     """T2I-CompBench's spatial prompts alone: all NaN."""
     scores = {"spatial": np.full((4, 2), np.nan), "clip": np.arange(8.0).reshape(4, 2)}
-    found = evaluate.compare({"a": scores, "b": scores}, ["x"] * 4, seed=0)
+    found = stats.compare({"a": scores, "b": scores}, ["x"] * 4, seed=0)
     assert found["b"]["means"] == {"clip": 3.5} and list(found["b"]["against"]["a"]) == ["clip"]
 
 

@@ -42,9 +42,10 @@ from common import (
     remove,
     write_text,
 )
-from evaluate import category_mean, entropy, markdown
+from evaluate import markdown
 from pipelines import SUITS, generate_each, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, load_reward, reward_name
+from stats import category_mean, entropy
 from toy.world import CATEGORIES, check, find_objects, grammar, prompts_of
 
 RATES = (1e-4, 2e-4, 4e-4)  # the grid of every objective
