@@ -309,7 +309,7 @@ def draw_grid(path, found):
         for name, pictures in found.models.items():
             passed = found.scores[name].get("toyworld")
             for s, file in enumerate(pictures.rows[i][1][:4]):
-                verdict = "" if passed is None else (" -", " ok")[int(passed[i, s])]
+                verdict = "" if passed is None else (" (wrong)", " (right)")[int(passed[i, s])]
                 cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
         rows.append((found.rows[i]["prompt"], cells))
     picture_grid(rows, path, side=96)

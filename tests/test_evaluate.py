@@ -252,7 +252,7 @@ def test_parts_draw_and_score_what_one_process_does(tiny, compared, tmp_path):
 
 
 def noted(tiny, out, monkeypatch, *more, models, seeds=1):
-    """The (name, seed of the noise, steps, guidance, resolution, prompt) that a run draws, which draws nothing."""
+    """What a run would draw, [(name, steps, guidance, resolution, seed of the noise, prompt)]."""
     drawn, white = [], Image.new("RGB", (32, 32), "white")
 
     def note(pipe, prompts, noises, settings):
