@@ -360,8 +360,8 @@ def pictures_of(cfg, name, path, own, rows):
     for i, (prompt, files) in enumerate(drawn):
         if same := there.get(" ".join(prompt.split())):
             row = same.pop(0) if len(same) > 1 else same[0]  # a benchmark may ask the same thing twice
-            found = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
-            drawn[i] = (row["prompt"], found + files[len(found) :])
+            kept = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
+            drawn[i] = (row["prompt"], kept + files[len(kept) :])
         elif not described and (wrong := benchmarks.of_another_prompt(here, files[0], prompt)):
             fail(f"--models {name}={path}: {wrong}")
     for _, files in drawn:
@@ -384,10 +384,8 @@ def check_choices(cfg, prompts):
         wanted = "name --rewards hpsv2.1 clip pickscore aesthetic"
         fail(f"--bench {cfg.bench}: has no metric of its own; {wanted}")
     draw.read_resolution("--resolution", cfg.resolution)
-    if cfg.study > len(set(prompts)):
-        fail(
-            f"--study {cfg.study}: there are {len(set(prompts))} prompts; each pair of models takes one once"
-        )
+    if cfg.study > (count := len(set(prompts))):
+        fail(f"--study {cfg.study}: there are {count} prompts; each pair of models takes one once")
 
 
 def with_diversity(cfg):
@@ -399,11 +397,12 @@ def with_diversity(cfg):
 
 
 def suited(cfg, models):
-    """The options with what suits the first model where they were not given. Models without options of their
-    own are drawn alike."""
-    drawn = next((pictures for pictures in models.values() if pictures.path and not pictures.own), None)
-    if drawn is None or None not in (cfg.steps, cfg.guidance):
+    """The options with what suits the first model that lacks them, one without options of its own if there is
+    any. Models without options of their own are drawn alike."""
+    lacking = [m for m in models.values() if m.path and not {"steps", "guidance"} <= m.own.keys()]
+    if not lacking or None not in (cfg.steps, cfg.guidance):
         return cfg
+    drawn = min(lacking, key=lambda pictures: bool(pictures.own))
     if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
         began = next(iter(draw.read_settings(drawn.folder)[0]["models"].values()))
         return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
@@ -590,12 +589,12 @@ def sampling_of(cfg, pictures):
 def headlines(found):
     """A sentence a model: what was gained, and what it was paid with."""
     first, *points = found.first["points"]
-    what, number = found.first["what"], "{:.3f}"
-    lines = [f"{first['model']}: {what} {number.format(first['value'])}"]
+    what = found.first["what"]
+    lines = [f"{first['model']}: {what} {first['value']:.3f}"]
     if first["diversity"] is not None:
         lines[0] += f", diversity {first['diversity']:.3f}"
     for point in points:
-        line = f"{point['model']}: {what} {number.format(point['value'])}, {interval_text(point['gain'])}"
+        line = f"{point['model']}: {what} {point['value']:.3f}, {interval_text(point['gain'])}"
         if point["change"]:
             line += f"; diversity {point['diversity']:.3f}, {interval_text(point['change'])}"
         lines.append(line)
@@ -605,10 +604,9 @@ def headlines(found):
 def phrase(cfg, found, where):
     """(setting, notes, tables) of the report, as text."""
     each = {name: sampling_of(cfg, pictures) for name, pictures in found.models.items()}
-    same = len(set(each.values())) == 1
-    sampling = (
-        next(iter(each.values())) if same else ", ".join(f"{n}: {how or 'drawn'}" for n, how in each.items())
-    )
+    sampling = next(iter(each.values()))
+    if len(set(each.values())) > 1:
+        sampling = ", ".join(f"{name}: {how or 'drawn elsewhere'}" for name, how in each.items())
     setting = f"{len(found.rows)} held-out prompts of {cfg.prompts} x {cfg.seeds} seeds"
     setting += f"; {sampling}" * bool(sampling) + f"; {where['device']}; commit {where['commit']}"
     if found.left_out:
@@ -626,15 +624,14 @@ def phrase(cfg, found, where):
 
 def terminal_table(first):
     """The headline in at most 100 columns."""
-    header, rows = ["", first["what"], "gain (95 %)", "diversity", "change (95 %)"], []
+    rows = [["", first["what"].split()[0], "gain (95 %)", "diversity", "change (95 %)"]]
     for point in first["points"]:
         name, cells = point["model"], [f"{point['value']:.3f}"]
         cells.append(interval_text(point["gain"]) if point["gain"] else "")
         cells.append("" if point["diversity"] is None else f"{point['diversity']:.3f}")
         cells.append(interval_text(point["change"]) if point["change"] else "")
-        rows.append([name if len(name) <= 22 else name[:21] + "…", *cells])
-    rows.insert(0, header)
-    widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
+        rows.append([name if len(name) <= 20 else name[:19] + "…", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
     line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
     return "\n".join(map(line, rows))
 
@@ -675,11 +672,9 @@ def write_report(cfg, found, setting, note, tables, where):
     parts = [*map(plain, lines), plain(setting), "".join(markdown(*table) for table in tables).strip()]
     write_text(out / "report.md", "\n\n".join([*parts, plain(note)]) + "\n")
     head = dict(models=list(found.models), rewards=list(next(iter(found.scores.values()))), lines=lines)
-    head.update(
-        setting=setting, note=note, tables=tables, same_noise=all(m.path for m in found.models.values())
-    )
-    sources = [[name, m.path or m.folder, sampling_of(cfg, m)] for name, m in found.models.items()]
-    head.update(headline=found.first, sources=sources)
+    head.update(headline=found.first, setting=setting, note=note, tables=tables)
+    head["sources"] = [[name, m.path or m.folder, sampling_of(cfg, m)] for name, m in found.models.items()]
+    head["same_noise"] = all(m.path for m in found.models.values())
     write_html(out / "report.html", head, html_rows(found, cfg.seeds))
     draw_grid(out / "grid.png", found)
     if all(point["diversity"] is not None for point in found.first["points"]):

@@ -298,9 +298,7 @@ def test_intervals_are_over_distinct_prompts():
     scores = {name: {"r": rng.normal(size=(6, 2))} for name in "ab"}
     prompts, tags = ["x", "y", "x", "z", "x", "y"], ["t", "t", "t", "u", "t", "t"]
     found = stats.compare(scores, tags, 0, prompts)["b"]["against"]["a"]["r"]
-    merge = lambda s: np.array(
-        [s[[0, 2, 4]].reshape(-1), np.resize(s[[1, 5]].reshape(-1), 6), np.resize(s[3], 6)]
-    )
+    merge = lambda s: np.array([np.resize(s[of].reshape(-1), 12) for of in ([0, 2, 4], [1, 5], [3])])
     merged = stats.compare({n: {"r": merge(of["r"])} for n, of in scores.items()}, ["t", "t", "u"], 0)
     for kind, of in merged["b"]["against"]["a"]["r"].items():
         assert found[kind] == pytest.approx(of) and of["n"] == 3
@@ -374,29 +372,17 @@ def test_links_out_of_a_folder_of_pictures_are_refused(tiny, compared, tmp_path,
 
 
 def test_columns_and_subsets_of_prompts(tiny, tmp_path, monkeypatch, capsys):
-    (tmp_path / "bench.csv").write_text(
-        "Text,Kind\na red circle,Colors\ntwo squares,Counting\na cross,Other\n"
-    )
-    (tmp_path / "keep.txt").write_text("a cross\na red circle\n")
-    more = [
-        "--prompts",
-        tmp_path / "bench.csv",
-        "--field",
-        "Text",
-        "--tag",
-        "Kind",
-        "--keep",
-        tmp_path / "keep.txt",
-    ]
+    path, keep = tmp_path / "bench.csv", tmp_path / "keep.txt"
+    path.write_text("Text,Kind\na red circle,Colors\ntwo squares,Counting\na cross,Other\n")
+    keep.write_text("a cross\na red circle\n")
+    more = ["--rewards", rewards(tiny)[0], "--prompts", path, "--field", "Text", "--keep", keep, "--tag", "Kind"]
     models = ("base={}/sdxl", "other={}/sd15")
     drawn = noted(tiny, tmp_path / "out", monkeypatch, *more, models=models)
     assert [d[5] for d in drawn if d[0] == "base"] == ["a red circle", "a cross"]
-    (tmp_path / "keep.txt").write_text("a cross\na horse\n")
-    fails(evaluate.main, command(tiny, tmp_path / "out", *more), "1 of 2 prompts", "'a horse'", capsys=capsys)
-    more[5:] = ["Sort"]
-    fails(
-        evaluate.main, command(tiny, tmp_path / "out", *more), "--tag Sort", "no such column", capsys=capsys
-    )
+    args = command(tiny, tmp_path / "out", *more)
+    fails(evaluate.main, [*args, "--tag", "Sort"], "--tag Sort", "no such column", capsys=capsys)
+    keep.write_text("a cross\na horse\n")
+    fails(evaluate.main, args, "1 of 2 prompts", "'a horse'", capsys=capsys)
 
 
 # ----------------------------------------------------------------------------- pictures and words
