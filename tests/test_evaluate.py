@@ -375,7 +375,8 @@ def test_columns_and_subsets_of_prompts(tiny, tmp_path, monkeypatch, capsys):
     path, keep = tmp_path / "bench.csv", tmp_path / "keep.txt"
     path.write_text("Text,Kind\na red circle,Colors\ntwo squares,Counting\na cross,Other\n")
     keep.write_text("a cross\na red circle\n")
-    more = ["--rewards", rewards(tiny)[0], "--prompts", path, "--field", "Text", "--keep", keep, "--tag", "Kind"]
+    more = ["--prompts", path, "--field", "Text", "--tag", "Kind", "--keep", keep]
+    more += ["--rewards", rewards(tiny)[0]]
     models = ("base={}/sdxl", "other={}/sd15")
     drawn = noted(tiny, tmp_path / "out", monkeypatch, *more, models=models)
     assert [d[5] for d in drawn if d[0] == "base"] == ["a red circle", "a cross"]
