@@ -589,7 +589,7 @@ def shards(folder):
     """The .parquet files of a folder, sorted. Those of several splits are refused: a test split would be
     trained on without a word."""
     files = sorted(Path(folder).rglob("*.parquet"))
-    splits = {match[1] for file in files if (match := re.match(r"(\w+)-\d+-of-\d+$", file.stem))}
+    splits = {match[1] for file in files if (match := re.match(r"(\w+)-\d+-of-\d+", file.stem))}
     if len(splits) > 1:
         fail(f"{folder}: holds shards of {', '.join(sorted(splits))}; move those of one to their own folder")
     return files

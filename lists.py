@@ -105,6 +105,8 @@ def checked_row(folder, row, lists, labelled):
     for name, values in scores.items():
         if not isinstance(values, list) or len(values) != k or not all(map(is_number, values)):
             raise ValueError(f"scores of {name}: as many finite numbers as file_names are wanted")
+    if (lists or labelled) and k < 2:
+        raise ValueError("needs at least two file_names")
     if labelled:
         phi = row.get("phi")
         if not isinstance(phi, list) or len(phi) != k:
@@ -112,8 +114,6 @@ def checked_row(folder, row, lists, labelled):
         if not all(is_number(p) and 0 <= p <= 1 for p in phi):
             raise ValueError("phi must lie in [0, 1]")
     if lists or labelled:
-        if k < 2:
-            raise ValueError("needs at least two file_names")
         if missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]:
             raise ValueError(f"image {missing[0]} is not in the folder")
     scores = {name: values for name, values in scores.items() if name not in EVALUATION_ONLY}

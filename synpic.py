@@ -6,23 +6,22 @@
     torchrun --standalone --nproc_per_node 8 synpic.py ...   # the same data set, made by all GPUs
     python synpic.py ... --shard 3/16                        # part 3 of a job array; when all are done, once:
                                                              # the same command with --stages label
-    python synpic.py --models sdxl sdxl,seed=1 sdxl,seed=2   # one generator, several seeds (Table 4)
+    python synpic.py ... --models sdxl sdxl,seed=1 sdxl,seed=2     # one generator, several seeds (Table 4)
     python synpic.py --stages label --label majority         # phi and rank anew, in seconds
     python synpic.py --stages import --from pickapic --out synpic    # pairs from people, see docs/synpic.md
-    python synpic.py --stages label --out my_lists           # lists from elsewhere
+    python synpic.py --stages label --out my_lists           # your own pictures, see docs/synpic.md
 
 Every model draws every prompt, every reward scores every image, and phi (the share of pairwise wins over
 images and rewards) ranks the k images of a prompt, in three stages:
 
-    generate   images/00000/sdxl_0.png ...    whole or not at all; each image has its own noise, each batch
-                                              its place: the same pictures, whoever draws them, and when
-    score      scores/pickscore.jsonl ...     appended as they come; a torn last line is scored again
+    generate   images/00000/sdxl_0.png ...    a picture is written whole or not at all
+    score      scores/pickscore.jsonl ...     a row of scores a prompt, appended as they come
     label      metadata.jsonl, preview.png    a row a prompt: its images, models, seeds, scores, phi, rank
                summary.json, summary.png      wins, agreement of the rewards, ties, speed, cost
 
-A run that was killed is started again: the first two stages skip what is done; labels follow from the stored
-scores alone and are always made anew. rankdpo.py trains on the folder, and
-datasets.load_dataset("imagefolder", data_dir=...) reads it.
+After a kill the same command goes on: the first two stages skip what is done, and labels are always made anew
+from the stored scores. rankdpo.py trains on the folder; datasets.load_dataset("imagefolder", data_dir=...)
+reads it.
 """
 
 import json
@@ -112,8 +111,8 @@ class Config:
     offset: int = option(0, "skip that many prompts first", at_least=0)
     models: tuple = option(
         (),
-        "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]... (default: the toy world's, but only for "
-        "the toy's prompts)",
+        "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]... (default, for the toy's prompts only: "
+        "the toy's)",
     )
     from_: str = option(
         "",
@@ -123,8 +122,8 @@ class Config:
     # how it is scored and ranked
     rewards: tuple = option(
         (),
-        "reward models, as name or name=source; see rewards.py (default: the toy world's, but only for the toy's "
-        "prompts; to label lists that are there, all that scored them)",
+        "reward models, name or name=source; see rewards.py (default, for the toy's prompts only: the toy's; "
+        "to label lists that are there: all that scored them)",
     )
     label: str = option("phi", f"what ranks a list: {', '.join(LABELS)} or single:REWARD")
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
@@ -208,13 +207,13 @@ def lists_drawn_here(cfg, rows, models):
 
 
 def is_known(spec):
-    """Can the reward be loaded? Else it is the name of stored scores alone."""
+    """False for a name that rewards.py cannot load: it can only be that of stored scores."""
     return "=" in spec or spec in LOADERS
 
 
 def lists_from_elsewhere(cfg):
-    """The metadata.jsonl that is there, whoever wrote it, with scores that rewards.py --score added since:
-    those of the versions that --rewards names, or else of the only ones."""
+    """Rows of the metadata.jsonl that is there, with the scores that rewards.py --score added since. Where
+    several versions of a reward scored, --rewards says whose scores count."""
     lists, out = read_metadata(cfg.out, lists=True), Path(cfg.out)
     drawn = read_settings(out)[1] if (out / "settings.json").is_file() else 0
     if len(lists) < drawn:
@@ -375,16 +374,17 @@ def print_summary(out, summary):
 
 
 def with_toy_models(cfg):
-    """The toy's generators and rewards, which know the toy's prompts alone, are the default for these. Where
-    other prompts are drawn, both must be named."""
-    if Path(cfg.prompts).resolve().parent == HERE / "toy":
+    """The toy's generators and rewards know 32 x 32 pictures of the toy's prompts alone, and are the default
+    for these. For other prompts, or generators of the hub, they must be named."""
+    local = all("=" in spec for spec in cfg.models)
+    if local and Path(cfg.prompts).resolve().parent == HERE / "toy":
         return replace(cfg, models=cfg.models or TOY_MODELS, rewards=cfg.rewards or TOY_REWARDS)
     needed = {"models": "sdxl sd3 pixart cascade"}
     if set(cfg.stages) != {"generate"}:
         needed["rewards"] = "hpsv2.1 pickscore imagereward"
     for name, example in needed.items():
         if not getattr(cfg, name):
-            fail(f"--{name}: must be named, as in --{name} {example}; the toy's are for the toy's prompts")
+            fail(f"--{name}: must be named, as in --{name} {example}; the toy's know the toy world alone")
     return cfg
 
 

@@ -15,6 +15,7 @@ import common
 import draw
 import evaluate
 import synpic
+from lists import read_metadata
 
 DEEP = "[" * 200_000 + "]" * 200_000
 
@@ -291,6 +292,62 @@ def test_a_retrained_model_is_another_model(tiny, tmp_path, capsys):
         draw.check_settings(tmp_path, settings())
 
 
+def test_every_file_of_a_pipeline_is_part_of_what_pictures_depend_on(tiny, tmp_path, capsys):
+    """Another scheduler, tokenizer or file of adapters under the same name is another model."""
+    base, adapters = tmp_path / "model", tmp_path / "a.safetensors"
+    shutil.copytree(tiny / "sd15", base)
+    adapters.write_bytes(b"some")
+    rows = [("a", ["x.png"])]
+    model = synpic.parse_model(f"sd15={base}+{adapters}")
+    settings = lambda: draw.settings_of(synpic.Config(out=str(tmp_path)), rows, [model])
+    before = settings()
+    draw.keep_settings(tmp_path, before)
+    (base / "README.md").write_text("a model card draws nothing")
+    assert settings() == before
+    for file, says in ((base / "scheduler/scheduler_config.json", "other scheduler"), (adapters, "weights")):
+        kept = file.read_bytes()
+        file.write_bytes(kept.replace(b"epsilon", b"sample").replace(b"v_pred", b"w_pred") + b" ")
+        with pytest.raises(SystemExit, match=f"made with other model sd15_0 .*{says}"):
+            draw.check_settings(tmp_path, settings())
+        file.write_bytes(kept)
+    draw.check_settings(tmp_path, settings())
+
+
+def test_lists_that_were_not_drawn_here_are_not_drawn_over(lists, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "scores", "settings.json"))
+    before = (out / "metadata.jsonl").read_bytes()
+    fails(synpic.main, synpic_args(tiny, out), "were not drawn here", capsys=capsys)
+    fails(synpic.main, synpic_args(tiny, out, "--stages", "score"), "were not drawn here", capsys=capsys)
+    assert (out / "metadata.jsonl").read_bytes() == before and not (out / "settings.json").exists()
+
+
+def test_the_toys_models_are_for_the_toys_prompts(tiny, tmp_path, capsys):
+    mine = ["--prompts", tiny / "prompts.txt", "--out", tmp_path / "out"]
+    fails(synpic.main, mine, "--models: must be named", capsys=capsys)
+    models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15"]
+    fails(synpic.main, [*mine, *models], "--rewards: must be named", capsys=capsys)
+    real = ["--models", "sdxl", "sdxl,seed=1", "--out", tmp_path / "out"]
+    fails(synpic.main, real, "--rewards: must be named", capsys=capsys)
+    assert not (tmp_path / "out").exists()
+    cfg = synpic.with_toy_models(synpic.Config())
+    assert cfg.models == synpic.TOY_MODELS and cfg.rewards == synpic.TOY_REWARDS
+
+
+def test_a_path_that_exists_may_hold_a_comma_or_a_plus(tmp_path):
+    base, adapters = tmp_path / "a,b+c", tmp_path / "d,seed=3"
+    base.mkdir()
+    adapters.mkdir()
+    for path in (f"{base}", f"{base}+{adapters}"):
+        model = synpic.parse_model(f"x={path},steps=3,seed=1")
+        assert (model["path"], model["steps"], model["seed"]) == (path, 3, 1)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "0.png")
+    assert not draw.is_whole(tmp_path / "0.png")
+
+
 # ----------------------------------------------------------------------------- lists from elsewhere
 
 BAD_ROWS = [  # (what is changed in the third row, or the line that takes its place; what the line says)
@@ -388,6 +445,41 @@ def test_odd_rows_that_are_right_are_taken(lists, tmp_path):
         3,
         4,
     ]
+
+
+def test_a_label_may_count_stored_scores_of_any_name(lists, tmp_path, capsys):
+    """Of a function of the user's, or of another program: `--rewards mine` is a name, without its file."""
+    out = tmp_path / "out"
+    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "settings.json"))
+    rows = rows_of(out)
+    lines = []
+    for n, row in enumerate(rows):
+        row["scores"]["theirs"] = [0, 1, 2, 3]
+        scored = dict(version="v", prompt=row["prompt"], file_names=row["file_names"], scores=[3, 2, 1, n])
+        lines.append(json.dumps(scored) + "\n")
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "scores/mine.jsonl").write_text("".join(lines))
+    label = ["--out", str(out), "--stages", "label", "--rewards"]
+    synpic.main([*label, "theirs"])
+    assert [row["rank"] for row in rows_of(out)] == [[4, 3, 2, 1]] * 10
+    synpic.main([*label, "mine"])
+    assert rows_of(out)[0]["rank"] == [1, 2, 3, 4] and rows_of(out)[9]["rank"] == [2, 3, 4, 1]
+    fails(synpic.main, [*label, "mien"], "no such scores: mien", "mine", capsys=capsys)
+
+
+def test_an_imagefolder_is_read_or_its_metadata_is_named(lists, tmp_path, capsys):
+    folder = tmp_path / "data/train"
+    shutil.copytree(lists / "images/00000", folder)
+    (folder / "metadata.csv").write_text('file_name,text\nsd3_0.png,"a circle,\nred"\nsd15_0.png,a square\n')
+    rows = read_metadata(folder)
+    assert [(row["prompt"], row["file_names"]) for row in rows] == [
+        ("a circle,\nred", ["sd3_0.png"]),
+        ("a square", ["sd15_0.png"]),
+    ]
+    with pytest.raises(SystemExit, match="metadata.csv, line 3: needs at least two file_names"):
+        read_metadata(folder, lists=True)
+    with pytest.raises(SystemExit, match="data/train/metadata.csv"):
+        read_metadata(tmp_path / "data")
 
 
 def test_a_full_disk_ends_labelling_in_one_line(lists, tiny, tmp_path, monkeypatch, capsys):

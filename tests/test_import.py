@@ -5,6 +5,7 @@ pytest -q tests/test_import.py
 
 import io
 import json
+import os
 import shutil
 import zipfile
 
@@ -15,6 +16,7 @@ from conftest import fails, rewards, rows_of, train
 from PIL import Image
 from test_kills_synpic import killed_at
 
+import lists as ranked_lists
 import rewards as reward_models
 import synpic
 
@@ -149,7 +151,119 @@ def test_hpdv3(tmp_path):
     assert row["phi"] == [1, 0] and pixels_of(tmp_path / "out", row) == [picture(1, "PNG"), picture(0, "PNG")]
 
 
+def test_imagerewards_own_test_file_and_json_lines(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.webp").write_bytes(picture(n, "WEBP"))
+    ranked = [dict(id="1-2", prompt="a", generations=["0.webp", "1.webp", "2.webp"], ranking=[2, 1, 3])]
+    (tmp_path / "test.json").write_text(json.dumps(ranked))
+    (row,) = imported(tmp_path / "test.json", tmp_path / "lists")
+    assert row["rank"] == [2, 1, 3] and row["scores"]["human"] == [-2, -1, -3]  # rank 1 is the best
+    pairs = [dict(prompt=p, path1=f"{n}.webp", path2="2.webp") for n, p in enumerate(("a\u2028b", "c"))]
+    lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    rows = imported(tmp_path / "pairs.jsonl", tmp_path / "pairs")
+    assert [row["phi"] for row in rows] == [[1, 0]] * 2
+
+
+def test_pictures_as_datasets_saves_them(tmp_path, capsys):
+    """{bytes, path}: the bytes, else a file of that name in the folder."""
+    (tmp_path / "1.jpg").write_bytes(picture(1))
+    struct = lambda data, path: dict(bytes=data, path=path)
+    ones = [struct(picture(0), "x.jpg"), struct(None, "1.jpg"), struct(None, None)]
+    source = pickapic(
+        tmp_path / "a.parquet", [("a", 0, 5, 1.0), ("b", 1, 5, 1.0), ("c", 2, 5, 1.0)], jpg_0=ones
+    )
+    rows = imported(source, tmp_path / "out", "--on_error", "skip")
+    assert [pixels_of(tmp_path / "out", row)[0] for row in rows] == [picture(0), picture(1)]
+    said = capsys.readouterr().out
+    assert "row 3: picture 0 of 'c'" in said and max(map(len, said.splitlines())) < 300
+
+
 # ----------------------------------------------------------------------------- what goes wrong
+
+
+def broken_zip(path, change):
+    """A zip of 0.png and 1.png, in which `change` edits the bytes of the headers."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for n in range(2):
+            archive.writestr(f"somewhere/{n}.png", picture(n, "PNG"))
+    path.write_bytes(change(bytearray(path.read_bytes())))
+
+
+def with_field(data, place_local, place_central, value):
+    """The bytes of a zip with a field of its first member changed, in both of its headers."""
+    data[place_local] = data[data.index(b"PK\x01\x02") + place_central] = value
+    return data
+
+
+BROKEN_ZIPS = {
+    "a password": (lambda data: with_field(data, 6, 8, 1), "encrypted"),
+    "an unknown method": (lambda data: with_field(data, 8, 10, 99), "compression"),
+    "a torn member": (lambda data: data[:60] + bytes(30) + data[90:], "CRC"),
+    "a torn end": (lambda data: data[:-30], "is not in"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_ZIPS)
+def test_a_member_of_a_zip_that_cannot_be_read_is_named_or_left_out(kind, tmp_path, capsys):
+    change, says = BROKEN_ZIPS[kind]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "2.png").write_bytes(picture(2, "PNG"))
+    (folder / "3.png").write_bytes(picture(3, "PNG"))
+    broken_zip(folder / "pictures.zip", change)
+    pairs = [dict(prompt=p, path1=a, path2="3.png") for p, a in (("a", "0.png"), ("b", "2.png"))]
+    (folder / "a.json").write_text(json.dumps(pairs))
+    command = ["--stages", "import", "--from", folder / "a.json", "--out", tmp_path / "out"]
+    fails(synpic.main, command, "row 1: picture 0 of 'a'", says, "pictures.zip", capsys=capsys)
+    rows = imported(folder / "a.json", tmp_path / "out", "--on_error", "skip")
+    assert [row["prompt"] for row in rows] == ["b"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_picture_that_is_too_large_is_not_read(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranked_lists, "LARGEST", 100)
+    (tmp_path / "a.json").write_text('[{"prompt": "a", "path1": "0.png", "path2": "1.png"}]')
+    if packed:
+        broken_zip(tmp_path / "a.zip", lambda data: data)
+    else:
+        (tmp_path / "0.png").write_bytes(picture(0, "PNG"))
+    fails(
+        synpic.main,
+        ["--stages", "import", "--from", tmp_path / "a.json", "--out", tmp_path / "out"],
+        "larger",
+    )
+
+
+def test_two_prompts_under_one_prompt_id_are_no_list(tmp_path, capsys):
+    rows = []
+    for n, (name, prompt) in enumerate((("p1", "a"), ("p1", "b"), ("p2", "c"), ("p2", "c"))):
+        rows.append(dict(image_path=f"{n}.webp", prompt_id=name, prompt=prompt, rank=n))
+        (tmp_path / f"{n}.webp").write_bytes(picture(n, "WEBP"))
+    pandas.DataFrame(rows).to_parquet(source := tmp_path / "a.parquet")
+    command = ["--stages", "import", "--from", source, "--out", tmp_path / "out"]
+    fails(synpic.main, command, "prompt_id p1: 2 prompts under one prompt_id", capsys=capsys)
+    assert [row["prompt"] for row in imported(source, tmp_path / "out", "--on_error", "skip")] == ["c"]
+
+
+def test_an_import_that_fails_or_finds_nothing_leaves_its_folder_free(tmp_path, capsys):
+    out = tmp_path / "out"
+    bad = pickapic(tmp_path / "bad.parquet", [("a", 0, 1, 1.0)], jpg_0=[b"no picture"])
+    command = ["--stages", "import", "--out", out, "--on_error", "skip", "--from"]
+    fails(synpic.main, [*command, bad], "0 lists", "nothing was imported", capsys=capsys)
+    assert not (out / "metadata.jsonl").exists()
+    unlabelled = pickapic(tmp_path / "unlabelled.parquet", [("a", 0, 1, None)])
+    fails(synpic.main, [*command, unlabelled], "1 without a choice", "nothing was imported", capsys=capsys)
+    good = pickapic(tmp_path / "good.parquet", CHOICES[:1])
+    assert len(imported(good, out)) == 1
+    fails(synpic.main, [*command, bad], "another file", capsys=capsys)
+
+
+def test_splits_are_not_mixed(tmp_path):
+    for split in ("train", "test"):
+        pickapic(tmp_path / f"data/{split}-00000-of-00001.parquet", CHOICES[:1])
+    command = ["--stages", "import", "--from", tmp_path, "--out", tmp_path / "out"]
+    fails(synpic.main, command, "shards of test, train")
 
 
 def test_torn_pictures_stop_the_import_or_are_counted(tmp_path, capsys):
@@ -178,6 +292,11 @@ FILES = {  # name, what it holds: what the message says
     ): "row 1: not the fields",
     ("a.json", '[{"prompt": "a", "image_path": ["a", "b"], "rank": [1, NaN]}]'): "row 1: not the fields",
     ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "b"}, {"prompt": 1}]'): "row 1: picture 1",
+    ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "/etc/hosts"}]'): "inside the folder",
+    ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "b/../../0.png"}]'): "inside the folder",
+    ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "link.png"}]'): "a link out of the folder",
+    ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "pipe.png"}]'): "pipe.png is not in",
+    ("a.jsonl", '{"prompt": "a"}\n{torn'): "line 2: not JSON",
     ("a.parquet", "PAR1"): "not a readable file",
     ("b/none.txt", ""): "--from",
 }
@@ -187,6 +306,8 @@ FILES = {  # name, what it holds: what the message says
 def test_files_that_are_none_of_these_are_refused_by_name(file, tmp_path, capsys):
     (tmp_path / "b").mkdir()
     (tmp_path / "0.png").write_bytes(picture(0, "PNG"))
+    os.symlink("/etc/hosts", tmp_path / "link.png")
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / file[0]).write_text(file[1])
     source = tmp_path / file[0].split("/")[0]
     fails(synpic.main, ["--stages", "import", "--from", source, "--out", tmp_path / "out"], FILES[file])

@@ -404,6 +404,10 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
     assert "1 blank and 1 repeated" in capsys.readouterr().out
     assert texts("a.csv", limit=1, offset=1) == want[1:2]
     assert texts("a.tsv", column="Category") == ["X", "Y", "Z"]
+    (tmp_path / "DrawBench.csv").write_text("Prompts,Category\nA red circle.,Colors\n")
+    assert texts("DrawBench.csv") == ["A red circle."]
+    (tmp_path / "genai.json").write_text('{"0": {"id": "0", "prompt": "a"}, "1": {"id": "1", "prompt": "b"}}')
+    assert texts("genai.json") == ["a", "b"]
     for name, text, says in (
         ("b.jsonl", '{"prompt": "a"}\n{torn\n', "b.jsonl, line 2"),
         ("c.csv", "id,words\n1,a\n", "--field"),
@@ -416,6 +420,33 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
             common.read_prompts(tmp_path / name)
     with pytest.raises(SystemExit, match="after --offset 9"):
         common.read_prompts(tmp_path / "a.txt", offset=9)
+
+
+def test_a_folder_of_shards_is_read_by_its_prompts_alone(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pictures = pyarrow.array([b"no picture is read"] * 2)
+    for n in range(2):
+        texts = [f"prompt {n}", "both"]
+        table = pyarrow.table({"jpg_0": pictures, "caption": texts, "tag": ["x", "y"], "other": [1, 2]})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, tmp_path / f"data/train-0000{n}-of-00002.parquet")
+    rows = common.read_prompts(tmp_path)
+    assert [row["prompt"] for row in rows] == ["prompt 0", "both", "prompt 1"]
+    assert all(set(row) == {"prompt", "caption", "tag"} for row in rows)
+    assert common.read_prompts(tmp_path, also=("other",))[1]["other"] == 2
+    with pytest.raises(SystemExit, match="00000-of-00002.parquet, row 1: no text under 'title'"):
+        common.read_prompts(tmp_path, column="title")
+    pyarrow.parquet.write_table(table, tmp_path / "data/test-00000-of-00001-5f3a.parquet")
+    with pytest.raises(SystemExit, match="shards of test, train"):
+        common.read_prompts(tmp_path)
+
+
+def test_a_prompt_of_megabytes_ends_nothing(tmp_path):
+    image = Image.new("RGB", (32, 32))
+    common.picture_grid([("word " * 400_000, [(image, "caption")])], tmp_path / "grid.png")
+    assert common.read_image(tmp_path / "grid.png").width < 1000
 
 
 # ----------------------------------------------------------------------------- labels
@@ -615,6 +646,7 @@ def test_the_cost_is_that_of_the_time_taken(lists, tmp_path, capsys):
     cost = json.loads((out / "summary.json").read_text())["cost"]
     assert (
         cost["usd"] == pytest.approx(1)
+        and cost["usd_by_stage"] == {"generate": pytest.approx(1)}
         and cost["usd_for_232k_images"] == pytest.approx(232_000 / 40)
         and "under 206" in capsys.readouterr().out
     )
