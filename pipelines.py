@@ -13,14 +13,16 @@ that is only sampled (PixArt, Stable Cascade) overrides `sampling` alone. No oth
 
 import hashlib
 import json
+import logging
 import os
-import re
+import warnings
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -33,6 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import ends_of, fail, parse_json, process_rank, publish, read_text
+from formats import find_addition, load_adapters, load_denoiser, split_spec, stored_as
 
 # ----------------------------------------------------------------------------- families
 
@@ -42,6 +45,7 @@ class StableDiffusion:
 
     patch = 1  # the sides of latents are multiples of this
     negative_prompt = ""  # classifier-free guidance leads away from it
+    flow = False  # whether only a rectified flow fits
     encoders = ("vae", "text_encoder", "tokenizer")  # the parts without which no data set can be encoded
 
     def encode_prompts(self, pipe, prompts, size):
@@ -68,9 +72,9 @@ class StableDiffusion:
         return SUITS[scale_of(pipe)]
 
     def sampling(self, pipe, steps, guidance, resolution=0):
-        """Arguments of the pipeline's call. `resolution` is a side in pixels; 0 is the pipeline's own."""
-        size = dict(height=resolution, width=resolution) if resolution else {}
-        return dict(num_inference_steps=steps, guidance_scale=guidance, **size)
+        """Arguments of the pipeline's call. `resolution` is a side in pixels or "WIDTHxHEIGHT"; 0 is the
+        pipeline's own size."""
+        return dict(num_inference_steps=steps, guidance_scale=guidance, **size_arguments(resolution))
 
     def texts(self, prompts):
         """Arguments of the pipeline's call for a batch of prompts."""
@@ -141,6 +145,8 @@ class StableDiffusionXL(StableDiffusion):
 
 class StableDiffusion3(StableDiffusion):
     """SD3 and SD3.5: a transformer that predicts the velocity of a rectified flow; T5 may be absent."""
+
+    flow = True
 
     def text_length(self, pipe):
         """Tokens of T5's text: 256, the pipeline's default. The toy's tokenizer is shorter."""
@@ -302,6 +308,12 @@ def from_patches(tokens, h, w):
     return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (h, w)), 2)
 
 
+def size_arguments(resolution):
+    """{height, width} of a side in pixels or of "WIDTHxHEIGHT"; {} of 0."""
+    width, _, height = str(resolution).partition("x")
+    return dict(height=int(height or width), width=int(width)) if resolution else {}
+
+
 class PixArt(StableDiffusion):
     """PixArt-Sigma; it is sampled and not trained."""
 
@@ -313,10 +325,12 @@ class PixArt(StableDiffusion):
 class StableCascade(StableDiffusion):
     """Stable Cascade; it is sampled and not trained. Steps and guidance are the prior's."""
 
+    def suits(self, pipe):
+        return dict(steps=20, guidance=4.0)
+
     def sampling(self, pipe, steps, guidance, resolution=0):
         prior = dict(prior_num_inference_steps=steps, prior_guidance_scale=guidance)
-        size = dict(height=resolution, width=resolution) if resolution else {}
-        return dict(prior, num_inference_steps=10, **size)  # of the decoder
+        return dict(prior, num_inference_steps=10, **size_arguments(resolution))  # 10 of the decoder
 
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -351,14 +365,17 @@ def family_of(pipe, trainable=False):
     if trainable and family not in TRAINABLE.values():
         fail(f"{kind}: the trainer knows Stable Diffusion 1.x / 2.x, SDXL, SD3, FLUX.1 and Qwen-Image")
     if trainable:
-        if denoiser_of(pipe)[1] is None:
-            fail(f"{pipe.name_or_path}: has no denoiser")
-        check_scheduler(pipe.name_or_path, pipe.scheduler)
+        check_scheduler(pipe.name_or_path, pipe.scheduler, family)
     return family
 
 
-def check_scheduler(path, scheduler):
-    """Fail unless the scheduler has a noise level for each timestep and a target that add_noise knows."""
+def check_scheduler(path, scheduler, family):
+    """Fail unless the scheduler fits the family, has a noise level for each timestep and predicts a target
+    that add_noise knows."""
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if family.flow or not hasattr(scheduler, "alphas_cumprod"):
+            wanted = "FlowMatchEulerDiscreteScheduler" + ("" if family.flow else " or one of diffusion")
+            fail(f"{path}/scheduler: is a {type(scheduler).__name__}, but the model needs {wanted}")
     levels = getattr(scheduler, "alphas_cumprod", getattr(scheduler, "sigmas", torch.zeros(0)))
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 0)
     if len(levels) != steps or not levels.any() or not ((0 <= levels) & (levels <= 1)).all():
@@ -419,19 +436,7 @@ def clean_latents(scheduler, x_t, prediction, alpha, sigma):
     return alpha * x_t - sigma * prediction if kind == "v_prediction" else x_t - sigma * prediction
 
 
-# ----------------------------------------------------------------------------- what a path names
-
-
-def split_spec(path):
-    """The parts of "base+first+second", a list. A + in the name of a path that exists does not split it."""
-    parts, words = [], str(path).split("+")
-    while words:
-        longest = (n for n in range(len(words), 1, -1) if os.path.exists("+".join(words[:n])))
-        n = next(longest, 1)
-        parts.append("+".join(words[:n]))
-        words = words[n:]
-    return parts
-
+# ----------------------------------------------------------------------------- load and save
 
 SAVED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth")  # configurations, vocabularies, weights
 
@@ -452,9 +457,7 @@ def fingerprint(path):
         files[f"+{n}"] = [added, *(file for folder in folders for file in sorted(folder.glob("*")))]
     for name, there in files.items():
         there = [file for file in there if file.suffix in SAVED and file.is_file()]
-        digests = [
-            file_digest(file) if len(there) == 1 else [file.name, *file_digest(file)] for file in there
-        ]
+        digests = [[file.name if len(there) > 1 else "", *file_digest(file)] for file in there]
         if digests:
             hashes[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
     return hashes
@@ -481,16 +484,10 @@ def file_digest(file):
     return [size, digest.hexdigest()]
 
 
-# ----------------------------------------------------------------------------- load and save
-
-
 def check_pipeline(path):
     """Fail early, before hours of work with another model, if `path` names no pipeline here or on the hub."""
-    base, *adapters = str(path).split("+")
+    base, *additions = split_spec(path)
     index = Path(base) / "model_index.json"
-    for folder in adapters:
-        if folder.startswith((".", "/")) and not Path(folder).exists():
-            fail(f"{path}: no such file or folder: {folder}")
     if index.is_file():
         try:
             parts = parse_json(read_text(index))
@@ -500,52 +497,88 @@ def check_pipeline(path):
         if missing := [name for name in names if not (Path(base) / name).is_dir()]:
             fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
     elif Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1:
-        fail(f"{path}: not a diffusers pipeline folder (no model_index.json in it)")
+        what = "not a diffusers pipeline folder (no model_index.json in it)"
+        fail(f"{path}: {what}; adapters or a denoiser alone are named BASE+{base}")
     else:
         try:
-            DiffusionPipeline.load_config(base)
+            parts = DiffusionPipeline.load_config(base)
         except Exception as e:  # the hub has many errors: not found, no licence agreed to, no network
             reason = " ".join(str(e).split())[:200]
             fail(f"{path}: no such folder, and the hub does not give such a pipeline ({reason})")
+    if [None, None] in (parts.get("unet"), parts.get("transformer")):
+        fail(f"{path}: has no denoiser: unet or transformer is null in model_index.json")
+    for added in additions:
+        if Path(added).exists():
+            try:
+                find_addition(added)
+            except Exception as e:  # not clear, torn, or a pickle that is not of weights alone
+                fail(f"{path}: {' '.join(str(e).split())[:300]}")
+        elif added.startswith((".", "/")):
+            fail(f"{path}: no such file or folder: {added}")
 
 
 def load_pipeline(path, device="cpu", dtype=torch.float32, denoiser=True, encoders=True):
-    """A diffusers text-to-image pipeline from a folder or a hub id. "base+folder" adds LoRA weights, and
-    "base+first+second" adds two sets in turn; "random:sdxl" has random weights of the real size. A part that
-    was saved as null (a safety checker, the T5 of SD3) stays None.
+    """A diffusers text-to-image pipeline from a folder or a hub id. "base+folder" adds LoRA weights, or takes
+    the weights of a denoiser that was saved alone; "base+first+second" adds two sets in turn. "random:sdxl"
+    has random weights of the real size. A part that was saved as null (a safety checker, the T5 of SD3) stays
+    None.
 
     Without `denoiser`, the denoiser stays on the meta device and its weights are not read. Without
     `encoders`, VAE and text encoders are None. Adapters may change any of these parts, so with them all are
     read."""
     if str(path).startswith("random:"):
-        return random_pipeline(str(path).removeprefix("random:"), device if denoiser else "meta", dtype)
+        with quiet():
+            return random_pipeline(str(path).removeprefix("random:"), device if denoiser else "meta", dtype)
     check_pipeline(path)
-    whole, (path, *adapters) = path, str(path).split("+")
-    denoiser, encoders = denoiser or bool(adapters), encoders or bool(adapters)
+    base, *additions = split_spec(path)
     with suppress(ImportError):  # Stable Cascade's index names the module of its VQGAN before that moved
         from diffusers.pipelines.deprecated import wuerstchen
 
         diffusers.pipelines.wuerstchen = wuerstchen
     try:
-        kwargs = dict(load_parts(path, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
-        try:  # it joins the two pipelines of Stable Cascade
-            pipe = AutoPipelineForText2Image.from_pretrained(path, **kwargs)
-        except ValueError:  # diffusers has no text-to-image entry for this family
-            pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
-        for folder in adapters:
-            load_adapters(pipe, folder)
-            pipe.fuse_lora()  # into the weights, so that the model can be tuned and saved as any other
-            pipe.unload_lora_weights()
+        with quiet():
+            found = [(added, *find_addition(added)) for added in additions]
+            adapters = any(kind == "adapters" for _, kind, _ in found)
+            denoiser, encoders = denoiser or adapters, encoders or adapters
+            kwargs = dict(load_parts(base, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
+            try:  # it joins the two pipelines of Stable Cascade
+                pipe = AutoPipelineForText2Image.from_pretrained(base, **kwargs)
+            except ValueError:  # diffusers has no text-to-image entry for this family
+                pipe = DiffusionPipeline.from_pretrained(base, **kwargs)
+            for added, kind, files in found:
+                if kind == "adapters":
+                    load_adapters(pipe, denoiser_of(pipe)[0], added, files[0])
+                elif denoiser:
+                    load_denoiser(denoiser_of(pipe)[1], added, files)
     except Exception as e:  # torn weights, no hub, another format: libraries raise many kinds
         reason = " ".join(str(e).split())[:300] or type(e).__name__
-        fail(f"{whole}: could not load a pipeline: {reason}")
-    check_tokenizers(path, pipe)
+        fail(f"{path}: could not load a pipeline: {reason}")
+    check_tokenizers(base, pipe)
     for name, part in pipe.components.items():
         numbers = part.parameters() if isinstance(part, torch.nn.Module) else ()
         if not all(p.is_meta or p.isfinite().all() for p in numbers):
-            fail(f"{whole}: {name} holds weights that are not finite")
+            fail(f"{path}: {name} holds weights that are not finite")
     pipe.set_progress_bar_config(disable=True)
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)
+
+
+@contextmanager
+def quiet():
+    """Hide the libraries' warnings and loading bars meanwhile: one line of ours says what is wrong. Bars of
+    downloads stay."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for library, logger in zip((diffusers, transformers), loggers):
+        logger.setLevel(logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            huggingface_hub.utils.enable_progress_bars()  # transformers has disabled them too
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def load_parts(path, dtype, denoiser, encoders):
@@ -556,7 +589,9 @@ def load_parts(path, dtype, denoiser, encoders):
         library, kind = value if isinstance(value, list) and len(value) == 2 else ("", "")
         if kind is None:
             parts[name] = None  # some pipelines have no default for it
-        kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind or "", None)
+        known = {"diffusers": diffusers, "transformers": transformers}
+        module = known.get(library) or getattr(diffusers.pipelines, library or "", None)
+        kind = getattr(module, kind or "", None)
         if not isinstance(kind, type) or not issubclass(kind, torch.nn.Module):
             continue
         is_denoiser = name in ("unet", "transformer")
@@ -564,7 +599,7 @@ def load_parts(path, dtype, denoiser, encoders):
             with torch.device("meta"):
                 parts[name] = kind.from_config(kind.load_config(path, subfolder=name))
         elif is_denoiser or encoders:
-            more = dict(subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            more = dict(subfolder=name, dtype=dtype, output_loading_info=True, **stored_as(path, name))
             try:
                 parts[name], info = kind.from_pretrained(path, **more)
             except Exception as e:
@@ -576,22 +611,6 @@ def load_parts(path, dtype, denoiser, encoders):
         else:
             parts[name] = None
     return parts
-
-
-def load_adapters(pipe, path):
-    """Add a LoRA file's weights to the pipeline. ValueError for adapters of another family, which diffusers
-    ignores, and for half of a pair, whose other half diffusers draws at random."""
-    state = pipe.lora_state_dict(path)
-    names = list(state[0] if isinstance(state, tuple) else state)
-    down, up = (
-        {re.sub(half, "", name) for name in names if re.search(half, name)}
-        for half in (r"lora_A\.|lora\.down\.", r"lora_B\.|lora\.up\.")
-    )
-    if not down or down != up:
-        raise ValueError(f"{path}: holds no whole adapters")
-    pipe.load_lora_weights(path)
-    if not pipe.get_list_adapters():
-        raise ValueError(f"{path}: holds adapters of another kind of model")
 
 
 def check_tokenizers(path, pipe):
@@ -614,21 +633,24 @@ def random_pipeline(name, device, dtype):
     if name not in TRAINABLE:
         fail(f"random:{name}: there are {', '.join(f'random:{n}' for n in TRAINABLE)}")
     torch.manual_seed(0)
-    family = TRAINABLE[name]
-    with torch.device(device):
-        parts = family.random_parts()
+    family, default = TRAINABLE[name], torch.get_default_dtype()
+    try:  # in the type and on the device where they stay: fp32 would take twice the memory at first
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            parts = family.random_parts()
+    finally:
+        torch.set_default_dtype(default)
     scheduler = parts["scheduler"]  # made anew: on the meta device its noise levels have no values
     parts["scheduler"] = type(scheduler).from_config(scheduler.config)
     wanted = signature(family.pipeline).parameters.values()
     missing = {p.name: None for p in wanted if p.default is p.empty and p.name not in parts}
-    pipe = family.pipeline(**parts, **missing)
-    return pipe if dtype == torch.float32 else pipe.to(dtype)
+    return family.pipeline(**parts, **missing)
 
 
 def denoiser_of(pipe):
     """(the name of the trained part: "unet" or "transformer", the module)."""
     name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
-    return name, getattr(pipe, name)
+    return name, getattr(pipe, name, None)
 
 
 def text_encoders_of(pipe):
@@ -667,7 +689,7 @@ def model_card(base, adapters, about):
     """The README.md of a tuned model, in the hub's format. `about` is {title: {name: value}}."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    source, licence = Path(base.split("+")[0]), {}
+    source, licence = Path(split_spec(base)[0]), {}
     with suppress(Exception):  # a base without a card
         card = ModelCard.load(source / "README.md" if source.is_dir() else str(source))
         licence = {k: v for k, v in card.data.to_dict().items() if k.startswith("license")}
@@ -850,6 +872,25 @@ def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
     for name in [*text_encoders_of(pipe), "safety_checker"]:
         if hasattr(pipe, name):
             setattr(pipe, name, None)
+    decode_in_tiles_where_needed(pipe.vae)
     pipe.vae.enable_slicing()  # one image at a time: decoding 1024 px takes gigabytes each
     wide = torch.promote_types(dtype, torch.float32)
     return {"height": size[0], "width": size[1], **{k: v.to(wide) for k, v in arguments.items()}}
+
+
+def decode_in_tiles_where_needed(vae):
+    """Let a VAE decode in tiles, and say so, once a whole picture does not fit in the GPU's memory."""
+    whole = vae.decode
+
+    def decode(z, *args, **kwargs):
+        try:
+            return whole(z, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            if vae.use_tiling:
+                raise
+        torch.cuda.empty_cache()
+        vae.enable_tiling()
+        print("samples are decoded in tiles, since a whole picture does not fit in the GPU's memory")
+        return whole(z, *args, **kwargs)
+
+    vae.decode = decode

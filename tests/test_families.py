@@ -295,3 +295,24 @@ def test_tokenizers_of_another_size_are_refused(root, tmp_path, loaded):
     parts = {"text_encoder": pipe.text_encoder, "tokenizer": range(500)}
     with pytest.raises(SystemExit, match="500 words, not"):
         pipelines.check_tokenizers("here", SimpleNamespace(components=parts))
+
+
+@pytest.mark.parametrize("name", ("flux", "schnell", "qwen"))
+def test_a_velocity_is_not_trained_with_a_scheduler_of_diffusion(name, lists, root, tmp_path):
+    model = shutil.copytree(root / name, tmp_path / "model")
+    diffusers.DDPMScheduler(**pipelines.BETAS).save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDPMScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    args = ["--data", lists, "--model", model, "--out", tmp_path / "out", "--device", "cpu"]
+    fails(rankdpo.main, args, "is a DDPMScheduler, but the model needs FlowMatchEulerDiscreteScheduler")
+    index["transformer"] = [None, None]
+    (model / "model_index.json").write_text(json.dumps(index))
+    fails(rankdpo.main, args, "has no denoiser")
+
+
+def test_a_flow_scheduler_whose_noise_is_not_known_is_refused(loaded):
+    other = diffusers.FlowMatchHeunDiscreteScheduler()
+    for family in (pipelines.TRAINABLE["sdxl"], pipelines.TRAINABLE["qwen"]):
+        with pytest.raises(SystemExit, match="is a FlowMatchHeunDiscreteScheduler, but the model needs"):
+            pipelines.check_scheduler("here", other, family)

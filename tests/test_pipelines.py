@@ -1,14 +1,16 @@
-"""What a path names: a base, what is added to it, the formats people have on disk, its fingerprint."""
+"""What a path names: a base, what is added to it, formats that people have on disk, fingerprints."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import pipelines
-from pipelines import fingerprint, split_spec
+from pipelines import fingerprint, load_pipeline, split_spec
+from toy.build import TOY
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -87,3 +89,262 @@ def test_a_large_file_is_known_by_each_of_its_tensors(suffix, tmp_path):
     assert file.stat().st_size > 40 << 20 and len(seen) == 2
     file.write_bytes(file.read_bytes()[: 30 << 20])  # torn: the loader says so
     assert len(pipelines.file_digest(file)) == 2
+
+
+# ----------------------------------------------------------------------------- formats of whole pipelines
+
+
+def restore(folder, change):
+    """Store all weights of a pipeline anew: change(state, file) writes them under another name."""
+    for file in list(folder.rglob("*.safetensors")):
+        state = load_file(file)
+        file.unlink()
+        change(state, file)
+
+
+def as_fp16(state, file):
+    halves = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    save_file(halves, file.with_name(f"{file.stem}.fp16.safetensors"), {"format": "pt"})
+
+
+def as_bin(state, file):
+    name = "pytorch_model" if file.stem == "model" else file.stem
+    torch.save(state, file.with_name(f"{name}.bin"))
+
+
+def weights(pipe):
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+
+
+def equal(a, b, rounding=0.0):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= rounding for name in a)
+
+
+@pytest.mark.parametrize("name", ("sdxl", "sd3"))
+@pytest.mark.parametrize("store, rounding", ((as_fp16, 2e-3), (as_bin, 0.0)))
+def test_fp16_files_and_bin_files_alone_are_a_pipeline(name, store, rounding, tiny, tmp_path):
+    model = shutil.copytree(tiny / name, tmp_path / "model")
+    restore(model, store)
+    pipe = load_pipeline(model)
+    assert {p.dtype for p in weights(pipe).values()} == {torch.float32}
+    assert equal(pipe, load_pipeline(tiny / name), rounding)
+    other = load_pipeline(model, denoiser=False, encoders=False)
+    assert pipelines.denoiser_of(other)[1].device.type == "meta" and other.vae is None
+
+
+def test_the_plain_files_count_where_several_are_there(tiny, model):
+    for file in list(model.rglob("*.safetensors")):
+        as_fp16({name: t + 1 for name, t in load_file(file).items()}, file)
+    assert equal(load_pipeline(model), load_pipeline(tiny / "sdxl"))
+
+
+class Planted:
+    def __reduce__(self):
+        return (print, ("planted code ran",))
+
+
+def test_a_pickle_in_a_bin_file_runs_no_code(model, capsys):
+    restore(model, as_bin)
+    torch.save({"conv_in.weight": Planted()}, model / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(SystemExit, match="could not load a pipeline: unet"):
+        load_pipeline(model)
+    assert "planted" not in capsys.readouterr().out
+
+
+def test_weights_of_another_variant_are_named(model):
+    file = model / UNET
+    file.rename(file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    with pytest.raises(SystemExit, match="unet: weights are .*non_ema"):
+        load_pipeline(model)
+
+
+@pytest.mark.parametrize("name", ("sdxl", "sd3", "sd15"))
+def test_diffusers_alone_draws_with_a_toy_model(name):
+    """Its text encoders are stored in fp16, but must not be loaded so where the denoiser is fp32."""
+    absent = dict(text_encoder_3=None, tokenizer_3=None) if name == "sd3" else {}
+    pipe = DiffusionPipeline.from_pretrained(TOY / "models" / name, **absent)
+    assert {p.dtype for p in weights(pipe).values()} == {torch.float32}
+    more = dict(max_sequence_length=16) if name == "sd3" else {}
+    assert pipe("a red circle", num_inference_steps=1, output_type="np", **more).images.any()
+
+
+# ----------------------------------------------------------------------------- adapters
+
+
+def lora_of(folder, part="unet", scale=1.0, names=("{}.lora.down.weight", "{}.lora.up.weight"), prefix=None):
+    """{name: tensor} of rank-2 adapters on a part's attention, as diffusers names them."""
+    module, state = getattr(load_pipeline(folder), part), {}
+    generator = torch.Generator().manual_seed(0)
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(ends):
+            out, into = layer.weight.shape
+            full = f"{part if prefix is None else prefix}.{name}"
+            state[names[0].format(full)] = torch.randn(2, into, generator=generator)
+            state[names[1].format(full)] = torch.randn(out, 2, generator=generator) * scale
+    return state
+
+
+@pytest.fixture
+def base(tiny):
+    return tiny / "sdxl"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "style").mkdir()
+    return tmp_path / "style"
+
+
+def refused(base, added, *says):
+    """load_pipeline(base+added) ends in one line that says these words."""
+    with pytest.raises(SystemExit) as e:
+        load_pipeline(f"{base}+{added}")
+    assert all(word in str(e.value) for word in says) and "\n" not in str(e.value), e.value
+
+
+def test_adapters_that_name_no_module_of_the_base_are_refused(base, folder, capfd):
+    state = lora_of(base)
+    renamed = {
+        name.replace("transformer_blocks.0", "transformer_blocks.7", 1): t for name, t in state.items()
+    }
+    mixed = dict([*state.items()][:8], **dict([*renamed.items()][8:]))
+    save_file(mixed, folder / "pytorch_lora_weights.safetensors")
+    refused(base, folder, f"{len(mixed) - 8} of {len(mixed)} tensors fit no module", "transformer_blocks.7")
+    said = capfd.readouterr()
+    assert not said.out and not said.err  # the libraries' own warnings are not shown
+
+
+TEXT = ("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight")
+
+
+def test_half_of_a_text_encoders_pair_is_refused(base, folder):
+    text = lora_of(base, "text_encoder", names=TEXT, prefix="text_encoder.text_model")
+    text.update(lora_of(base))
+    save_file(text, folder / "pytorch_lora_weights.safetensors")
+    whole = [load_pipeline(f"{base}+{folder}") for _ in range(2)]
+    assert equal(*whole)
+    before, after = load_pipeline(base).text_encoder.state_dict(), whole[0].text_encoder.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    del text[next(name for name in text if "linear_layer.down" in name)]
+    save_file(text, folder / "pytorch_lora_weights.safetensors")
+    refused(base, folder, "holds no whole adapters", "one half is missing")
+
+
+def test_one_of_two_files_must_be_named(base, folder):
+    save_file(lora_of(base), folder / "style.safetensors")
+    save_file(lora_of(base, scale=1e-4), folder / "style-000010.safetensors")
+    refused(base, folder, "style-000010.safetensors, style.safetensors", "BASE+FILE")
+    one, other = (load_pipeline(f"{base}+{folder}/{name}.safetensors") for name in ("style", "style-000010"))
+    assert not equal(one, other, 1e-2) and equal(other, load_pipeline(base), 1e-2)
+
+
+OTHER_KINDS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "dora_scale": "DoRA"}
+
+
+@pytest.mark.parametrize("mark", OTHER_KINDS)
+def test_other_kinds_of_adapters_are_named(mark, base, folder):
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k"
+    save_file({f"{name}.{mark}": torch.zeros(2, 2)}, folder / "a.safetensors")
+    refused(base, folder, OTHER_KINDS[mark], "not supported", "a.safetensors")
+
+
+@pytest.mark.parametrize("name, part", (("sdxl", "unet"), ("sd3", "transformer")))
+def test_a_folder_of_peft_is_fused_with_its_scale(name, part, tiny, folder):
+    """W + alpha / r B A, against a product by hand; also its file by name."""
+    halves = ("{}.lora_A.weight", "{}.lora_B.weight")
+    state = lora_of(tiny / name, part, 0.3, halves, "base_model.model")
+    save_file(state, folder / "adapter_model.safetensors")
+    options = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=["to_q"])
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    before = getattr(load_pipeline(tiny / name), part).state_dict()
+    pipe = load_pipeline(f"{tiny / name}+{folder}")
+    after, changed = getattr(pipe, part).state_dict(), 0
+    for key, w in before.items():
+        module = f"base_model.model.{key.removesuffix('.weight')}"
+        if halves[0].format(module) in state:
+            w, changed = (
+                w + 2 * state[halves[1].format(module)] @ state[halves[0].format(module)],
+                changed + 1,
+            )
+        assert torch.allclose(after[key], w, atol=1e-5), key
+    assert changed == len(state) / 2
+    assert equal(pipe, load_pipeline(f"{tiny / name}+{folder}/adapter_model.safetensors"))
+    (folder / "adapter_config.json").write_text(json.dumps(dict(options, use_dora=True)))
+    refused(tiny / name, folder, "use_dora is not supported")
+
+
+# ----------------------------------------------------------------------------- a denoiser alone
+
+
+@pytest.mark.parametrize("name, part", (("sdxl", "unet"), ("sd3", "transformer"), ("sd15", "unet")))
+@pytest.mark.parametrize("form", ("folder", "inner", "fp16", "file", "torch"))
+def test_a_denoiser_alone_takes_the_place_of_the_bases(name, part, form, tiny, tmp_path):
+    alone = shutil.copytree(tiny / name / part, tmp_path / "dpo" / part)
+    file = alone / "diffusion_pytorch_model.safetensors"
+    state = {key: t + 1 if t.is_floating_point() else t for key, t in load_file(file).items()}
+    save_file(state, file, {"format": "pt"})
+    if form == "fp16":
+        file.unlink()
+        as_fp16(state, file)
+    if form == "torch":
+        torch.save({"state_dict": state}, tmp_path / "dpo.pth")
+    paths = dict(
+        folder=tmp_path / "dpo", fp16=tmp_path / "dpo", inner=alone, file=file, torch=tmp_path / "dpo.pth"
+    )
+    pipe, before = load_pipeline(f"{tiny / name}+{paths[form]}"), load_pipeline(tiny / name)
+    moved = {key for key, p in weights(before).items() if not torch.equal(p, weights(pipe)[key])}
+    assert moved == {key for key in weights(before) if key.startswith(f"{part}.")}
+    rounding = 4e-3 if form == "fp16" else 0
+    assert all((t - state[key]).abs().max() <= rounding for key, t in getattr(pipe, part).named_parameters())
+    image, problem = pipelines.generate(
+        pipe, ["a red circle"], [0], dict(steps=1, guidance=2.0, resolution=0)
+    )[0]
+    assert image or problem
+
+
+def test_a_denoiser_that_does_not_fit_is_refused(tiny, base, tmp_path):
+    refused(base, tiny / "sd15/unet", "missing, unknown or of another shape")
+    refused(base, tiny / "sd3", "is a whole pipeline")
+    alone = shutil.copytree(base / "unet", tmp_path / "unet")
+    edit(alone / "config.json", act_fn="gelu")
+    refused(base, alone, "act_fn is gelu, but silu in the base")
+    with pytest.raises(SystemExit, match=r"named BASE\+"):
+        load_pipeline(alone)
+    assert load_pipeline(f"{base}+{base}/unet", denoiser=False).unet.device.type == "meta"
+
+
+# ----------------------------------------------------------------------------- drawn
+
+
+def test_a_size_may_have_two_sides(base):
+    pipe = load_pipeline(base)
+    for resolution, size in ((32, (32, 32)), ("48x32", (48, 32)), (0, (32, 32))):
+        how = dict(steps=1, guidance=2.0, resolution=resolution)
+        assert pipelines.generate(pipe, ["a red circle"], [0], how)[0][0].size == size
+
+
+def test_samples_are_decoded_in_tiles_once_a_whole_picture_does_not_fit(base, capsys, monkeypatch):
+    pipe, tried = load_pipeline(base), []
+    decode = type(pipe.vae).decode
+
+    def small(vae, *args, **kwargs):
+        tried.append(vae.use_tiling)
+        if not vae.use_tiling:
+            raise torch.OutOfMemoryError("4.5 GiB")
+        return decode(vae, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", small)
+    arguments = pipelines.encode_and_drop_encoders(pipe, ["a red circle"], (32, 32), "cpu", torch.float32)
+    for _ in range(2):
+        images = pipe(**arguments, num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 32, 32, 3) and tried == [False, True, True]
+    assert capsys.readouterr().out.count("in tiles") == 1
+
+
+@pytest.mark.parametrize("name", pipelines.TRAINABLE)
+def test_random_models_are_made_in_the_type_in_which_they_stay(name):
+    kinds = {p.dtype for p in weights(load_pipeline(f"random:{name}", "meta", torch.bfloat16)).values()}
+    assert kinds == {torch.bfloat16} and torch.get_default_dtype() == torch.float32

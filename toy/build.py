@@ -38,7 +38,7 @@ from tqdm import tqdm
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
-from common import fail, one_line_errors, option, parse, pick_device, publish, write_text
+from common import fail, one_line_errors, option, parse, pick_device, publish, read_text, write_text
 from pipelines import (
     BETAS,
     add_noise,
@@ -576,6 +576,8 @@ def build_stage(stage, steps, device, folder, vae_folder):
     if stage in HARD:
         return save_reward(stage, *train_reward(stage, vae, device, steps), folder)
     save_pipeline(train_generator(stage, vae, device, steps).to("cpu", torch.float16), folder)
+    for file in folder.glob("text_encoder*/config.json"):  # else from_pretrained alone reads them as fp16
+        write_text(file, read_text(file).replace('"float16"', '"float32"'))
 
 
 @one_line_errors
