@@ -2,36 +2,38 @@
 
     python rewards.py --image picture.png --prompt "a red circle"     # every toy reward on one picture
     python rewards.py --image a.png --prompt "a cat" --rewards imagereward hpsv2.1=HPS_v2.1_compressed.pt
-    python rewards.py --score outputs/synpic --rewards mps vqascore   # a whole folder: its scores/NAME.jsonl
+    python rewards.py --score FOLDER --rewards mps vqascore            # a whole folder: its scores/NAME.jsonl
 
 A reward is a name, or name=source: a FILE of weights is the published model and nothing else; a FOLDER (and
 only that for vqascore) holds the weights and may bring a config and a tokenizer of its own; FILE.py:function,
-under any other name, is a function of yours, (PIL images, prompts) -> scores. Larger is better.
+under any other name, is a function of yours, (PIL images, prompts) -> scores. Larger is better. Without
+--rewards the toy world's four score the toy world's pictures; for any others, --rewards must be named.
 
-    name         model, default source on the hub                     size    licence     score
-    clip         open_clip ViT-H-14                                   3.9 GB  MIT         cosine, -1 to 1
+    name         model, default source on the hub                     size    licence     unit and usual range
+    clip         open_clip ViT-H-14                                   3.9 GB  MIT         cosine, .2 to .4
                  laion/CLIP-ViT-H-14-laion2B-s32B-b79K
     hpsv2.1      the same, xswu/HPSv2 HPS_v2.1_compressed.pt          2.0 GB  Apache-2.0  cosine, .2 to .35
     hpsv2        the same, xswu/HPSv2 HPS_v2_compressed.pt            2.0 GB  Apache-2.0  cosine, .2 to .3
-    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1          3.9 GB  MIT         15 to 25
-    imagereward  BLIP-L + MLP, zai-org/ImageReward ImageReward.pt     1.8 GB  Apache-2.0  -2.3 to 2
-    cyclereward  BLIP-L + MLP, carolineec/CycleReward-Combo           1.8 GB  MIT         unbounded
-    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                4.4 GB  not stated  0 to 15
+    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1          3.9 GB  MIT         100 cos, 15 to 25
+    pickscore-cosine  the same                                                            cosine, .15 to .25
+    imagereward  BLIP-L + MLP, zai-org/ImageReward ImageReward.pt     1.8 GB  Apache-2.0  z-score, -2.3 to 2
+    cyclereward  BLIP-L + MLP, carolineec/CycleReward-Combo           1.8 GB  MIT         logits, unbounded
+    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                4.4 GB  not stated  100 cos, 0 to 15
     vqascore     CLIP-L/336 + Flan-T5-XXL, zhiqiulin/clip-flant5-xxl  23 GB   Apache-2.0  P("Yes"), 0 to 1
     vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl   6.3 GB  Apache-2.0  P("Yes"), 0 to 1
-    aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  1 to 10, no prompt
-                 trl-lib/ddpo-aesthetic-predictor
-    hpsv3        Qwen2-VL-7B + MLP at a token, MizzenAI/HPSv3         17 GB   MIT (code)  5 to 11 on average
-                 HPSv3.safetensors
-    diversity    the image tower of clip, to evaluate only                                mean 1 - cosine to
+    aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  points, 1 to 10;
+                 trl-lib/ddpo-aesthetic-predictor                                         reads no prompt
+    hpsv3        Qwen2-VL-7B + MLP at a token, MizzenAI/HPSv3         17 GB   MIT (code)  points, 5 to 11 on
+                 HPSv3.safetensors                                                        average
+    diversity    the image tower of clip, to evaluate only                                1 - cosine, mean to
                                                                                           the other pictures
-    toyworld     the exact checker of toy/world.py, to evaluate only                       1 if shown, else 0
+    toyworld     the exact checker of the toy world, to evaluate only                     1 if shown, else 0
 
-The weights of mps state no licence (their authors' code is MIT). PickScore and MPS are logit scale x cosine.
-All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take half the memory. Text beyond a model's
-context (77 tokens for CLIP, 35 for ImageReward) is cut, which is said once. Alpha is dropped, before or after
-the resize as in each original; 16-bit grey is scaled, where every original clips it to white. The models are
-in scorers.py; docs/rewards.md says how far each agrees with its original.
+The weights of mps state no licence (their authors' code is MIT). pickscore and mps multiply the cosine by a
+learned scale of about 100. BalancedDPO and Diffusion-DPO report the plain cosine, which also a sum of rewards
+(--label sum) needs: pickscore-cosine. All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take
+half the memory. Text beyond a model's context (77 tokens for CLIP, 35 for ImageReward) is cut, said once.
+scorers.py holds the models; docs/rewards.md says how far each agrees with its original.
 """
 
 import hashlib
@@ -40,7 +42,8 @@ import os
 import sys
 import traceback
 import types
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -55,6 +58,7 @@ from common import (
     ends_of,
     fail,
     one_line_errors,
+    open_image,
     option,
     parallel_files,
     parse,
@@ -77,7 +81,7 @@ class Config:
     image: str = option("", "an image file to score")
     prompt: str = option("", "its prompt")
     score: str = option("", "a folder to score: an imagefolder, or pictures with .txt captions; resumes")
-    rewards: tuple = option(TOY_REWARDS, "rewards, as name or name=source")
+    rewards: tuple = option(None, "rewards, as name or name=source (default: the toy world's, for its own)")
     batch_size: int = option(32, "images a forward pass", above=0)
     on_error: str = option("stop", "rows that cannot be scored", ("stop", "skip"))
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
@@ -94,8 +98,7 @@ def load_diversity(name, source, weights, device):
 
 
 def distances(results):
-    """Embeddings of one prompt's pictures -> of each picture the mean of 1 - cosine to the others, so that
-    the mean over the pictures is their mean pairwise distance."""
+    """Embeddings of one prompt's pictures -> of each picture the mean of 1 - cosine to the others."""
     if len(results) < 2 or any(problem for _, problem in results):
         return [(None, problem or "another picture of the prompt is missing") for _, problem in results]
     e = torch.tensor([embedding for embedding, _ in results], dtype=torch.float64)  # (K, D)
@@ -154,22 +157,38 @@ def where(error, file):
     return f"{place}: {type(error).__name__}: {one_line(error)}"
 
 
+@contextmanager
+def user_code(file):
+    """A `with` around the user's code: whatever it raises, except Ctrl-C, becomes a ValueError of one line,
+    and the working folder stays what it was."""
+    here = os.getcwd()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # SystemExit, too, and what is no Exception
+        raise ValueError(where(e, file)) from None
+    finally:
+        os.chdir(here)
+
+
 def user_function(file, function):
     """The function; ValueError where there is no such file or function, or the file does not run."""
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
-    try:
+    with user_code(file):
         found = getattr(run_file(file, Path(file).read_bytes()), function, None)
-    except (Exception, SystemExit) as e:
-        raise ValueError(where(e, file)) from None
     if not callable(found):
         raise ValueError(f"{file} defines no function {function}")
     return found
 
 
 def as_numbers(found, count):
-    """Floats (count,) of a sequence, array or tensor of numbers; ValueError if it is something else."""
-    values = found.tolist() if hasattr(found, "tolist") else list(found)
+    """Floats (count,) of a list, tuple, array or tensor of numbers; ValueError if it is something else. Other
+    things can be iterated, too, but a set has no order, a dict gives its keys and bytes their codes."""
+    if not (isinstance(found, (list, tuple)) or hasattr(found, "__array__")):
+        raise ValueError(f"a list, tuple, array or tensor is wanted, not a {type(found).__name__}")
+    values = list(found) if isinstance(found, (list, tuple)) else found.tolist()
     values = [v.item() if hasattr(v, "item") else v for v in values] if isinstance(values, list) else [values]
     if len(values) != count:
         raise ValueError(f"{len(values)} scores for {count} pairs of image and prompt")
@@ -179,15 +198,17 @@ def as_numbers(found, count):
 
 
 def load_function(name, file, function):
-    """A function of the user's as a scorer: it gets lists of RGB images and prompts, a batch at a time. An
-    error in it ends the run; a score that is not finite is the problem of its own pair, as everywhere."""
+    """A function of the user's as a scorer. It gets a batch: copies of a list of RGB images and of their
+    prompts. An error in it ends the run; a score that is not finite is the problem of its own pair, as
+    everywhere."""
     call = user_function(file, function)
 
     def forward(images, prompts):
         try:
-            found = call(images, prompts)
-        except (Exception, SystemExit) as e:
-            fail(f"reward {name}: {where(e, file)}")
+            with user_code(file):
+                found = call([image.copy() for image in images], list(prompts))
+        except ValueError as e:
+            fail(f"reward {name}: {e}")
         try:
             return as_numbers(found, len(prompts))
         except (TypeError, ValueError, RuntimeError, OverflowError) as e:
@@ -224,9 +245,14 @@ def check_reward(spec):
             fail(f"reward {name}: {e}")
 
 
+RESERVED = ("human", "phi", "random", "geneval", "t2i-compbench", "dpg")  # what people chose, labels, metrics
+
+
 def check_function(spec, name, file, function):
     if name in LOADERS:
         fail(f"reward {spec}: {name} is a reward that is there already; call yours by another name")
+    if name in RESERVED:
+        fail(f"reward {spec}: {name} has a meaning of its own in the files; call yours by another name")
     if not name.replace("-", "_").replace(".", "_").isidentifier() or name.startswith("."):
         fail(f"reward {spec}: the name, which names a file of scores, must be a word, not {name!r}")
     try:
@@ -263,8 +289,8 @@ def load_reward(spec, device="cpu", **options):
 
 # ----------------------------------------------------------------------------- stored scores
 
-CONFIGS = ("config.json", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
-VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+BESIDE = "config.json open_clip_config.json tokenizer.json tokenizer_config.json".split()  # the weights
+BESIDE += "vocab.txt vocab.json merges.txt spiece.model".split()
 
 
 def reward_version(spec):
@@ -282,12 +308,11 @@ def reward_version(spec):
 def files_version(parts, source):
     """The hash of `parts` and of the weights, config and tokenizer of a local file or folder."""
     parts, path = list(parts), Path(source)
-    if not source:  # Path("") would be the working directory
-        files = []
-    else:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [path] if source else []  # Path("") would be the working folder
+    if source and path.is_dir():
+        files = sorted(path.rglob("*"))
     for file in files:
-        if file == path or file.suffix in WEIGHTS or file.name in CONFIGS + VOCABULARIES:
+        if file == path or file.suffix in WEIGHTS or file.name in BESIDE:
             parts.append([file.name, *ends_of(file, 1 << 20)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
@@ -349,10 +374,8 @@ def version_there(folder, name, lines, spec):
     versions = {row.get("version") for _, _, row in lines if row and row["scores"]}
     own = reward_version(spec) if spec else None
     if len(versions) > 1 and own not in versions:
-        which = f"--rewards {name} or {name}=source, with all others that count"
-        fail(
-            f"{folder}/scores/{name}.jsonl: scores of {len(versions)} versions of {name}; say whose: {which}"
-        )
+        where = f"{folder}/scores/{name}.jsonl: scores of {len(versions)} versions of {name}"
+        fail(f"{where}; say whose: --rewards {name} or {name}=source, with all others that count")
     return own if own in versions else next(iter(versions), None)
 
 
@@ -418,8 +441,8 @@ def stream_rows(scorer, folder, rows, todo, batch_size):
 def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None):
     """Score what is not scored yet; see answer_rows. `load` stands in for load_reward where one scorer serves
     several folders."""
-    scorer = lambda: (load or load_reward)(spec, device)
-    return answer_rows(store_of(folder, spec), rows, scorer, batch_size, on_error, part)
+    load = partial(load or load_reward, spec, device)
+    return answer_rows(store_of(folder, spec), rows, load, batch_size, on_error, part)
 
 
 def answer_rows(store, rows, load, batch_size, on_error, part=""):
@@ -467,13 +490,9 @@ def row_of_scores(folder, prompt, files, results, version):
     """A line of scores/NAME.jsonl, as a dict."""
     row = dict(version=version, prompt=prompt, file_names=files, scores=[score for score, _ in results])
     row["pictures"] = [picture_version(f"{folder}/{f}") for f in files]
-    problems = [
-        f"{Path(folder) / f}, prompt {prompt!r}: {problem}"
-        for f, (_, problem) in zip(files, results)
-        if problem
-    ]
-    if problems:
-        row.update(scores=None, problem=problems[0])
+    bad = [(file, problem) for file, (_, problem) in zip(files, results) if problem]
+    if bad:
+        row.update(scores=None, problem=f"{Path(folder) / bad[0][0]}, prompt {prompt!r}: {bad[0][1]}")
     return row
 
 
@@ -486,15 +505,31 @@ def read_folder(folder):
     folder = Path(folder)
     if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
-    pictures = (p for p in sorted(folder.glob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    suffixes = (".png", ".jpg", ".jpeg", ".webp")
+    pictures = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in suffixes]
     captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
     if not captioned:
         fail(f"{folder}: neither metadata.jsonl nor pictures with a .txt caption beside them")
+    if bare := sorted(set(pictures) - set(captioned)):
+        what = f"{len(bare)} of {len(pictures)} pictures have no .txt caption and are left out"
+        print(f"{folder}: {what} (the first: {bare[0].name})", file=sys.stderr)
     return [(read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
 
 
-def score_folder(cfg):
-    rows, device = read_folder(cfg.score), pick_device(cfg.device)
+def toy_rewards_fit(folder, rows):
+    """May the toy world's scorers be the default for the rows [(prompt, file_names)] of a folder? They judge
+    32 x 32 pixels and few sentences: every prompt must be one of those, and the first picture that small."""
+    from toy import world
+
+    for file in rows[0][1][:1]:
+        with suppress(ValueError):  # where it cannot be read, scoring says so
+            if open_image(Path(folder) / file).size != (world.SIZE, world.SIZE):
+                return False
+    return all(prompt in world.grammar() for prompt, _ in rows)
+
+
+def score_folder(cfg, rows):
+    device = pick_device(cfg.device)
     writable_folder("score", Path(cfg.score) / "scores")
     for spec in cfg.rewards:
         score_rows(cfg.score, spec, rows, device, cfg.batch_size, cfg.on_error)
@@ -506,15 +541,19 @@ def score_folder(cfg):
 @one_line_errors
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    check_rewards(cfg.rewards)
+    check_rewards(cfg.rewards or ())
+    if not cfg.score and (not cfg.prompt.strip() or not os.path.isfile(cfg.image)):
+        what = f"--image {cfg.image!r} must be a file and --prompt not empty, or name a folder with --score"
+        fail(f"rewards.py: {what} (--help shows examples)")
+    rows = read_folder(cfg.score) if cfg.score else [(cfg.prompt, [cfg.image])]
+    if cfg.rewards is None:
+        if not toy_rewards_fit(cfg.score, rows):
+            what = f"{cfg.score or cfg.image} is not of the toy world, whose scorers are the default"
+            fail(f"{what}; name --rewards, for instance --rewards hpsv2.1 clip (--help lists them)")
+        cfg = replace(cfg, rewards=TOY_REWARDS)
     if cfg.score:
-        score_folder(cfg)
+        score_folder(cfg, rows)
         return
-    if not cfg.prompt.strip() or not os.path.isfile(cfg.image):
-        fail(
-            f"rewards.py: --image {cfg.image!r} must be a file and --prompt not empty, "
-            "or name a folder with --score (--help shows examples)"
-        )
     if "diversity" in map(reward_name, cfg.rewards):
         fail("--rewards diversity: compares the pictures of a prompt; name a folder with --score")
     for spec in cfg.rewards:

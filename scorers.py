@@ -92,7 +92,7 @@ KNOWN = {  # what two published vocabularies, recognised by their size, make of 
 }
 
 
-def check_tokenizer(tokenizer, size, where, ends=True):
+def check_tokenizer(tokenizer, size, ends=True):
     """ValueError unless it has the model's `size` words and tells two English sentences apart. transformers 5
     does not fail where a tokenizer's files are not there: it returns one of 2 to 5 words, and all prompts
     become the same."""
@@ -100,33 +100,31 @@ def check_tokenizer(tokenizer, size, where, ends=True):
     ids = [tokenizer(text).input_ids for text in ("a red circle", "two squares")]
     words = [set(i) - special for i in ids]
     if len(tokenizer) != size:
-        problem = f"it has {len(tokenizer)} words and the model {size}"
-    elif not all(words) or words[0] == words[1]:
-        problem = "it knows no word of 'a red circle' or 'two squares'"
-    elif ends and ids[0][-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        problem = "it sets no end token"
-    elif size in KNOWN and tokenizer("a photo of a cat").input_ids != KNOWN[size]:
-        problem = "it is not the published one: its numbers for 'a photo of a cat' are others"
-    else:
-        return tokenizer
-    raise ValueError(
-        f"no tokenizer for this model at {where} ({problem}); name a FOLDER that holds the weights and "
-        "the tokenizer's files (tokenizer.json, or vocab.txt / vocab.json and merges.txt)"
-    )
+        raise ValueError(f"it has {len(tokenizer)} words and the model {size}")
+    if not all(words) or words[0] == words[1]:
+        raise ValueError("it knows no word of 'a red circle' or 'two squares'")
+    if ends and ids[0][-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        raise ValueError("it sets no end token")
+    if size in KNOWN and tokenizer("a photo of a cat").input_ids != KNOWN[size]:
+        raise ValueError("it is not the published one: its numbers for 'a photo of a cat' are others")
+    return tokenizer
 
 
 def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
     """The tokenizer of a folder that brings one, or the hub's: checked. A file of weights brings none,
     whatever lies beside it."""
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
-    own = source and any((Path(source) / f).is_file() for f in files)
-    where = source if own or not hub else hub
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+    own = [Path(source) / name for name in names if source and (Path(source) / name).is_file()]
     try:
-        tokenizer = kind.from_pretrained(where)
-    except Exception as e:
-        raise ValueError(f"no tokenizer at {where} ({one_line(e)}); put its files into the folder") from None
-    tokenizer.add_tokens(list(extra), special_tokens=True)
-    return check_tokenizer(tokenizer, size or len(tokenizer), where, ends)
+        tokenizer = kind.from_pretrained(source if own or not hub else hub)
+        tokenizer.add_tokens(list(extra), special_tokens=True)
+        return check_tokenizer(tokenizer, size or len(tokenizer), ends)
+    except Exception as e:  # a tokenizer of another kind fails as it is called, each in a way of its own
+        where = own[0] if own else hub or source
+        raise ValueError(
+            f"no tokenizer at {where} for this model ({one_line(e)}); name a FOLDER that holds the weights "
+            "and the tokenizer's files (tokenizer.json, or vocab.txt / vocab.json and merges.txt)"
+        ) from None
 
 
 def clip_tokenizer(source, size):
@@ -141,7 +139,7 @@ def clip_tokenizer(source, size):
     words = {word: i for word, i in bpe.encoder.items() if i < CLIP_WORDS - 2}
     words |= {"<|startoftext|>": CLIP_WORDS - 2, "<|endoftext|>": CLIP_WORDS - 1}
     tokenizer = CLIPTokenizer(vocab=words, merges=list(bpe.bpe_ranks), model_max_length=77)
-    return check_tokenizer(tokenizer, size, "open_clip")
+    return check_tokenizer(tokenizer, size)
 
 
 def warn_cut(lengths, limit, name):
@@ -225,6 +223,8 @@ class Scorer:
 
     def stream(self, images, prompts, batch_size=32):
         """Yield (score, None), or (None, what is wrong with it), of each pair in order."""
+        # a function of the user's may change the working folder while threads read files
+        images = (i if isinstance(i, Image.Image) else Path(i).absolute() for i in images)
         pairs, threads = list(zip(images, prompts)), min(8, os.cpu_count() or 1)
         loaded = ahead(lambda pair: self.load(*pair), pairs, depth=2 * batch_size, threads=threads)
         for n in range(0, len(pairs), batch_size):
@@ -333,7 +333,10 @@ def pretrained(kind, source, unused=(), optional=(), **kwargs):
     try:
         model, info = kind.from_pretrained(source, **kwargs)
     except Exception as e:
-        what = f"{source}: config.json or weights cannot be read ({type(e).__name__})"
+        for path in sorted(Path(source).glob("*model*")):  # one of several files may be torn
+            if path.suffix in WEIGHTS:
+                read_weights(path)
+        what = f"{source}: config.json or weights cannot be read ({type(e).__name__}: {one_line(e)[:200]})"
         raise ValueError(f"{what}; a folder with all files of the repository is wanted") from None
     left_out = {k for k in info["missing_keys"] if k.startswith(optional)}
     unexpected = {k for k in info["unexpected_keys"] if "position_ids" not in k and not k.startswith(unused)}
@@ -425,15 +428,16 @@ def load_clip_model(kind, name, source, weights, device):
     return model, ids, partial(crop_rgb, size=config.vision_config.image_size)
 
 
-def load_pickscore(name, source, weights, device):
-    """PickScore (Kirstain et al. 2023): exp(logit_scale) * cosine of a CLIPModel."""
+def load_pickscore(name, source, weights, device, scale=None):
+    """PickScore (Kirstain et al. 2023): the cosine of a CLIPModel, times `scale` or exp(logit_scale)."""
     from transformers import CLIPModel
 
     model, ids, prepare = load_clip_model(CLIPModel, name, source, weights, device)
+    scale = scale or model.logit_scale.exp().item()
 
     def forward(x, prompts):
         text = model.get_text_features(input_ids=ids(prompts)).pooler_output
-        return cosine(model.logit_scale.exp(), model.get_image_features(pixel_values=x).pooler_output, text)
+        return cosine(scale, model.get_image_features(pixel_values=x).pooler_output, text)
 
     return Scorer(name, prepare, forward, device)
 
@@ -727,8 +731,9 @@ def load_vqascore(name, source, weights, device, flan, dtype, question=QUESTION)
 
     def forward(x, prompts):
         n = len(prompts)
-        questions = tokenizer([question.format(p) for p in prompts], padding=True, return_tensors="pt")
-        ids, mask = questions.input_ids.to(device), questions.attention_mask.to(device)
+        questions = [question.format(prompt) for prompt in prompts]
+        ids = tokenizer(questions, padding=True, return_tensors="pt").input_ids.to(device)
+        mask = ids.ne(tokenizer.pad_token_id).long()  # as in the original, also where a prompt says <pad>
         patches = tower(pixel_values=x.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
         patches = model.mm_projector(patches)  # (N, 576, D)
         embeds = torch.cat([words(system).expand(n, -1, -1), patches, words(ids)], 1)
@@ -852,13 +857,15 @@ def load_aesthetic(name, source, weights, device):
 
 # ----------------------------------------------------------------------------- by name
 
+PICK = "yuvalkirstain/PickScore_v1", "model.safetensors"
 XXL, XL = "google/flan-t5-xxl", "google/flan-t5-xl"
 vqa = lambda flan, dtype: partial(load_vqascore, flan=flan, dtype=dtype)
 PUBLISHED = {  # name: (loader, its default hub repository, the file of weights there; None: its only one)
     "clip": (partial(load_open_clip, prepare=crop), LAION_H, "open_clip_model.safetensors"),
     "hpsv2.1": (partial(load_open_clip, prepare=letterbox), "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     "hpsv2": (partial(load_open_clip, prepare=letterbox), "xswu/HPSv2", "HPS_v2_compressed.pt"),
-    "pickscore": (load_pickscore, "yuvalkirstain/PickScore_v1", "model.safetensors"),
+    "pickscore": (load_pickscore, *PICK),
+    "pickscore-cosine": (partial(load_pickscore, scale=1.0), *PICK),
     "imagereward": (load_blip, "zai-org/ImageReward", "ImageReward.pt"),
     "cyclereward": (load_blip, "carolineec/CycleReward-Combo", None),
     "mps": (load_mps, "RE-N-Y/mpsv1", "model.safetensors"),

@@ -9,6 +9,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import rows_of, synpic_args, t5_tokenizer
+from conftest import fails, rows_of, synpic_args, t5_tokenizer
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -250,6 +251,25 @@ def test_parity_of_pickscore_with_the_diagonal_of_clipmodels_logits(english, cli
     our_ids = scorers.tokenize(scorers.clip_tokenizer(root / "hf", 49408), ODD, 77, "pickscore")[0]
     scores = score_odd(scorer), logits.diagonal()
     same(table, "pickscore", (ours, pixels), (our_ids.tolist(), ids.tolist()), scores, 1e-4)
+
+
+def test_pickscore_cosine_is_pickscore_in_the_papers_unit(english):
+    """BalancedDPO's Table III sums rewards: as PickScore is defined, 100 times the cosine, it is the sum."""
+    root, models, _ = english
+    scaled, plain = (score_odd(load_reward(f"{name}={root / 'hf'}")) for name in PICKSCORES)
+    assert torch.allclose(plain * models["hf"].logit_scale.exp(), scaled, atol=1e-5)
+    assert plain.abs().max() <= 1 < scaled.abs().max() and plain.std() > 1e-3
+
+
+PICKSCORES = ("pickscore", "pickscore-cosine")
+
+
+def test_the_table_of_rewards_says_the_unit_of_each():
+    table = rewards.__doc__.partition("unit and usual range")[2].partition("\n\n")[0]
+    units = "cos|z-score|logits|P\\(|points|if shown"
+    for name in rewards.LOADERS:
+        line = re.search(rf"^ +{re.escape(name.removesuffix('-bf16'))}  .*$", table, re.MULTILINE)
+        assert line and re.search(units, line[0]), name
 
 
 def test_one_model_has_one_tokenizer_and_one_preprocessing_as_folder_and_as_file(english, monkeypatch):
@@ -587,6 +607,45 @@ def test_vqascore_drops_surplus_words_and_takes_the_tower_of_the_checkpoint(tmp_
     assert torch.allclose(ours, reference, atol=1e-6) and not torch.allclose(ours, with_surplus, atol=1e-6)
 
 
+def test_a_pad_in_a_prompt_is_masked_as_in_vqascores_own_code(tmp_path):
+    """attention_mask = input_ids.ne(pad_token_id) there, wherever the word stands."""
+    tok, t5, tower, projector, _ = vqa_folder(tmp_path)
+    image, prompt = IMAGES[1], "a red <pad> circle"
+    left, right = vqa_ids(tok, prompt)
+    assert tok.pad_token_id in right[0]
+    with torch.no_grad():
+        patches = tower(llava_pixels(image, 32)[None], output_hidden_states=True).hidden_states[-2][:, 1:]
+        embeds = torch.cat([t5.shared(left), projector(patches), t5.shared(right)], 1)
+        mask = torch.cat([torch.ones(1, embeds.shape[1] - right.shape[1]), right.ne(tok.pad_token_id)], 1)
+        labels = tok("Yes", return_tensors="pt").input_ids
+        masked, plain = ((-t5(inputs_embeds=embeds, attention_mask=m, labels=labels).loss).exp()
+                         for m in (mask.long(), torch.ones_like(mask).long()))  # fmt: skip
+    scores = load_reward(f"vqascore={tmp_path}")([image, image], [prompt, "a longer prompt of some words"])
+    assert torch.allclose(scores[0], masked, atol=1e-6) and not torch.allclose(masked, plain, atol=1e-6)
+
+
+def test_vqascore_bf16_is_the_original_under_autocast_whose_cross_entropy_is_fp32(tmp_path):
+    """The weights and the logits are bf16, the loss and the score are not rounded."""
+    tok, t5, tower, projector, _ = vqa_folder(tmp_path)
+    images, prompts = [i for i, _ in PAIRS], [p for _, p in PAIRS]
+    t5, tower, projector = (m.bfloat16() for m in (t5, tower, projector))
+    original = []
+    for image, prompt in PAIRS:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            x = llava_pixels(image, 32)[None].bfloat16()
+            patches = tower(x, output_hidden_states=True).hidden_states[-2][:, 1:]
+            left, right = (t5.shared(ids) for ids in vqa_ids(tok, prompt))
+            embeds = torch.cat([left, projector(patches), right], 1)
+            labels = tok("Yes", return_tensors="pt").input_ids
+            logits = t5(inputs_embeds=embeds, labels=labels).logits
+            original.append((-torch.nn.CrossEntropyLoss()(logits[0], labels[0])).exp())
+    original = torch.stack(original)
+    assert logits.dtype == torch.bfloat16 and original.dtype == torch.float32
+    scores = load_reward(f"vqascore-bf16={tmp_path}")(images, prompts, batch_size=1)
+    assert torch.allclose(scores, original, rtol=0.02)
+    assert not torch.equal(scores, scores.bfloat16().float())  # the score has more than 8 bits
+
+
 # ----------------------------------------------------------------------------- parity: aesthetic
 
 
@@ -773,6 +832,28 @@ def test_a_damaged_folder_is_refused_by_name_or_scores_the_same(every, tmp_path,
             assert torch.equal(scores, whole), file.name
 
 
+def test_a_file_that_is_torn_or_gone_of_several_is_named(tmp_path):
+    """VQAScore's weights are several files and an index."""
+    *_, state = vqa_folder(tmp_path)
+    whole = load_reward(f"vqascore={tmp_path}")(IMAGES, TEXTS)
+    (tmp_path / "pytorch_model.bin").unlink()
+    parts = [f"pytorch_model-0000{n}-of-00003.bin" for n in (1, 2, 3)]
+    place = {key: parts[n % 3] for n, key in enumerate(state)}
+    for part in parts:
+        torch.save({k: v.clone() for k, v in state.items() if place[k] == part}, tmp_path / part)
+    index = dict(metadata={}, weight_map=place)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert torch.equal(load_reward(f"vqascore={tmp_path}")(IMAGES, TEXTS), whole)
+    content = (tmp_path / parts[1]).read_bytes()
+    for damage in (content[: len(content) // 2], None):
+        (tmp_path / parts[1]).unlink()
+        if damage:
+            (tmp_path / parts[1]).write_bytes(damage)
+        with pytest.raises(SystemExit, match=f"{tmp_path}.*{parts[1]}") as e:
+            load_reward(f"vqascore={tmp_path}")
+        assert "\n" not in str(e.value) and parts[0] not in str(e.value)
+
+
 def test_any_missing_or_extra_key_of_mps_cross_attention_is_refused(english, tmp_path):
     _, state = mps_folder(english, tmp_path)
     for key in [k for k in state if k.startswith("mps.cross_model.layers.3.")]:
@@ -884,6 +965,25 @@ def test_a_tokenizer_that_is_gone_or_another_models_is_refused(every, tmp_path, 
         words = (folder / "vocab.txt").read_text().split("\n")[:-1]
         monkeypatch.setitem(scorers.KNOWN, len(words), [2, 5, 9])
     with pytest.raises(SystemExit, match="tokenizer") as e:
+        load_reward(f"{name}={folder}")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("name", ["imagereward", "cyclereward"])
+def test_clips_tokenizer_in_blips_folder_is_refused_by_its_file(every, tmp_path, name, beside):
+    """It is read before vocab.txt, and fails only as it is called."""
+    folder = shutil.copytree(every / "imagereward", tmp_path / "model")
+    state = torch.load(folder / "weights.pt", weights_only=True)
+    if name == "cyclereward":  # whose head counts its activations
+        renamed = {"2": "2", "4": "4", "6": "6", "7": "8"}
+        move = lambda k: re.sub(r"layers\.(\d)", lambda m: f"layers.{renamed.get(m[1], m[1])}", k)
+        torch.save({move(k): v for k, v in state.items()}, folder / "weights.pt")
+    load_reward(f"{name}={folder}")
+    if not beside:
+        (folder / "vocab.txt").unlink()
+    scorers.clip_tokenizer("", 49408).save_pretrained(folder)
+    with pytest.raises(SystemExit, match=f"no tokenizer at {folder}/tokenizer.json") as e:
         load_reward(f"{name}={folder}")
     assert "\n" not in str(e.value)
 
@@ -1090,7 +1190,7 @@ def one(images):
 
 def some(images, prompts):
     nan = [1, float("nan")]
-    kinds = {"w": 1.0, "c": [0.0], "t": "12", "n": [None] * 2, "s": np.ones((2, 1)), "i": nan}
+    kinds = {"w": 1.0, "c": [0.0], "t": "12", "q": ["1", 2], "n": [None] * 2, "s": np.ones((2, 1)), "i": nan}
     return kinds[prompts[0]]
 """
 
@@ -1111,9 +1211,10 @@ def test_a_function_of_ones_own_gets_rgb_images_and_its_errors_are_told_with_its
             load_reward(f"own={file}:{function}")(pictures, TEXTS[:2])
         assert "\n" not in str(e.value)
     for prompt, says in (
-        ("w", "'float' object is not iterable"),
+        ("w", "a list, tuple, array or tensor is wanted, not a float"),
         ("c", "1 scores for 2 pairs"),
-        ("t", "a score is '1', which is no number"),
+        ("t", "a list, tuple, array or tensor is wanted, not a str"),
+        ("q", "a score is '1', which is no number"),
         ("n", "a score is None, which is no number"),
         ("s", "a score is \\[1.0\\], which is no number"),
     ):
@@ -1121,6 +1222,103 @@ def test_a_function_of_ones_own_gets_rgb_images_and_its_errors_are_told_with_its
             load_reward(f"own={file}:some")(pictures, [prompt, "x"])
     with pytest.raises(ValueError, match="own: pair 1: the score is nan"):
         load_reward(f"own={file}:some")(pictures, ["i", "x"])
+
+
+SHAPES = """import os
+
+import numpy as np
+import torch
+
+os.chdir("/")
+
+
+class Stop(BaseException):
+    pass
+
+
+def give(images, prompts):
+    kinds = {
+        "list": [1, 2.5],
+        "tuple": (1, np.float32(2.5)),
+        "array": np.array([1, 2.5]),
+        "tensor": torch.tensor([1, 2.5], requires_grad=True),
+        "tensors": [torch.tensor(1), torch.tensor([2.5])],
+        "dict": {0: 1, 1: 2},
+        "keys": {0: 1, 1: 2}.keys(),
+        "set": {1, 2},
+        "bytes": b"ab",
+        "bytearray": bytearray(b"ab"),
+        "memoryview": memoryview(b"ab"),
+        "generator": (n for n in (1, 2)),
+        "range": range(2),
+        "None": None,
+    }
+    return kinds[prompts[0]]
+
+
+def stops(images, prompts):
+    raise Stop("enough")
+
+
+def interrupted(images, prompts):
+    raise KeyboardInterrupt
+
+
+def takes_all(images, prompts):
+    os.chdir("/")
+    scores = []
+    while images:
+        image = images.pop(0)
+        scores.append(image.width + len(prompts.pop(0)))
+        image.thumbnail((1, 1))
+    return scores
+"""
+
+
+def test_a_function_returns_a_list_tuple_array_or_tensor_and_nothing_else(tmp_path):
+    """A dict would give its keys, a set its own order, bytes their codes."""
+    (tmp_path / "own.py").write_text(SHAPES)
+    score = load_reward(f"own={tmp_path}/own.py:give")
+    for kind in ("list", "tuple", "array", "tensor", "tensors"):
+        assert score(IMAGES[:2], [kind, "x"]).tolist() == [1, 2.5]
+    for kind, name in (
+        *((kind, kind) for kind in ("dict", "set", "bytes", "bytearray", "memoryview", "generator", "range")),
+        ("keys", "dict_keys"),
+        ("None", "NoneType"),
+    ):
+        with pytest.raises(SystemExit, match=f"array or tensor is wanted, not a {name}$"):
+            score(IMAGES[:2], [kind, "x"])
+
+
+def test_what_a_function_raises_ends_in_one_line_also_where_it_is_no_exception(tmp_path):
+    (tmp_path / "own.py").write_text(SHAPES)
+    with pytest.raises(SystemExit, match=f"^reward own: {tmp_path}/own.py, line 3[0-9]: Stop: enough$"):
+        load_reward(f"own={tmp_path}/own.py:stops")(IMAGES, TEXTS)
+    with pytest.raises(KeyboardInterrupt):
+        load_reward(f"own={tmp_path}/own.py:interrupted")(IMAGES, TEXTS)
+    (tmp_path / "at_once.py").write_text("class Stop(BaseException):\n    pass\n\n\nraise Stop('enough')\n")
+    with pytest.raises(SystemExit, match=f"{tmp_path}/at_once.py, line 5: Stop: enough$"):
+        load_reward(f"own={tmp_path}/at_once.py:f")
+
+
+def test_a_function_gets_copies_and_the_working_folder_stays(album, monkeypatch):
+    """It empties its lists, shrinks its pictures and leaves the folder, while threads read what comes next; a
+    picture that cannot be read is stood in for by another of its batch."""
+    folder, rows = album
+    (folder / "own.py").write_text(SHAPES)
+    (folder / "a0.png").write_bytes(b"no picture")
+    monkeypatch.chdir(folder.parent)
+    lists = [(prompt, files) for prompt, files in rows for _ in range(8)]
+    spec = f"own={folder.name}/own.py:takes_all"
+    done, skipped = score_rows(folder.name, spec, lists, batch_size=2, on_error="skip")
+    assert Path.cwd() == folder.parent and sorted(skipped) == list(range(8))
+    scores = read_scores(folder.name, spec, rows)
+    assert scores == {1: [40 + len("two squares")] * 2, 2: [40 + len("a cross")] * 2}
+    score = load_reward(spec)
+    images, prompts = [picture(50, 20), folder / "b0.png"], ["a", "bc"]
+    assert score(images, prompts).tolist() == [51, 42] and images[0].size == (50, 20) and len(prompts) == 2
+    batch = [picture(50, 20)] * 2, ["a", "bc"]
+    assert score.forward(*batch).tolist() == [51, 52] and [len(part) for part in batch] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -1134,6 +1332,16 @@ def test_a_function_of_ones_own_gets_rgb_images_and_its_errors_are_told_with_its
         ("own={}/exit.py:f", "reward own: .*exit.py, line 1: SystemExit: 3"),
         ("clip={}/good.py:wide", "clip is a reward that is there already"),
         ("toyworld={}/good.py:wide", "toyworld is a reward that is there already"),
+        ("human={}/good.py:wide", "human has a meaning of its own in the files; call yours by another name"),
+        ("phi={}/good.py:wide", "phi has a meaning of its own in the files; call yours by another name"),
+        (
+            "random={}/good.py:wide",
+            "random has a meaning of its own in the files; call yours by another name",
+        ),
+        (
+            "geneval={}/good.py:wide",
+            "geneval has a meaning of its own in the files; call yours by another name",
+        ),
         ("a/b={}/good.py:wide", "must be a word, not 'a/b'"),
         ("={}/good.py:wide", "must be a word, not ''"),
         ("own={}/good.py", "unknown reward .*name=FILE.py:function"),
@@ -1392,6 +1600,41 @@ def test_a_folder_of_pictures_with_captions_is_scored(tmp_path, folders, capsys)
     (tmp_path / "1.txt").write_bytes("Zürich".encode("latin-1"))
     with pytest.raises(SystemExit, match="1.txt: not UTF-8"):
         rewards.main(["--score", str(tmp_path), "--rewards", *specs, "--device", "cpu"])
+
+
+def test_pictures_without_a_caption_are_left_out_by_name(tmp_path, folders, capsys):
+    for i in range(3):
+        picture(seed=i).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.txt").write_text("a circle")
+    rewards.main(["--score", str(tmp_path), "--rewards", f"clip={folders['clip']}", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "2 of 3 pictures have no .txt caption and are left out (the first: 0.png)" in said.err
+    assert "over 1 images" in said.out
+
+
+@pytest.mark.parametrize("kind", ["photographs", "its words, larger", "its size, other words"])
+def test_the_toy_worlds_scorers_are_no_default_for_other_pictures(tmp_path, capsys, kind):
+    """They judge 32 x 32 pixels and the sentences of the toy world."""
+    side = 32 if kind == "its size, other words" else 64
+    prompt = "a red circle" if kind == "its words, larger" else "a photo of my cat"
+    for i in range(2):
+        picture(side, side, seed=i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(prompt)
+    for args in (["--score", tmp_path], ["--image", tmp_path / "0.png", "--prompt", prompt]):
+        fails(rewards.main, args, str(tmp_path), "not of the toy world", "name --rewards", capsys=capsys)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_the_toy_worlds_scorers_are_the_default_for_its_own_pictures(tmp_path, capsys):
+    rng, prompts = np.random.default_rng(0), ["a red circle", "two squares"]
+    for i, prompt in enumerate(prompts):
+        world.render(prompt, rng).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(prompt)
+    rewards.main(["--score", str(tmp_path), "--device", "cpu"])
+    rewards.main(["--image", str(tmp_path / "0.png"), "--prompt", prompts[0], "--device", "cpu"])
+    named = [rewards.reward_name(spec) for spec in rewards.TOY_REWARDS]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == named + named
+    assert sorted(p.stem for p in (tmp_path / "scores").glob("*.jsonl")) == sorted(named)
 
 
 # ----------------------------------------------------------------------------- errors
