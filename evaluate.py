@@ -550,8 +550,9 @@ def compute(cfg, models, every, tags, of_bench):
         free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
         colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
         colours = colour_entropy(colours, cfg.seed)
-    results = compare(scores, tags, cfg.seed, [row["prompt"] for row in rows])
-    first = headline(scores, results, tags, cfg.seed)
+    prompts = [row["prompt"] for row in rows]
+    results = compare(scores, tags, cfg.seed, prompts)
+    first = headline(scores, results, tags, cfg.seed, prompts)
     return Found(models, rows, tags, scores, results, first, trained, colours, left_out, notes)
 
 

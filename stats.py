@@ -58,6 +58,12 @@ def win_rate(mine, base):
     return dict(wins=wins, ties=n - wins - losses, losses=losses, n=n, rate=wins / n, low=low, high=high, p=p)
 
 
+def distinct(keys):
+    """Keys (P,) -> the place of each among the distinct ones (P,), and the distinct ones in their order."""
+    found = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    return np.array([found[key] for key in keys]), list(found)
+
+
 def by_prompt(s, places):
     """Scores (P, S) -> mean and best of each distinct prompt, both (P',). places (P,): which one it is."""
     best = np.full(places.max() + 1, -np.inf)
@@ -80,9 +86,8 @@ def compare(scores, tags, seed, prompts=None):
             if not judged[reward].any():
                 continue
             keys = [every_key[i] for i in np.flatnonzero(judged[reward])]
-            distinct = {key: n for n, key in enumerate(dict.fromkeys(keys))}
-            places, tags = np.array([distinct[key] for key in keys]), np.array([tag for tag, _ in distinct])
-            s = s[judged[reward]]
+            places, found = distinct(keys)
+            s, tags = s[judged[reward]], np.array([tag for tag, _ in found])
             per_prompt, best = by_prompt(s, places)
             means = {t: float(per_prompt[tags == t].mean()) for t in dict.fromkeys(tags.tolist())}
             result["means"][reward] = float(category_mean(per_prompt, tags))
@@ -104,7 +109,7 @@ def compare(scores, tags, seed, prompts=None):
     return results
 
 
-def headline(scores, results, tags, seed):
+def headline(scores, results, tags, seed, prompts=None):
     """What a reader wants first: dict(what, accuracy, points), a point a model: its value, its gain over the
     first model with the interval, and its diversity with the change where that is measured.
 
@@ -113,14 +118,16 @@ def headline(scores, results, tags, seed):
     base, points = next(iter(results)), []
     there = results[base]["means"]
     metric = next((name for name in METRICS if name in there), None)
-    rewards = [name for name in there if name != "diversity"]
+    rewards = [name for name in there if name != "diversity"] or list(there)
+    places, found = distinct(list(zip(tags, range(len(tags)) if prompts is None else prompts)))
+    tags = [tag for tag, _ in found]
     for name, result in results.items():
         point = dict(model=name, gain=None, diversity=result["means"].get("diversity"), change=None)
         if metric:
             point["value"] = result["means"][metric]
         else:
             won = [np.sign(scores[name][r].mean(1) - scores[base][r].mean(1)) for r in rewards]
-            won = (np.mean(won, axis=0) + 1) / 2  # (P,)
+            won = by_prompt((np.mean(won, axis=0)[:, None] + 1) / 2, places)[0]  # (P',)
             point["value"] = float(category_mean(won, tags))
         if name != base:
             against = result["against"][base]
