@@ -245,7 +245,7 @@ def tables_of(results, colours, seeds, trained):
 
 def plain(text):
     """Text of anybody's as markdown that shows it as it is, on one line."""
-    text = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
     return html.escape(text, quote=False)
 
 

@@ -571,7 +571,7 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
         and pair["best"]["n"] == 3
         and r["scores"]["base"]["geneval"][3] == [None] * 2
     )
-    assert "SDXL + RankDPO (paper) | 0.61 | 1.00" in report and "judged by mine" in report
+    assert "SDXL + RankDPO (paper) | 553 | 0.61 | 1.00" in report and "judged by mine" in report
     assert json.loads((tmp_path / "out/base/00002/metadata.jsonl").read_text()) == rows[2]
     assert data_of(tmp_path / "out/report.html")["rows"][3]["scores"][0][-1] is None
     # that folder is the benchmark's layout: it can be named instead of a model, but not for other prompts
