@@ -262,7 +262,8 @@ def picture_files(name, rows, seeds):
 
 def pictures_from_elsewhere(name, folder, rows, seeds):
     """picture_files as they lie in a folder that another program drew: in our layout, as GenEval's own script
-    numbers them (five digits), or HPSv2's, one jpg a prompt. Then what was looked for, as text."""
+    numbers them (five digits), or HPSv2's, one jpg a prompt; None where there are none, and what was looked
+    for, as text."""
     layouts = [picture_files(name or "geneval", rows, seeds)]
     if name in ("", "geneval"):
         layouts.append([[f"{i:05d}/samples/{s:05d}.png" for s in range(seeds)] for i in range(len(rows))])
@@ -271,7 +272,7 @@ def pictures_from_elsewhere(name, folder, rows, seeds):
     for layout in layouts:
         if any((Path(folder) / file).is_file() for files in layout for file in files):
             return layout, ""
-    return layouts[0], " or ".join(["metadata.jsonl", *(layout[0][0] for layout in layouts)])
+    return None, " or ".join(["metadata.jsonl", *(layout[0][0] for layout in layouts)])
 
 
 def of_another_prompt(folder, file, prompt):

@@ -608,7 +608,7 @@ def phrase(cfg, found, where):
     sampling = next(iter(each.values()))
     if len(set(each.values())) > 1:
         sampling = ", ".join(f"{name}: {how or 'drawn elsewhere'}" for name, how in each.items())
-    setting = f"{len(found.rows)} held-out prompts of {cfg.prompts} x {cfg.seeds} seeds"
+    setting = f"{len(found.rows)} held-out prompts of {Path(cfg.prompts).name} x {cfg.seeds} seeds"
     setting += f"; {sampling}" * bool(sampling) + f"; {where['device']}; commit {where['commit']}"
     if found.left_out:
         first = next(iter(found.left_out.values()))

@@ -285,7 +285,7 @@ def test_repeats_of_a_prompt_have_noises_of_their_own(tiny, tmp_path, monkeypatc
     other = dict(row, prompt="two chairs", include=[{"class": "chair", "count": 2}])
     path = tmp_path / "repeats.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in (row, other, row, row)))
-    more = ("--bench", "geneval", "--prompts", path)
+    more = ("--bench", "geneval", "--prompts", path, "--rewards", rewards(tiny)[0])
     models = ("base={}/sdxl", "other={}/sd15")
     drawn = noted(tiny, tmp_path / "out", monkeypatch, *more, models=models)
     noises = [d[4] for d in drawn if d[0] == "base"]
