@@ -9,7 +9,8 @@
     t2i-compbench  folder of *_val.txt, or one of them               BLIP-VQA, CLIP ViT-B/32; not UniDet's
     dpg            folder of dpg_bench.csv and prompts/, or the csv  yes/no questions and their dependencies
     parti          PartiPrompts.tsv                                  the rewards
-    hpdv2          folder of the styles' .json, or zhwang/HPDv2      100 x HPSv2 by style
+    hpdv2          folder of the styles' .json, zhwang/HPDv2, or     100 x HPSv2 by style
+                   its test.json, 400 prompts without styles
     pickapic       parquet file, or a folder of them                 the rewards
 
 Pictures lie where the official scorer looks for them; write_layout adds what else it reads. Answers of the
@@ -38,6 +39,7 @@ from common import (
     publish,
     read_image,
     read_jsonl,
+    read_prompts,
     read_text,
     wait_for_all,
     write_text,
@@ -73,10 +75,10 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
-def read_bench(name, path, limit=0):
+def read_bench(name, path, limit=0, keep=""):
     """Rows of a benchmark's own file or folder, in its order, repeated prompts included: dicts of `prompt`,
-    `tag` (its category or None) and what else the file holds. A bad file, row or prompt ends the program with
-    one line that names it."""
+    `tag` (its category or None) and what else the file holds. `keep`: see kept_rows. A bad file, row or
+    prompt ends the program with one line that names it."""
     if name not in READERS:
         others = "a file of your own is named by --prompts alone"
         fail(f"--bench {name}: there are {', '.join(READERS)}; {others}")
@@ -87,7 +89,22 @@ def read_bench(name, path, limit=0):
         rows.append(row)
     if not rows:
         fail(f"{path}: holds no prompts of {name}")
-    return rows[: limit or None]
+    return kept_rows(rows, keep)[: limit or None]
+
+
+def kept_rows(rows, keep):
+    """The rows whose prompts the file `keep` lists, a subset made elsewhere; all of them without such a file.
+    A prompt there that no row has ends the program."""
+    if not keep:
+        return rows
+    wanted = {row["prompt"]: n for n, row in enumerate(read_prompts(keep), 1)}
+    kept = [row for row in rows if " ".join(row["prompt"].split()) in wanted]
+    if lost := wanted.keys() - {" ".join(row["prompt"].split()) for row in kept}:
+        first = min(lost, key=wanted.get)
+        fail(
+            f"--keep {keep}: {len(lost)} of {len(wanted)} prompts are not in --prompts, the first: {first!r}"
+        )
+    return kept
 
 
 def inside(path, *names):
@@ -120,8 +137,8 @@ def check_metadata(row):
             raise ValueError(f"color {item['color']!r} is none of {', '.join(COLOURS)}")
     for i, item in enumerate(wanted):
         relation, target = item.get("position", (RELATIONS[0], None))
-        known = target is None or (target in range(len(wanted)) and target != i)
-        if relation not in RELATIONS or not known or (target and target > i and comes_later(wanted, target)):
+        known = target is None or (type(target) is int and 0 <= target < len(wanted) and target != i)
+        if relation not in RELATIONS or not known or (target and target > i and "position" in wanted[target]):
             raise ValueError(f"position {item['position']} is none, or of no other item")
 
 
@@ -133,8 +150,8 @@ def read_compbench(path):
     if not files:
         fail(f"{path}: neither a folder with color_val.txt and such, nor one of those files")
     for category, file in files.items():
-        for n, line in enumerate(read_text(file).splitlines()):
-            prompt, where = line.split("\t")[0], f"{file}, line {n + 1}"
+        for n, line in enumerate(read_text(file).removesuffix("\n").split("\n")):  # U+2028 ends no line
+            prompt, where = line.removesuffix("\r").split("\t")[0], f"{file}, line {n + 1}"
             # it becomes a file name, which the official scorer reads back up to its first _
             if re.search("[/_\0]", prompt) or len(prompt.encode()) > 240:
                 fail(f"{where}: a prompt with / or _, or of over 240 bytes, has no official file name")
@@ -145,10 +162,13 @@ def read_dpg(path):
     table, questions, texts = inside(path, "dpg_bench.csv"), {}, {}
     for n, row in enumerate(prompt_rows(table), 1):
         try:
-            item, known = row["item_id"], questions.setdefault(row["item_id"], {})
-            parents = [int(number) for number in row["dependency"].split(",")]
-            question = row["question_natural_language"].strip()
-            known[int(row["proposition_id"])] = (question, [p for p in parents if p])  # 0: none
+            item, number = row["item_id"], int(row["proposition_id"])
+            if not item or item.startswith(".") or re.search(r"[/\\\0]", item):
+                raise ValueError(f"item_id {item!r} can be no file name")
+            known, question = questions.setdefault(item, {}), row["question_natural_language"].strip()
+            if number in known:
+                raise ValueError(f"proposition {number} stands twice in item {item}")
+            known[number] = (question, [p for p in map(int, row["dependency"].split(",")) if p])  # 0: none
             texts.setdefault(item, row.get("text", ""))
         except (KeyError, ValueError) as e:
             fail(f"{table}, row {n}: not as DPG-Bench has it ({type(e).__name__}: {e})")
@@ -176,7 +196,9 @@ def read_parti(path):
 
 def read_hpdv2(path):
     folder = path / "benchmark" if (path / "benchmark").is_dir() else path
-    files = {path.stem: path} if path.is_file() else {style: folder / f"{style}.json" for style in STYLES}
+    files = {style: folder / f"{style}.json" for style in STYLES}
+    if path.is_file():  # one style, or test.json, which has none
+        files = {path.stem if path.stem in STYLES else None: path}
     for style, file in files.items():
         if not path.exists():
             file = from_hub(str(path), f"benchmark/{style}.json")
@@ -236,6 +258,21 @@ def picture_files(name, rows, seeds):
         pattern = "{tag}/samples/{prompt}_{n:06d}.png"
         return [[pattern.format(**r, n=r["index"] * seeds + s) for s in range(seeds)] for r in rows]
     return [[f"pictures/{i:05d}/{s}.png" for s in range(seeds)] for i in range(len(rows))]
+
+
+def pictures_from_elsewhere(name, folder, rows, seeds):
+    """picture_files as they lie in a folder that another program drew: in our layout, as GenEval's own script
+    numbers them (five digits), or HPSv2's, one jpg a prompt; None where there are none, and what was looked
+    for, as text."""
+    layouts = [picture_files(name or "geneval", rows, seeds)]
+    if name in ("", "geneval"):
+        layouts.append([[f"{i:05d}/samples/{s:05d}.png" for s in range(seeds)] for i in range(len(rows))])
+    if name == "hpdv2" and seeds == 1:
+        layouts.append([[f"{row['tag']}/{row['index']:05d}.jpg"] for row in rows])
+    for layout in layouts:
+        if any((Path(folder) / file).is_file() for files in layout for file in files):
+            return layout, ""
+    return None, " or ".join(["metadata.jsonl", *(layout[0][0] for layout in layouts)])
 
 
 def of_another_prompt(folder, file, prompt):
@@ -748,7 +785,8 @@ def noun_phrases(prompts, file):
         with suppress(ValueError):  # what is no JSON holds no prompt either
             phrases = parse_json(read_text(file))
         known = phrases if isinstance(phrases, dict) else {}
-        if missing := [prompt for prompt in prompts if not isinstance(known.get(prompt), list)]:
+        texts = lambda found: isinstance(found, list) and all(isinstance(phrase, str) for phrase in found)
+        if missing := [prompt for prompt in prompts if not texts(known.get(prompt))]:
             fail(f"{file}: no JSON {{prompt: [noun phrases]}} with {missing[0]!r}")
     elif prompts:
         try:
@@ -764,12 +802,8 @@ def noun_phrases(prompts, file):
 
 # ----------------------------------------------------------------------------- tables
 
-COLUMNS = {  # as RankDPO's tables call what the files call otherwise
-    **dict(single_object="Single", two_object="Two", counting="Counting", colors="Colors"),
-    **dict(position="Position", color_attr="Color Attribution"),
-    **dict(color="Color", shape="Shape", texture="Texture", spatial="Spatial"),
-    **dict(non_spatial="Non-Spatial", complex="Complex"),
-}
+COLUMNS = dict(single_object="Single", two_object="Two", color_attr="Color Attribution")
+COLUMNS["non_spatial"] = "Non-Spatial"  # RankDPO's tables call the other categories by their names
 
 
 def mean(values):
@@ -781,17 +815,21 @@ def mean(values):
 
 def summarise_bench(name, rows, metrics):
     """{column: number} of {metric or reward: (P, S)}, as the papers' tables have their columns and units."""
-    tags = np.array([str(row["tag"]) for row in rows])
+    tags = np.array([str(row["tag"] or "all") for row in rows])
     by_tag = lambda values: {t: mean(values[tags == t]) for t in dict.fromkeys(tags.tolist())}
     if name == "geneval":
         found = by_tag(metrics[name])
-        return {"Mean": mean([*found.values()]), **{COLUMNS.get(tag, tag): v for tag, v in found.items()}}
+        return {
+            "Mean": mean([*found.values()]),
+            **{COLUMNS.get(tag, tag.title()): v for tag, v in found.items()},
+        }
     if name == "t2i-compbench":
         there = {tag: v for tag, v in by_tag(metrics[name]).items() if not np.isnan(v)}
-        return {COLUMNS.get(tag, tag): 100 * v for tag, v in there.items()}
+        return {COLUMNS.get(tag, tag.title()): 100 * v for tag, v in there.items()}
     if name == "dpg":
         vqa = {"VQA Score": 100 * mean(v) for reward, v in metrics.items() if reward.startswith("vqascore")}
-        return {"DSG Score": 100 * mean(metrics[name]), **vqa}
+        own = {"Q-Align Score": mean(v) for r, v in metrics.items() if column_of(r, ["Q-Align Score"])}
+        return {"DSG Score": 100 * mean(metrics[name]), **vqa, **own}  # Q-Align: a function of the user's
     if name == "hpdv2":
         scores = next((metrics[reward] for reward in ("hpsv2.1", "hpsv2") if reward in metrics), None)
         return {} if scores is None else hps_table(tags, scores)
@@ -826,18 +864,34 @@ def read_papers(path=HERE / "docs/papers.txt"):
 PAPER_TABLES = read_papers()
 
 
-def paper_table(bench, results, rows, scores):
+def column_of(reward, columns):
+    """The paper's column that a reward fills: pickscore, q-align, ...; hpsv2 or hpsv2.1 the one of HPS."""
+    plain = lambda name: re.sub(r"score|v2(\.1)?$|[^a-z\d]", "", name.lower())
+    return next((column for column in columns if plain(reward) == plain(column)), None)
+
+
+def paper_table(bench, results, rows, scores, notes=(), trained=None):
     """(header, rows): ours above the papers', in the papers' own columns: values of scores {model: {metric:
-    (P, S)}}, or win rates of the best seed from evaluate.py's results."""
-    paper = PAPER_TABLES[bench]
-    ours = {name: summarise_bench(bench, rows, metrics) for name, metrics in scores.items()}
+    (P, S)}}, or win rates of the best seed from evaluate.py's results. The title says who judged (`notes`)
+    and which reward filled a column. `trained`: {model: {column: number}} from the logs of training."""
+    paper, filled = PAPER_TABLES[bench], {}
+    title, columns = [bench, paper["source"], *notes], paper["columns"]
+    ours = {
+        name: summarise_bench(bench, rows, of) | (trained or {}).get(name, {}) for name, of in scores.items()
+    }
     if "win rates" in paper["source"]:
-        names = dict(zip(paper["columns"], ("hpsv2.1", "clip", "pickscore", "aesthetic")))
+        for reward in next(iter(scores.values())):
+            filled.setdefault(column_of(reward, columns), reward)
+        filled.pop(None, None)  # those without a column
+        title += [f"{column} is {reward}" for column, reward in filled.items()]
         for name, result in results.items():
             for other, pair in result["against"].items():
-                wins = {column: 100 * pair[r]["best"]["rate"] for column, r in names.items() if r in pair}
+                wins = {column: 100 * pair[r]["best"]["rate"] for column, r in filled.items() if r in pair}
                 ours[f"{name} vs {other}"] = wins
-    every = {**ours, **{f"{name} (paper)": values for name, values in paper["rows"].items()}}
-    columns = dict.fromkeys([*paper["columns"], *(column for values in ours.values() for column in values)])
+    columns = dict.fromkeys([*columns, *(column for values in ours.values() for column in values)])
     cells = lambda values: [f"{values[c]:.2f}" if np.isfinite(values.get(c, np.nan)) else "" for c in columns]
-    return [f"{bench}; {paper['source']}", *columns], [[n, *cells(values)] for n, values in every.items()]
+    n = str(len({row["prompt"] for row in rows}))
+    lines = [[name, n, *cells(values)] for name, values in ours.items()]
+    for name, values in paper["rows"].items():
+        lines.append([f"{name} (paper)", str(paper["n"][name]), *cells(values)])
+    return ["; ".join(title), "n", *columns], lines

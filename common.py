@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -37,7 +39,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, features
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
@@ -728,20 +730,43 @@ def plot_curves(rows, panels, path):
     publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
 
 
+@functools.lru_cache(maxsize=1)
+def grid_font():
+    import matplotlib  # it brings DejaVu Sans: Latin, Greek, Cyrillic, Arabic, Hebrew
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
+
+
+def in_font(text):
+    """The text on one line; what the font of picture_grid cannot draw is counted and named, as in [3 CJK]."""
+    box, parts = bytes(grid_font().getmask("\uffff")), []
+    for lacking, group in itertools.groupby(text[:500], lambda c: bytes(grid_font().getmask(c)) == box):
+        part = "".join(group)
+        kind = unicodedata.name(part[0], "CHARACTERS").split()[0]
+        parts.append(f"[{len(part)} {kind}]" if lacking else part)
+    return " ".join("".join(parts).split())
+
+
 def picture_grid(rows, path, side=128):
-    """Draw [(title, [(image, caption), ...]), ...] as a PNG: a row of pictures under each title.
-    Pictures are `side` pixels wide; a caption has at most three lines."""
-    wrap = [[textwrap.wrap(caption, side // 6)[:3] for _, caption in cells] for _, cells in rows]
-    heights = [side + 18 + 11 * max((len(lines) for lines in row), default=0) + 8 for row in wrap]
+    """Draw [(title, [(image, caption), ...]), ...] as a PNG: a row of pictures under each title, which has at
+    most four lines. A picture fits into `side` pixels, its proportions kept; a caption has at most three."""
     columns = max(len(cells) for _, cells in rows)
-    canvas = Image.new("RGB", (max(columns * (side + 8) + 8, 420), sum(heights) + 8), "white")
-    pen, top = ImageDraw.Draw(canvas), 6
-    for (title, cells), captions, height in zip(rows, wrap, heights):
-        pen.text((8, top), title[:300], fill="black")  # PIL cannot draw one of megabytes
-        for c, ((image, _), lines) in enumerate(zip(cells, captions)):
-            smooth = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-            left = 8 + c * (side + 8)
-            canvas.paste(image.convert("RGB").resize((side, side), smooth), (left, top + 14))
-            pen.text((left, top + side + 16), "\n".join(lines), fill="black", spacing=0)
-        top += height
-    publish(path, canvas.save)
+    width, canvas, top = max(columns * (side + 8) + 8, 420), [], 6
+    for title, cells in rows:
+        lines = textwrap.wrap(in_font(title), width // 6)[:4]
+        captions = [textwrap.wrap(in_font(caption), side // 6)[:3] for _, caption in cells]
+        canvas.append((lines, captions, top))
+        top += 13 * len(lines) + side + 13 * max(map(len, captions), default=0) + 16
+    page = Image.new("RGB", (width, top), "white")
+    pen = ImageDraw.Draw(page)
+    for (_, cells), (lines, captions, top) in zip(rows, canvas):
+        pen.text((8, top), "\n".join(lines), fill="black", font=grid_font(), spacing=2)
+        top += 13 * len(lines) + 4
+        for c, ((image, _), caption) in enumerate(zip(cells, captions)):
+            scale, left = side / max(image.size), 8 + c * (side + 8)
+            w, h = (max(1, round(n * scale)) for n in image.size)
+            smooth = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+            picture = image.convert("RGB").resize((w, h), smooth)
+            page.paste(picture, (left + (side - w) // 2, top + (side - h) // 2))
+            pen.text((left, top + side + 2), "\n".join(caption), fill="black", font=grid_font(), spacing=1)
+    publish(path, page.save)

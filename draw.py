@@ -3,7 +3,8 @@
     for k, model, missing in to_draw(cfg, batches, models)      what is not there yet
     generate_stage(cfg, todo, device, settings, bar)            one generator in memory at a time
 
-A row is (prompt, file names), a name a model. Each image has its own noise and each batch its place, so the
+A row is (prompt, file names), a name a model; of a repeated prompt a third element, 1, 2, ..., is its place
+among the repeats, which gives it another noise. Each image has its own noise and each batch its place, so the
 same pictures come out whoever draws them, and when. `cfg` holds the options of the script: out, batch_size,
 precision, device, on_error. settings.json says what the pictures were made with; other settings are refused.
 """
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import common
 from common import appending, fail, lock, parse_json, pick_device, pick_dtype, print_problems, process_rank
-from pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
+from pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed, split_spec
 
 # ----------------------------------------------------------------------------- drawing
 
@@ -31,7 +32,7 @@ def to_draw(cfg, batches, models):
     loaded is refused here, before the first one draws."""
     todo = []
     for k, model in enumerate(models):
-        missing = [b for b in batches if not all(is_whole(f"{cfg.out}/{files[k]}") for _, files in b)]
+        missing = [b for b in batches if not all(is_whole(f"{cfg.out}/{row[1][k]}") for row in b)]
         if missing:
             check_pipeline(model["path"])
             todo.append((k, model, missing))
@@ -70,14 +71,15 @@ def draw_model(cfg, pipe, k, model, batches, bar):
     bar.set_description(f"generate {model['name']}_{model['seed']}")
     with ThreadPoolExecutor(4) as threads:
         for batch in batches:
-            prompts = [prompt for prompt, _ in batch]
+            prompts, seeds = [row[0] for row in batch], []
             noise = model.get("noise", model["name"])  # models that are compared start from the same
-            seeds = [noise_seed(prompt, noise, model["seed"]) for prompt in prompts]
+            for prompt, _, *place in batch:
+                seeds.append(noise_seed(prompt, " repeat ".join([noise, *map(str, place)]), model["seed"]))
             results = generate_each(pipe, prompts, seeds, model)
             for picture in writing:  # at most one batch waits to be written
                 picture.result()
             writing = []
-            for (prompt, files), (image, problem) in zip(batch, results):
+            for (prompt, files, *_), (image, problem) in zip(batch, results):
                 path = Path(cfg.out) / files[k]
                 if problem:
                     problems.append(f"{path}, prompt {common.quoted(prompt)}: {problem}")
@@ -90,6 +92,56 @@ def draw_model(cfg, pipe, k, model, batches, bar):
         for picture in writing:
             picture.result()
     return problems
+
+
+# ----------------------------------------------------------------------------- how a model draws
+
+
+def split_options(spec):
+    """[name=path, key=value, ...] of "name=path,key=value,..."; a path that exists may hold commas."""
+    words = spec.split(",")
+    for n in range(len(words), 1, -1):
+        head = ",".join(words[:n])
+        if "=" in head and all(map(os.path.exists, split_spec(head.partition("=")[2]))):
+            return [head, *words[n:]]
+    return words
+
+
+NUMBERS = {"steps": (int, 1), "guidance": (float, 0), "seed": (int, 0)}  # type, least
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def read_options(spec, options):
+    """{key: value} of a model's ["steps=28", "guidance=4.5", "resolution=64x32", "seed=1", "dtype=fp16"]."""
+    found = {}
+    for text in options:
+        key, _, value = text.partition("=")
+        if key in found:
+            fail(f"model {spec!r}: {key} appears twice")
+        if key == "resolution":
+            value = read_resolution(f"model {spec!r}: resolution", value)
+        elif key == "dtype" and value not in DTYPES:
+            fail(f"model {spec!r}: dtype is {', '.join(DTYPES)}, not {value!r}")
+        elif key not in ("dtype", *NUMBERS):
+            fail(f"model {spec!r}: no option {key!r}; there are resolution, dtype, {', '.join(NUMBERS)}")
+        elif key in NUMBERS:
+            kind, least = NUMBERS[key]
+            try:
+                value = common.in_range(key, kind(value), (None, least, None))
+            except ValueError as e:
+                fail(f"model {spec!r}: {e}")
+        found[key] = value
+    return found
+
+
+def read_resolution(name, text):
+    """A side in pixels, 0 for the pipeline's own, or "WIDTHxHEIGHT"; each a multiple of 8."""
+    sides = str(text).split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) < 2**16 for side in sides):
+        fail(f"{name} must be a side in pixels, not negative, or WIDTHxHEIGHT; got {text}")
+    if any(int(side) % 8 for side in sides) or (len(sides) == 2 and "0" in sides):
+        fail(f"{name} must be a multiple of 8, got {text}")
+    return text if len(sides) == 2 else int(text)
 
 
 # ----------------------------------------------------------------------------- one folder, many processes

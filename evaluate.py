@@ -22,9 +22,12 @@ docs/evaluation.md defines gain, win rate, diversity, their intervals and p valu
 """
 
 import base64
+import hashlib
+import html
 import io
 import json
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +38,6 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
-from scipy.stats import binomtest, wilcoxon
 
 import benchmarks
 import draw
@@ -47,6 +49,7 @@ from common import (
     option,
     parse,
     parse_json,
+    path_inside,
     pick_device,
     picture_grid,
     process_rank,
@@ -56,15 +59,35 @@ from common import (
     read_prompts,
     read_text,
     start_processes,
+    whole_lines,
     writable_folder,
     write_text,
 )
 from lists import read_metadata
-from pipelines import check_pipeline, family_of, load_pipeline
-from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
+from pipelines import check_pipeline, family_of, load_pipeline, split_spec
+from rewards import (
+    TOY_REWARDS,
+    check_rewards,
+    load_reward,
+    picture_version,
+    read_scores,
+    reward_name,
+    score_rows,
+)
+from stats import agreement, colour_entropy, compare, headline, win_rate
 from toy.world import COLORS, find_objects, grammar
 
 STAGES = ("draw", "score", "report")
+OURS = (
+    "report.html",
+    "report.md",
+    "results.json",
+    "grid.png",
+    "frontier.png",
+    "study",
+    "study.json",
+    "key.json",
+)
 TEMPLATES = HERE / "docs/templates"
 
 
@@ -73,9 +96,13 @@ class Config:
     # what is compared
     models: tuple = option(
         (f"base={HERE}/toy/models/sdxl", "rankdpo=outputs/rankdpo/model"),
-        "two or more, as name=pipeline or name=folder_of_pictures; the first is the baseline of the tables",
+        "two or more, as name=pipeline[,steps=4][,guidance=0][,resolution=64x32] or name=folder_of_pictures; "
+        "the first is the baseline of the tables; names like rankdpo@200 are steps of one run",
     )
-    prompts: str = option(f"{HERE}/toy/heldout.jsonl", "held-out prompts; a column tag makes categories")
+    prompts: str = option(f"{HERE}/toy/heldout.jsonl", "held-out prompts, in any file that synpic.py reads")
+    field: str = option("", "its column of prompts (default: prompt, prompts, caption or text)")
+    tag: str = option("", "its column of categories (default: tag or category)")
+    keep: str = option("", "a file of prompts: the others of --prompts are left out")
     bench: str = option(
         "", f"the benchmark that --prompts belongs to: {', '.join(benchmarks.BENCHES)}, or none"
     )
@@ -90,7 +117,7 @@ class Config:
     # how they draw
     steps: int = option(None, "sampling steps (default: what suits the first model)", at_least=1)
     guidance: float = option(None, "guidance scale (default: the same)", at_least=0)
-    resolution: int = option(0, "side in pixels; 0 = the pipeline's own", at_least=0)
+    resolution: str = option("0", "side in pixels, or WIDTHxHEIGHT; 0 = the pipeline's own")
     seed: int = option(1234, "first seed of the starting noise, and of the bootstrap", at_least=0)
     precision: str = option("auto", "auto is bf16 on a GPU", ("auto", "fp32", "bf16", "fp16"))
     # how it is run
@@ -108,101 +135,15 @@ class Config:
 
 
 class Pictures(NamedTuple):
-    """The pictures of one model: what draws them ("" for a folder from elsewhere), and [(prompt, files)]."""
+    """The pictures of one model."""
 
-    path: str
+    path: str  # what draws them; "" for a folder from elsewhere
     folder: str
-    rows: list
+    rows: list  # (P,) of (prompt, files)
+    own: dict  # its own sampling options
 
 
-# ----------------------------------------------------------------------------- statistics
-
-
-def wilson(wins, n):
-    """95 % Wilson interval of a proportion."""
-    interval = binomtest(wins, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return interval.low, interval.high
-
-
-def holm(p):
-    """Holm's adjustment of all p values that were looked at: below .05 together, not each by itself."""
-    adjusted, largest = np.zeros(len(p)), 0.0
-    for rank, i in enumerate(np.argsort(p)):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted.tolist()
-
-
-def category_mean(values, tags):
-    """Mean over categories of the mean in each; values (..., P), one a prompt."""
-    tags = np.array(tags)
-    return np.mean([values[..., tags == t].mean(-1) for t in dict.fromkeys(tags)], axis=0)
-
-
-def paired_gain(base, mine, tags, seed, n=2000):
-    """Gain of mine over base, (P,) means a prompt: the interval resamples prompts within categories; p is
-    Wilcoxon's, two-sided, which drops prompts without a difference."""
-    difference, tags, samples = mine - base, np.array(tags), []
-    rng = np.random.default_rng(seed)
-    for tag in dict.fromkeys(tags):
-        members = difference[tags == tag]
-        samples.append(members[rng.integers(len(members), size=(n, len(members)))].mean(-1))  # (n,)
-    low, high = np.percentile(np.mean(samples, axis=0), [2.5, 97.5]).tolist()
-    changed = difference[mine != base]
-    p = float(wilcoxon(changed).pvalue) if len(changed) else 1.0
-    gain = float(category_mean(difference, tags))
-    return dict(gain=gain, low=low, high=high, p=p, n=len(mine))
-
-
-def win_rate(mine, base):
-    """How often one is strictly higher; (P,) a score a prompt. p: two-sided sign test, without the ties."""
-    wins, losses, n = int((mine > base).sum()), int((mine < base).sum()), len(mine)
-    low, high = wilson(wins, n)
-    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return dict(wins=wins, ties=n - wins - losses, losses=losses, n=n, rate=wins / n, low=low, high=high, p=p)
-
-
-def compare(scores, tags, seed):
-    """{model: {reward: (P, S)}} -> {model: means, means by category, spread over all images; against each
-    earlier model and reward the gain, the win rate of the best seed and of the mean over seeds}."""
-    results, tests, every_tag = {}, {"gain": [], "best": [], "mean": []}, np.array(tags)
-    lacking = {}  # (P,) prompts of a category for which a benchmark has no scorer here
-    for reward in next(iter(scores.values())):
-        lacking[reward] = np.isnan([of_model[reward] for of_model in scores.values()]).any((0, 2))
-    for name, by_reward in scores.items():
-        result = dict(means={}, categories={}, spread={}, against={other: {} for other in results})
-        for reward, s in by_reward.items():
-            if lacking[reward].all():
-                continue
-            s, tags = s[~lacking[reward]], every_tag[~lacking[reward]]
-            per_prompt = s.mean(1)  # (P,)
-            means = {t: float(per_prompt[tags == t].mean()) for t in dict.fromkeys(tags.tolist())}
-            result["means"][reward] = float(category_mean(per_prompt, tags))
-            result["categories"][reward] = means
-            spread = dict(mean=s.mean(), min=s.min(), max=s.max(), std=s.std())
-            result["spread"][reward] = {key: float(value) for key, value in spread.items()}
-            for other in results:
-                base = scores[other][reward][~lacking[reward]]
-                pair = {"gain": paired_gain(base.mean(1), per_prompt, tags, seed)}
-                if reward != "diversity":  # there is no best seed of it
-                    pair["best"] = win_rate(s.max(1), base.max(1))
-                    pair["mean"] = win_rate(per_prompt, base.mean(1))
-                result["against"][other][reward] = pair
-                for kind, test in pair.items():
-                    tests[kind].append(test)
-        results[name] = result
-    for family in tests.values():
-        for test, p in zip(family, holm([test["p"] for test in family])):
-            test.update(p_holm=p, comparisons=len(family))
-    return results
-
-
-# ----------------------------------------------------------------------------- the toy world
-
-
-def entropy(share):
-    """Bits of a distribution; share (..., C) adds up to 1."""
-    return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
+# ----------------------------------------------------------------------------- report
 
 
 def colours_of(pictures):
@@ -215,25 +156,6 @@ def colours_of(pictures):
             counts = Counter(color for _, color, _, _ in objects)
             colours[i] += [counts[color] / max(1, counts.total()) for color in COLORS]
     return colours
-
-
-def colour_entropy(counts, seed, n=2000):
-    """{model: (P', C)} -> {model: entropy in bits of the colours of all, share of each colour, and the change
-    to the first model with a paired 95 % bootstrap interval over prompts}."""
-    base, results = next(iter(counts.values())), {}
-    if not base.sum() or not all(c.sum() for c in counts.values()):
-        return {}
-    sample = np.random.default_rng(seed).integers(len(base), size=(n, len(base)))
-    bits = lambda c: entropy(c / np.maximum(c.sum(-1, keepdims=True), 1e-12))
-    for name, c in counts.items():
-        total, share = float(bits(c.sum(0))), dict(zip(COLORS, (c.sum(0) / c.sum()).tolist()))
-        low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5]).tolist()
-        change = dict(gain=total - float(bits(base.sum(0))), low=low, high=high)
-        results[name] = dict(bits=total, change=change, prompts=len(c), share=share)
-    return results
-
-
-# ----------------------------------------------------------------------------- report
 
 
 def interval_text(g, digits=3):
@@ -266,10 +188,12 @@ def accuracy_table(results, metric, title):
     return [title, "overall", *result["categories"][metric], "gain (95 %)", "p"], rows
 
 
-def diversity_table(results, colours):
+def diversity_table(results, colours, trained):
     """What the gain was paid with; it stands right below the accuracy."""
     base, rows = next(iter(results)), []
+    drift = {name: of["drift"] for name, of in trained.items() if "drift" in of}
     header = ["diversity: what a prompt leaves free", "CLIP distance among seeds", "change (95 %)", "p"]
+    header += ["winner's error minus the base's, held-out lists"] * bool(drift)
     if colours:
         header += [f"bits of free colours (of {np.log2(len(COLORS)):.2f})", "change (95 %)", *COLORS]
     for name, result in results.items():
@@ -277,6 +201,8 @@ def diversity_table(results, colours):
         if "diversity" in result["means"]:
             mean = result["means"]["diversity"]
             cells = [f"**{mean:.3f}**", *gain_cells(result, base, "diversity")]
+        if drift:
+            cells.append(f"{drift[name]:+.4f}" if name in drift else "")
         if own := colours.get(name):
             change = "" if name == base else interval_text(own["change"], 2)
             cells += [f"**{own['bits']:.2f}**", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
@@ -296,14 +222,14 @@ def pair_table(name, other, pair, seeds):
     return header, rows
 
 
-def tables_of(results, colours, seeds):
+def tables_of(results, colours, seeds, trained):
     """[(header, rows)]: accuracy, diversity, means, every pair, spread."""
     rewards, tables = list(next(iter(results.values()))["means"]), []
     for metric, title in (("toyworld", "accuracy, exact checker"), ("geneval", "accuracy, GenEval")):
         if metric in rewards:
             tables.append(accuracy_table(results, metric, title))
-    if "diversity" in rewards or colours:
-        tables.append(diversity_table(results, colours))
+    if "diversity" in rewards or colours or trained:
+        tables.append(diversity_table(results, colours, trained))
     names = [reward for reward in rewards if reward not in ("toyworld", "diversity")]
     if names:
         rows = [[model, *(f"{result['means'][r]:.3f}" for r in names)] for model, result in results.items()]
@@ -317,10 +243,16 @@ def tables_of(results, colours, seeds):
     return tables
 
 
+def plain(text):
+    """Text of anybody's as markdown that shows it as it is, on one line."""
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
+    return html.escape(text, quote=False)
+
+
 def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells) + "\n"
+    bold = lambda cell: f"**{plain(cell[2:-2])}**" if cell[:2] == cell[-2:] == "**" else plain(cell)
+    lines = [list(map(bold, header)), ["---"] * len(header), *(map(bold, row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 def thumbnail(path, side=160):
@@ -377,7 +309,7 @@ def draw_grid(path, found):
         for name, pictures in found.models.items():
             passed = found.scores[name].get("toyworld")
             for s, file in enumerate(pictures.rows[i][1][:4]):
-                verdict = "" if passed is None else (" -", " ok")[int(passed[i, s])]
+                verdict = "" if passed is None else (" (wrong)", " (right)")[int(passed[i, s])]
                 cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
         rows.append((found.rows[i]["prompt"], cells))
     picture_grid(rows, path, side=96)
@@ -387,39 +319,58 @@ def draw_grid(path, found):
 
 
 def named_paths(specs):
-    """{name: path} of --models, at least two."""
-    models = dict(spec.partition("=")[::2] for spec in specs)
-    if len(models) < 2 or not all(models.values()) or len(models) < len(specs):
-        fail("--models: two or more different names are needed, each as name=path")
-    for name, path in models.items():
-        if not name[:1].isalnum() or not all(c.isalnum() or c in "-._" for c in name) or name == "study":
-            fail(f"--models {name}={path}: a name is made of letters, digits, -, . and _: it names a folder")
+    """{name: (path, own sampling options)} of --models, at least two."""
+    models, taken = {}, set(map(str.lower, OURS))
+    for spec in specs:
+        head, *options = draw.split_options(spec)
+        name, _, path = head.partition("=")
+        if not name[:1].isalnum() or not all(c.isalnum() or c in "-._@" for c in name):
+            fail(f"--models {head}: a name is made of letters, digits, -, ., _ and @: it names a folder")
+        if not path or name.lower() in taken:  # folders may not tell case apart
+            fail(f"--models {head}: {name} is a file of the report, given twice or without =path")
         local = path.startswith(("outputs/", ".", "/"))
-        if local and not all(map(os.path.isdir, path.split("+"))):  # base+adapters
-            fail(f"--models {name}={path}: no such folder; train it with rankdpo.py first")
+        if local and not all(map(os.path.exists, split_spec(path))):  # base+adapters
+            fail(f"--models {head}: no such folder; train it with rankdpo.py first")
+        own = draw.read_options(spec, options)
+        if "seed" in own:
+            fail(f"--models {spec}: all models start from the same noise; --seed chooses it")
+        taken.add(name.lower())
+        models[name] = path, own
+    if len(models) < 2:
+        fail("--models: two or more are needed, each as name=path")
     return models
 
 
-def pictures_of(cfg, name, path, rows):
+def pictures_of(cfg, name, path, own, rows):
     """A model's pictures, to be drawn into OUT/NAME, or those of a folder from elsewhere where they lie."""
     layout, here = benchmarks.picture_files(cfg.bench or "geneval", rows, cfg.seeds), Path(path)
     drawn = [(row["prompt"], files) for row, files in zip(rows, layout)]
     described = (here / "metadata.jsonl").is_file()
-    laid_out = any((here / file).is_file() for files in layout for file in files)
-    if (here / "model_index.json").is_file() or not (described or laid_out):
+    found, missed = benchmarks.pictures_from_elsewhere(cfg.bench, here, rows, cfg.seeds)
+    if (here / "model_index.json").is_file() or not (described or found):
+        if here.is_dir() and not any(here.rglob("*.json")) and not any(here.rglob("*.safetensors")):
+            fail(f"--models {name}={path}: no pipeline, and no pictures: {missed} is wanted there")
         check_pipeline(path)
-        return Pictures(path, f"{cfg.out}/{name}", drawn)
-    there = {}
+        return Pictures(path, f"{cfg.out}/{name}", drawn, own)
+    if own:
+        fail(f"--models {name}={path}: these pictures are drawn already; no {', '.join(own)}")
+    drawn, there = [(row["prompt"], files) for row, files in zip(rows, found or layout)], {}
     for row in read_metadata(path) if described else ():
         there.setdefault(" ".join(row["prompt"].split()), []).append(row)
     for i, (prompt, files) in enumerate(drawn):
         if same := there.get(" ".join(prompt.split())):
             row = same.pop(0) if len(same) > 1 else same[0]  # a benchmark may ask the same thing twice
-            found = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
-            drawn[i] = (row["prompt"], found + files[len(found) :])
+            kept = row["file_names"][: cfg.seeds]  # what is lacking is missed, and named, below
+            drawn[i] = (row["prompt"], kept + files[len(kept) :])
         elif not described and (wrong := benchmarks.of_another_prompt(here, files[0], prompt)):
             fail(f"--models {name}={path}: {wrong}")
-    return Pictures("", path, drawn)
+    for _, files in drawn:
+        for file in files:
+            try:
+                path_inside(here, file)
+            except ValueError as e:
+                fail(f"--models {name}={path}: {e}")
+    return Pictures("", path, drawn, {})
 
 
 def check_choices(cfg, prompts):
@@ -432,8 +383,9 @@ def check_choices(cfg, prompts):
     if cfg.bench and not cfg.rewards and cfg.bench not in benchmarks.JUDGED:
         wanted = "name --rewards hpsv2.1 clip pickscore aesthetic"
         fail(f"--bench {cfg.bench}: has no metric of its own; {wanted}")
-    if cfg.resolution % 8:
-        fail(f"--resolution must be a multiple of 8, got {cfg.resolution}")
+    draw.read_resolution("--resolution", cfg.resolution)
+    if cfg.study > (count := len(set(prompts))):
+        fail(f"--study {cfg.study}: there are {count} prompts; each pair of models takes one once")
 
 
 def with_diversity(cfg):
@@ -445,10 +397,12 @@ def with_diversity(cfg):
 
 
 def suited(cfg, models):
-    """The options with what suits the first model where they were not given. All models are drawn alike."""
-    drawn = next((pictures for pictures in models.values() if pictures.path), None)
-    if drawn is None or None not in (cfg.steps, cfg.guidance):
+    """The options with what suits the first model that lacks them, one without options of its own if there is
+    any. Models without options of their own are drawn alike."""
+    lacking = [m for m in models.values() if m.path and not {"steps", "guidance"} <= m.own.keys()]
+    if not lacking or None not in (cfg.steps, cfg.guidance):
         return cfg
+    drawn = min(lacking, key=lambda pictures: bool(pictures.own))
     if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
         began = next(iter(draw.read_settings(drawn.folder)[0]["models"].values()))
         return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
@@ -463,8 +417,9 @@ def drawings(cfg, models):
     for name, pictures in models.items():
         if pictures.path:
             folder = writable_folder("out", pictures.folder)
-            how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution, dtype="bf16")
-            how.update(name=name, path=pictures.path, noise="")
+            how = dict(steps=cfg.steps, guidance=cfg.guidance, dtype="bf16")
+            how["resolution"] = draw.read_resolution("--resolution", cfg.resolution)
+            how.update(name=name, path=pictures.path, noise="", **pictures.own)
             seeds = [dict(how, seed=cfg.seed + s) for s in range(cfg.seeds)]
             drawing = replace(cfg, out=str(folder))
             settings = draw.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
@@ -473,11 +428,21 @@ def drawings(cfg, models):
     return plans
 
 
+def with_places(rows):
+    """The rows, and of a repeated prompt its place among the repeats, which gives it a noise of its own."""
+    count, placed = Counter(), []
+    for prompt, files in rows:
+        placed.append((prompt, files, count[prompt]) if count[prompt] else (prompt, files))
+        count[prompt] += 1
+    return placed
+
+
 def draw_stage(plans, mine, device):
     """The missing pictures of every model, by draw.py's stage: there, a seed is another model."""
     todo = []
     for drawing, _, seeds, pictures in plans:
-        batches = [[pictures.rows[i] for i in batch] for batch in mine]
+        rows = with_places(pictures.rows)
+        batches = [[rows[i] for i in batch] for batch in mine]
         todo.append(draw.to_draw(drawing, batches, seeds))
     with draw.progress("draw", sum(todo, [])) as bar:
         for (drawing, settings, _, pictures), of_model in zip(plans, todo):
@@ -565,6 +530,8 @@ class Found(NamedTuple):
     tags: list  # (P,) categories
     scores: dict  # {model: {reward or metric: (P, S)}}
     results: dict  # compare() of the scores
+    first: dict  # headline() of them
+    trained: dict  # {model: what the log of its training says}
     colours: dict  # colour_entropy() where a prompt names no colour; empty outside the toy world
     left_out: dict  # {prompt: what is missing}
     notes: list  # what the benchmark's judge differs in
@@ -575,47 +542,146 @@ def compute(cfg, models, every, tags, of_bench):
     (metrics, notes), (scores, complete, problems) = of_bench, stored(cfg, models)
     for name in metrics:
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
-    models = {n: Pictures(p.path, p.folder, [p.rows[i] for i in complete]) for n, p in models.items()}
+    trained = {name: found for name, p in models.items() if (found := training(p.path))}
+    models = {name: p._replace(rows=[p.rows[i] for i in complete]) for name, p in models.items()}
     rows, tags, colours = [every[i] for i in complete], [tags[i] for i in complete], {}
     left_out = {every[i]["prompt"]: what for i, what in sorted(problems.items())}
     if "toyworld" in map(reward_name, cfg.rewards):
         free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
         colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
         colours = colour_entropy(colours, cfg.seed)
-    return Found(models, rows, tags, scores, compare(scores, tags, cfg.seed), colours, left_out, notes)
+    prompts = [row["prompt"] for row in rows]
+    results = compare(scores, tags, cfg.seed, prompts)
+    first = headline(scores, results, tags, cfg.seed, prompts)
+    return Found(models, rows, tags, scores, results, first, trained, colours, left_out, notes)
+
+
+def training(path):
+    """What the log beside a model of rankdpo.py says of it: `drift`, the winner's error minus the base's on
+    held-out lists at that step; `Images`, how many it was tuned on; `GPU days`. {} without a log."""
+    folder, found = Path(split_spec(path)[-1] if path else "/"), {}
+    step = folder.name.removeprefix("model-")
+    last = int(step) if step.isdecimal() else float("inf")
+    try:
+        head, *rows = [parse_json(line.decode()) for line in whole_lines(folder.parent / "log.jsonl")]
+        rows = [row for row in rows if row["step"] < last]
+        for row in rows:
+            if row.get("held_out_best_s") is not None:
+                found["drift"] = float(row["held_out_best_s"])
+        if not head["device"].startswith("cpu"):
+            lists = (rows[-1]["step"] + 1) * head["config"]["global_batch_size"]
+            found["GPU days"] = lists / rows[-1]["lists_per_s"] * head["world"] / 86400
+        summary = Path(head["config"]["data"]) / "summary.json"
+        found.update({"Images": parse_json(read_text(summary))["images"]} if summary.is_file() else {})
+    except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
+        pass  # no log, or another program's: what was found until here counts
+    return found
+
+
+def sampling_of(cfg, pictures):
+    """How a model draws, as text; "" for pictures from elsewhere."""
+    if not pictures.path:
+        return ""
+    how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=cfg.resolution) | pictures.own
+    size = f", {how['resolution']} pixels" * (str(how["resolution"]) != "0")
+    return f"{how['steps']} steps, guidance {how['guidance']:g}{size}"
+
+
+def headlines(found):
+    """A sentence a model: what was gained, and what it was paid with."""
+    first, *points = found.first["points"]
+    what = found.first["what"]
+    lines = [f"{first['model']}: {what} {first['value']:.3f}"]
+    if first["diversity"] is not None:
+        lines[0] += f", diversity {first['diversity']:.3f}"
+    for point in points:
+        line = f"{point['model']}: {what} {point['value']:.3f}, {interval_text(point['gain'])}"
+        if point["change"]:
+            line += f"; diversity {point['diversity']:.3f}, {interval_text(point['change'])}"
+        lines.append(line)
+    return lines
 
 
 def phrase(cfg, found, where):
     """(setting, notes, tables) of the report, as text."""
-    sampling = f"{cfg.steps} steps, guidance {cfg.guidance:g}; " if cfg.steps else ""
-    setting = f"{len(found.rows)} held-out prompts x {cfg.seeds} seeds, {sampling}"
-    setting += f"{where['device']}; commit {where['commit']}"
+    each = {name: sampling_of(cfg, pictures) for name, pictures in found.models.items()}
+    sampling = next(iter(each.values()))
+    if len(set(each.values())) > 1:
+        sampling = ", ".join(f"{name}: {how or 'drawn elsewhere'}" for name, how in each.items())
+    setting = f"{len(found.rows)} held-out prompts of {Path(cfg.prompts).name} x {cfg.seeds} seeds"
+    setting += f"; {sampling}" * bool(sampling) + f"; {where['device']}; commit {where['commit']}"
     if found.left_out:
         first = next(iter(found.left_out.values()))
         setting += f". {len(found.left_out)} prompts are left out for all models: {first}, ..."
     note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins; Holm's correction covers all "
     note += "gains of this report, all wins of the best seed, all wins of the mean"
-    tables = tables_of(found.results, found.colours, cfg.seeds)
+    tables = tables_of(found.results, found.colours, cfg.seeds, found.trained)
     if cfg.bench:
-        tables.insert(0, benchmarks.paper_table(cfg.bench, found.results, found.rows, found.scores))
+        known = {n: {c: of[c] for c in ("Images", "GPU days") if c in of} for n, of in found.trained.items()}
+        args = (found.results, found.rows, found.scores, found.notes, known)
+        tables.insert(0, benchmarks.paper_table(cfg.bench, *args))
     return setting, "; ".join([note, *found.notes]) + ".", tables
 
 
+def terminal_table(first):
+    """The headline in at most 100 columns."""
+    rows = [["", first["what"].split()[0], "gain (95 %)", "diversity", "change (95 %)"]]
+    for point in first["points"]:
+        name, cells = point["model"], [f"{point['value']:.3f}"]
+        cells.append(interval_text(point["gain"]) if point["gain"] else "")
+        cells.append("" if point["diversity"] is None else f"{point['diversity']:.3f}")
+        cells.append(interval_text(point["change"]) if point["change"] else "")
+        rows.append([name if len(name) <= 20 else name[:19] + "…", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    return "\n".join(map(line, rows))
+
+
+def draw_frontier(path, first):
+    """frontier.png: gain against diversity, a point a model with its intervals; NAME@STEP of one NAME are
+    joined in the order of STEP."""
+    from matplotlib.figure import Figure
+
+    figure, runs, none = Figure(figsize=(7, 5), layout="constrained"), {}, dict(gain=0, low=0, high=0)
+    axis = figure.subplots()
+    for point in first["points"]:
+        run, _, step = point["model"].partition("@")
+        runs.setdefault(run, []).append((int(step) if step.isdecimal() else 0, point))
+    for points in runs.values():
+        points = [point for _, point in sorted(points, key=lambda pair: pair[0])]
+        x, y = [p["diversity"] for p in points], [(p["gain"] or none)["gain"] for p in points]
+        (line,) = axis.plot(x, y, marker="o")
+        for p, *at in zip(points, x, y):
+            arms = []
+            for end in (p["gain"] or none, p["change"] or none):
+                arms.append([[end["gain"] - end["low"]], [end["high"] - end["gain"]]])
+            axis.errorbar(*at, *arms, color=line.get_color(), capsize=2, lw=0.8)
+            axis.annotate(p["model"], at, xytext=(5, 5), textcoords="offset points", parse_math=False)
+    axis.set(xlabel="diversity: CLIP distance among seeds", ylabel=f"gain: {first['what']} (95 %)")
+    axis.grid(alpha=0.3)
+    publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
+
+
 def write_report(cfg, found, setting, note, tables, where):
-    """report.md, results.json, report.html and grid.png; the text is also printed."""
-    out, raw = Path(cfg.out), {n: {r: rounded(s) for r, s in of.items()} for n, of in found.scores.items()}
+    """report.md, results.json, report.html, grid.png, and frontier.png where diversity is measured."""
+    out, raw = Path(cfg.out), {m: {r: rounded(s) for r, s in of.items()} for m, of in found.scores.items()}
     record = dict(config=asdict(cfg), **where, prompts=[row["prompt"] for row in found.rows])
     record.update(tags=found.tags, models=found.results, free_colours=found.colours, scores=raw)
-    record["left_out"] = found.left_out
+    record.update(left_out=found.left_out, headline=found.first, trained=found.trained)
     write_text(out / "results.json", json.dumps(record))
-    text = "\n\n".join([setting, "".join(markdown(*table) for table in tables).strip(), note]) + "\n"
-    write_text(out / "report.md", text)
-    head = dict(models=list(found.models), rewards=list(next(iter(found.scores.values()))))
-    head.update(setting=f"{setting}. {note}", tables=tables)
+    lines, shown = headlines(found), [f"{out}/report.html", "report.md", "results.json", "grid.png"]
+    parts = [*map(plain, lines), plain(setting), "".join(markdown(*table) for table in tables).strip()]
+    write_text(out / "report.md", "\n\n".join([*parts, plain(note)]) + "\n")
+    head = dict(models=list(found.models), rewards=list(next(iter(found.scores.values()))), lines=lines)
+    head.update(headline=found.first, setting=setting, note=note, tables=tables)
+    head["sources"] = [[name, m.path or m.folder, sampling_of(cfg, m)] for name, m in found.models.items()]
+    head["same_noise"] = all(m.path for m in found.models.values())
     write_html(out / "report.html", head, html_rows(found, cfg.seeds))
     draw_grid(out / "grid.png", found)
-    print(text)
-    print(f"{out}/report.html; results.json, report.md; pictures side by side in grid.png")
+    if all(point["diversity"] is not None for point in found.first["points"]):
+        draw_frontier(out / "frontier.png", found.first)
+        shown.append("frontier.png")
+    print(f"{terminal_table(found.first)}\n{setting}\n{', '.join(shown)}")
 
 
 def report_stage(cfg, models, rows, tags, device, of_bench):
@@ -636,18 +702,23 @@ def report_stage(cfg, models, rows, tags, device, of_bench):
 def make_study(cfg, models):
     """OUT/study, to be sent to people, and OUT/key.json, to be kept: who drew which picture of each pair."""
     rng, (base, *others) = np.random.default_rng(cfg.seed), models
-    prompts, key, page = [prompt for prompt, _ in models[base].rows], [], []
-    if cfg.study > len(prompts):
-        fail(f"--study {cfg.study}: there are {len(prompts)} prompts; each pair of models takes one once")
-    chosen = [(other, i) for other in others for i in rng.permutation(len(prompts))[: cfg.study].tolist()]
+    prompts = [prompt for prompt, _ in models[base].rows]
+    chosen, key, page = [], [], []
+    for other in others:
+        places = {prompts[i]: i for i in rng.permutation(len(prompts)).tolist()}  # a repeated prompt once
+        chosen += [(other, i) for i in list(places.values())[: cfg.study]]
     for n, j in enumerate(rng.permutation(len(chosen))):
         sides, i = rng.permutation([base, chosen[j][0]]).tolist(), chosen[j][1]
-        prompt, files = prompts[i], []
+        s, files = rng.integers(cfg.seeds), []  # one seed: the same noise, where both were drawn here
         for name in sides:
-            files.append(f"{models[name].folder}/{models[name].rows[i][1][rng.integers(cfg.seeds)]}")
-        key.append(dict(id=str(n), prompt=prompt, models=sides, files=files))
-        page.append(dict(id=str(n), prompt=prompt, pictures=[f"{n}_{side}.webp" for side in (1, 2)]))
-    name = f"{rng.integers(10**9):09d}"
+            files.append(f"{models[name].folder}/{models[name].rows[i][1][s]}")
+        key.append(dict(id=str(n), prompt=prompts[i], models=sides, files=files))
+        page.append(dict(id=str(n), prompt=prompts[i], pictures=[f"{n}_{side}.webp" for side in (1, 2)]))
+    shown = [picture_version(file) for pair in key for file in pair["files"]]
+    name = hashlib.sha256(json.dumps([key, shown]).encode()).hexdigest()[:12]
+    path = Path(cfg.out) / "key.json"
+    if path.is_file() and read_key(path)["study"] != name:
+        fail(f"{path}: another study is out; its answers need this key. Move key.json and study/ away first")
     text = json.dumps({"study": name, "pairs": page}).replace("<", "\\u003c")
 
     def write(tmp):
@@ -658,17 +729,29 @@ def make_study(cfg, models):
                 image.save(tmp / f"{pair['id']}_{side}.webp", lossless=max(image.size) <= 64, quality=92)
         (tmp / "index.html").write_text(read_text(TEMPLATES / "study.html").replace("STUDY", text), "utf-8")
 
-    write_text(Path(cfg.out) / "key.json", json.dumps({"study": name, "pairs": key}, indent=1))
+    write_text(path, json.dumps({"study": name, "pairs": key}, indent=1))
     publish(Path(cfg.out) / "study", write)
-    print(f"{cfg.out}/study/index.html: {len(key)} pairs; send that folder, keep {cfg.out}/key.json")
+    print(f"{cfg.out}/study/index.html: {len(key)} pairs; send that folder, keep {path}")
+
+
+def read_key(path):
+    """key.json of a study: its number, and pairs of two models each."""
+    try:
+        key = parse_json(read_text(path))
+        pairs = {pair["id"]: sorted(pair["models"]) for pair in key["pairs"]}
+        if not isinstance(key["study"], str) or not all(len(set(models)) == 2 for models in pairs.values()):
+            raise ValueError("no pairs of two models")
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        fail(f"{path}: damaged ({e}), so no answer can be read; take it from a copy, or make another study")
+    return key
 
 
 def read_answers(cfg, key):
     """{pair id: [the answer of each file: "1", "2" or "tie"]}."""
-    votes = {pair["id"]: [] for pair in key["pairs"]}
+    votes, people = {pair["id"]: [] for pair in key["pairs"]}, {}
     for path in cfg.study_answers:
         try:
-            answers = parse_json(read_text(path))
+            answers = parse_json(text := read_text(path))
             if answers["study"] != key["study"]:
                 raise ValueError(f"of study {answers['study']}, and {cfg.out}/key.json is of {key['study']}")
             for pair, answer in answers["answers"].items():
@@ -677,17 +760,10 @@ def read_answers(cfg, key):
                 votes[pair].append(answer)
         except (ValueError, TypeError, LookupError, AttributeError) as e:
             fail(f"--study_answers {path}: no answers that the study page saved ({e})")
+        if text in people:
+            fail(f"--study_answers {path}: the same answers as {people[text]}; a person counts once")
+        people[text] = path
     return votes
-
-
-def agreement(counts):
-    """(N, 3) votes a pair for each answer, two or more a pair -> (share of agreeing pairs of people, Fleiss'
-    kappa: that share beyond chance)."""
-    n = counts.sum(1)  # (N,)
-    observed = ((counts**2).sum(1) - n) / (n * (n - 1))  # (N,)
-    chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
-    kappa = (observed.mean() - chance) / (1 - chance) if chance < 1 else 1.0
-    return float(observed.mean()), float(kappa)
 
 
 def study_results(key, votes):
@@ -712,12 +788,8 @@ def study_results(key, votes):
 
 def study_report(cfg):
     """Several people's answers -> OUT/study.json and a table."""
-    path = Path(cfg.out) / "key.json"
-    try:
-        key = parse_json(read_text(path))
-        results = study_results(key, read_answers(cfg, key))
-    except (ValueError, TypeError, LookupError) as e:
-        fail(f"{path}: damaged ({e}); --study writes it")
+    key = read_key(Path(cfg.out) / "key.json")
+    results = study_results(key, read_answers(cfg, key))
     rates = ["votes won (95 %)", "majority of a pair won (95 %)"]
     header = [f"{len(cfg.study_answers)} people", *rates, "win : tie : loss", "agreement", "Fleiss' kappa"]
     rate_text = lambda w: f"{w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}), n = {w['n']}"
@@ -738,17 +810,21 @@ def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     if cfg.study_answers:
         return study_report(cfg)
-    paths = named_paths(cfg.models)
+    named = named_paths(cfg.models)
     if cfg.rewards is None:
         cfg = replace(cfg, rewards=() if cfg.bench else ("toyworld", *TOY_REWARDS))
     if cfg.bench:
-        rows = benchmarks.read_bench(cfg.bench, cfg.prompts, cfg.limit)
+        rows = benchmarks.read_bench(cfg.bench, cfg.prompts, cfg.limit, cfg.keep)
     else:
-        rows = read_prompts(cfg.prompts, cfg.limit)
-    tags = ["all" if row.get("tag") is None else str(row["tag"]) for row in rows]
+        rows = read_prompts(cfg.prompts, column=cfg.field, also=("tag", "category", "Category", cfg.tag))
+        rows = benchmarks.kept_rows(rows, cfg.keep)[: cfg.limit or None]
+    if cfg.tag and cfg.tag not in rows[0]:
+        fail(f"--tag {cfg.tag}: {cfg.prompts} has no such column")
+    column = cfg.tag or next((key for key in rows[0] if key.lower() in ("tag", "category")), "tag")
+    tags = ["all" if row.get(column) is None else str(row[column]) for row in rows]
     check_choices(cfg, [row["prompt"] for row in rows])
     part, parts, index, count = draw.share_of(cfg.shard)
-    models = {name: pictures_of(cfg, name, path, rows) for name, path in paths.items()}
+    models = {name: pictures_of(cfg, name, *how, rows) for name, how in named.items()}
     device, out = pick_device(cfg.device), writable_folder("out", cfg.out)
     stages = set(cfg.stages) - ({"report"} if parts > 1 else set())  # the parts do not wait for each other
     cfg = suited(cfg, models)

@@ -25,7 +25,6 @@ reads it.
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,25 +107,14 @@ import rewards
 from draw import check_settings, folder_lock, generate_stage, note_time, progress, read_settings, settings_of
 from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
 from losses import LABELS, preference_labels, preference_rank
-from pipelines import split_spec
 from rewards import LOADERS, TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows, stored_lines
 
 # ----------------------------------------------------------------------------- generators
 
 
-def split_options(spec):
-    """[name=path, key=value, ...] of "name=path,key=value,..."; a path that exists may hold commas."""
-    words = spec.split(",")
-    for n in range(len(words), 1, -1):
-        head = ",".join(words[:n])
-        if "=" in head and all(map(os.path.exists, split_spec(head.partition("=")[2]))):
-            return [head, *words[n:]]
-    return words
-
-
 def parse_model(spec):
     """ "name[=path][,key=value...]" -> dict(name, path, steps, guidance, resolution, dtype, seed)."""
-    head, *options = split_options(spec)
+    head, *options = draw.split_options(spec)
     name, _, path = head.partition("=")
     if not path and (name not in MODELS or "=" in head):
         fail(f"unknown model {name!r}: use one of {', '.join(MODELS)}, or {name}=folder_or_hub_id")
@@ -135,23 +123,7 @@ def parse_model(spec):
     hub, steps, guidance, resolution, dtype = MODELS.get(name, ("", 30, 5.0, 0, "bf16"))
     model = dict(name=name, path=path or hub, steps=steps, guidance=guidance, dtype=dtype, seed=0)
     model["resolution"] = 0 if path else resolution
-    kinds = {"steps": (int, 1), "guidance": (float, 0), "resolution": (int, 0), "seed": (int, 0)}
-    kinds["dtype"] = (str, None)
-    for text in options:
-        key, _, value = text.partition("=")
-        if key not in kinds:
-            fail(f"model {spec!r}: no option {key!r}; there are {', '.join(kinds)}")
-        if spec.count(f",{key}=") > 1:
-            fail(f"model {spec!r}: {key} appears twice")
-        try:
-            kind, least = kinds[key]
-            model[key] = in_range(key, kind(value), (None, least, None))
-        except ValueError as e:
-            fail(f"model {spec!r}: {e}")
-    if model["resolution"] % 8:
-        fail(f"model {spec!r}: resolution must be a multiple of 8")
-    if model["dtype"] not in ("fp32", "bf16", "fp16"):
-        fail(f"model {spec!r}: dtype is fp32, bf16 or fp16")
+    model.update(draw.read_options(spec, options))
     return model
 
 

@@ -41,6 +41,7 @@ def refuses(text, call, *args):
 
 # ----------------------------------------------------------------------------- readers
 
+LEFT = {"class": "dog", "count": 1}
 ROW = {
     "tag": "colors",
     "include": [{"class": "dog", "count": 1, "color": "red"}],
@@ -72,6 +73,10 @@ def test_geneval_reads_its_metadata_and_writes_the_same_bytes(tmp_path):
         ({"include": [{"class": "dog", "count": 1, "position": ["near", 0]}]}, "position .'near'"),
         ({"include": [{"class": "dog", "count": 1, "position": ["above", 3]}]}, "position .'above', 3"),
         ({"prompt": " "}, "line 2: no prompt there"),
+        ({"include": [{"class": "dog", "count": 1, "position": None}]}, "no metadata of GenEval"),
+        ({"include": [LEFT | {"position": ["above", 1]}, LEFT | {"position": ["above", 0]}]}, "position"),
+        ({"include": {"class": "dog"}}, "include a list"),
+        ({"include": ["dog"]}, "no metadata of GenEval"),
     ],
 )
 def test_geneval_names_file_and_line_of_bad_metadata(tmp_path, change, complaint):
@@ -98,6 +103,8 @@ def test_compbench_keeps_prompts_as_file_names(tmp_path):
     assert files[2][9] == "color/samples/a red bench_000029.png"  # numbered through the category
     assert files[3][1] == "non_spatial/samples/A dog's walk_000001.png"
     assert b.read_bench("t2i-compbench", tmp_path / "color_val.txt")[2] == rows[2]
+    (tmp_path / "color_val.txt").write_text("a\u2028b\nc\n")  # a separator that ends no line
+    assert [r["prompt"] for r in b.read_bench("t2i-compbench", tmp_path)][:2] == ["a\u2028b", "c"]
     (tmp_path / "color_val.txt").write_bytes(b"a\r\nb/c\r\n")
     refuses("color_val.txt, line 2: .*official file name", b.read_bench, "t2i-compbench", tmp_path)
     (tmp_path / "color_val.txt").write_bytes(b"a\r\n\r\nb\r\n")
@@ -132,6 +139,11 @@ def test_dpg_reads_questions_and_dependencies(tmp_path):
     refuses("item coco1 has no proposition 9", b.read_bench, "dpg", table)
     table.write_text(DPG.replace(",2,1,attribute", ",2,one,attribute"))
     refuses("dpg_bench.csv, row 2: not as DPG-Bench has it", b.read_bench, "dpg", table)
+    table.write_text(DPG.replace(",2,1,attribute", ",1,0,attribute"))
+    refuses("row 2: .*proposition 1 stands twice", b.read_bench, "dpg", table)
+    for item in ("../../../evil", "/evil", ".hidden", "a\\\\b"):
+        table.write_text(DPG.replace("7,Rain", f"{item},Rain"))
+        refuses("row 4: .*can be no file name", b.read_bench, "dpg", table)
 
 
 def test_parti_hpdv2_and_pickapic(tmp_path):
@@ -158,6 +170,16 @@ def test_parti_hpdv2_and_pickapic(tmp_path):
         ("a bus", "photo", 0),
     ]
     assert len(rows) == 4 and b.read_bench("hpdv2", tmp_path / "benchmark/photo.json") == rows[3:]
+    test = [dict(prompt=p, image_path=["0.jpg", "1.jpg"], rank=[1, 2]) for p in ("a bus", "a cat", "a hat")]
+    (tmp_path / "test.json").write_text(json.dumps(test))
+    rows = b.read_bench("hpdv2", tmp_path / "test.json")
+    assert [(r["prompt"], r["tag"]) for r in rows] == [("a bus", None), ("a cat", None), ("a hat", None)]
+    (tmp_path / "keep.json").write_text('["a hat", "a  bus"]')
+    assert b.read_bench("hpdv2", tmp_path / "test.json", keep=tmp_path / "keep.json") == [rows[0], rows[2]]
+    (tmp_path / "keep.json").write_text('["a hat", "a dog"]')
+    refuses(
+        "1 of 2 prompts .*'a dog'", b.read_bench, "hpdv2", tmp_path / "test.json", 0, tmp_path / "keep.json"
+    )
     (tmp_path / "benchmark/photo.json").write_text('["a bus", 3]')
     refuses("photo.json, prompt 2: no prompt", b.read_bench, "hpdv2", tmp_path)
 
@@ -674,6 +696,8 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
     )
     table = b.summarise_bench("t2i-compbench", rows, metrics)
     assert [*table] == ["Color", "Non-Spatial"]  # a column that was not run is not there
+    phrases.write_text(json.dumps({"a red dog and the green bench": [1, 2]}))
+    refuses("phrases.json: no JSON", b.measure, "t2i-compbench", tmp_path, rows, files, "cpu", 32, sources)
     phrases.write_text("{}")
     again = (b.measure, "t2i-compbench", tmp_path, rows, files, "cpu", 32, sources)
     refuses("phrases.json: no JSON .* with 'a red dog and", *again)
@@ -728,3 +752,51 @@ def test_tables_have_the_papers_columns_and_units():
         assert bench in b.BENCHES and all([*row] == paper["columns"] for row in paper["rows"].values())
     assert b.PAPER_TABLES["geneval"]["rows"]["SDXL + RankDPO"]["Mean"] == 0.61
     assert b.PAPER_TABLES["parti"]["rows"]["BalancedDPO vs SDXL"]["CLIP"] == 94
+
+
+def test_tables_say_who_judged_and_how_many_prompts():
+    rows = [{"tag": None, "prompt": p} for p in ("a", "b", "a")]
+    win = lambda rate: {"best": {"rate": rate}}
+    pair = {"hpsv2": win(0.5), "pickscore": win(0.25), "diversity": {"gain": {}}}
+    results = {"base": {"against": {}}, "mine": {"against": {"base": pair}}}
+    scores = {name: {r: np.zeros((3, 1)) for r in pair} for name in results}
+    header, lines = b.paper_table("pickapic", results, rows, scores)
+    assert "HPS is hpsv2" in header[0] and header[1:4] == ["n", "HPS", "CLIP"]
+    assert ["mine vs base", "2", "50.00", "", "25.00", ""] == lines[2][:6]
+    paper = {line[0]: line[1:] for line in lines}
+    assert paper["BalancedDPO vs SD1.5 (paper)"][:2] == ["297", "85.19"]
+    assert (
+        paper["BalancedDPO vs SDXL (paper)"][0] == "100"
+        and paper["sum of scores vs SD1.5 (paper)"][1] == "69.70"
+    )
+    assert b.column_of("hpsv2.1", ["HPS"]) == "HPS" and b.column_of("hpsv3", ["HPS"]) is None
+
+    scores = {"mine": {"dpg": np.ones((3, 1)), "q-align": np.full((3, 1), 0.7)}}
+    trained = {"mine": {"Images": 232000.0, "GPU days": 5.5}}
+    notes = ["answers by blip; official: mPLUG-large"]
+    header, lines = b.paper_table("dpg", {"mine": {"against": {}}}, rows, scores, notes, trained)
+    assert "answers by blip; official: mPLUG-large" in header[0]
+    assert lines[0] == ["mine", "2", "100.00", "", "0.70", "232000.00", "5.50"]
+    paper = {line[0]: line[1:] for line in lines}
+    assert paper["SDXL + DPO, HPSv2 (paper)"] == ["1065", "78.04", "86.22", "0.83", "", ""]
+    header, lines = b.paper_table("t2i-compbench", {}, [], {}, ["spatial: not run"])
+    assert "spatial: not run" in header[0] and any(line[0].startswith("ELLA") for line in lines)
+
+
+def test_answers_of_another_shape_do_not_count(models, tmp_path, monkeypatch):
+    draw(tmp_path / "a.png", 0)
+    version = b.files_version(["detector", 1, models["detector"]], models["detector"])
+    version += "-" + b.files_version(["colours", 1, models["colours"]], models["colours"])
+    good = {"dog": [[0, 0, 1, 1, 0.9, None]]}
+    row = dict(version=version, prompt="{}", file_names=["a.png"], scores=[good])
+    (tmp_path / "measured").mkdir()
+    sources, jobs = {role: models[role] for role in ("detector", "colours")}, [("a.png", "{}")]
+    ask = lambda: b.measured(tmp_path, "geneval", sources, b.load_finder, jobs, "cpu", 4, b.is_finding)
+    path = tmp_path / "measured/geneval.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert ask() == {jobs[0]: good}
+    monkeypatch.setattr(b, "load_finder", lambda *_: pytest.fail("asked anew"))
+    for bad in ([], 1.0, {"dog": 1}, {"dog": [[0, 0, 1]]}, {"dog": [[0, 0, 1, 1, 0.9, "teal"]]}):
+        path.write_text(json.dumps(dict(row, scores=[bad])) + "\n")
+        with pytest.raises(pytest.fail.Exception, match="asked anew"):
+            ask()

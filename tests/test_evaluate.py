@@ -18,9 +18,12 @@ from conftest import PROMPTS, fails, rewards
 from PIL import Image
 from test_kills_synpic import killed_at
 
+import common
 import draw
 import evaluate
+import pipelines
 import rewards as scorers
+import stats
 from toy import world
 
 
@@ -55,13 +58,13 @@ def data_of(page):
 
 
 def test_wilson_interval_golden():
-    low, high = evaluate.wilson(233, 297)  # 78.45 % of 297, BalancedDPO's Pick-a-Pic row
+    low, high = stats.wilson(233, 297)  # 78.45 % of 297, BalancedDPO's Pick-a-Pic row
     assert (round(low, 3), round(high, 3)) == (0.734, 0.827)
 
 
 def test_holm_golden():
-    assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
 
 
 def test_scores_become_win_rates_and_gains():
@@ -70,7 +73,7 @@ def test_scores_become_win_rates_and_gains():
         "a": {"r": np.array([[0.0, 1.0], [0.0, 0.0], [2.0, 2.0]])},
         "b": {"r": np.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])},
     }
-    r = evaluate.compare(scores, tags, 0)["b"]
+    r = stats.compare(scores, tags, 0)["b"]
     pair = r["against"]["a"]["r"]
     wins = {k: pair["best"][k] for k in ("wins", "ties", "losses", "n")}
     assert wins == dict(wins=1, ties=1, losses=1, n=3) and pair["best"]["p"] == 1
@@ -85,7 +88,7 @@ def test_p_values_see_what_is_there_and_nothing_else():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(60, 1))
     scores = {"a": {"r": base}, "b": {"r": base + 0.5}, "c": {"r": base + 0.01 * rng.normal(size=(60, 1))}}
-    r = evaluate.compare(scores, ["all"] * 60, 0)
+    r = stats.compare(scores, ["all"] * 60, 0)
     better, none = r["b"]["against"]["a"]["r"], r["c"]["against"]["a"]["r"]
     assert better["gain"]["p"] == pytest.approx(1.6e-11, rel=1) and better["best"]["p"] == pytest.approx(
         2 / 2**60
@@ -97,7 +100,7 @@ def test_p_values_see_what_is_there_and_nothing_else():
 def test_entropy_of_free_colours():
     same, even = np.zeros((5, 6)), np.ones((5, 6)) / 6
     same[:, 2] = 1
-    r = evaluate.colour_entropy({"even": even, "same": same}, seed=0)
+    r = stats.colour_entropy({"even": even, "same": same}, seed=0)
     assert r["even"]["bits"] == pytest.approx(np.log2(6)) and r["same"]["bits"] == pytest.approx(0, abs=1e-9)
     assert r["same"]["change"]["gain"] == pytest.approx(-np.log2(6)) and r["same"]["share"]["blue"] == 1
 
@@ -119,6 +122,13 @@ def test_diversity_is_the_mean_pairwise_distance(tiny, compared):
 
 def test_three_models_are_compared(tiny, compared):
     r = results(compared)
+    first, *points = r["headline"]["points"]
+    assert r["headline"]["what"] == "accuracy" and first["gain"] is None and first["model"] == "base"
+    assert points[0]["gain"]["gain"] == 0 and points[1]["change"]["n"] == len(PROMPTS)
+    assert points[1]["value"] == r["models"]["other"]["means"]["toyworld"]
+    assert Image.open(compared / "frontier.png").width > 300
+    report = (compared / "report.md").read_text()
+    assert report.index("other: accuracy") < report.index("exact checker")
     base, same, other = (r["models"][n] for n in ("base", "same", "other"))
     pair = same["against"]["base"]["pickscore"]
     assert base["means"] == same["means"] and pair["best"]["ties"] == len(PROMPTS)
@@ -182,6 +192,7 @@ def test_the_page_sorts_and_filters_in_a_browser(compared, tmp_path):
         return [h2.split(" <small")[0] for h2 in dom.split("<article><h2>")[1:]]
 
     assert shown("order=worst") == [r["prompts"][i] for i in np.argsort(difference)]
+    assert shown("order=up&reward=none&a=nobody&tag=x") == r["prompts"]  # what is not there does not count
     counting = np.flatnonzero(tags == "counting")
     best = counting[np.argsort(-difference[counting])]
     assert shown("order=best&tag=counting") == [r["prompts"][i] for i in best]
@@ -237,6 +248,164 @@ def test_parts_draw_and_score_what_one_process_does(tiny, compared, tmp_path):
     assert content(tmp_path / "out") == content(compared)
 
 
+# ----------------------------------------------------------------------------- what a model is
+
+
+def noted(tiny, out, monkeypatch, *more, models, seeds=1):
+    """What a run would draw, [(name, steps, guidance, resolution, seed of the noise, prompt)]."""
+    drawn, white = [], Image.new("RGB", (32, 32), "white")
+
+    def note(pipe, prompts, noises, settings):
+        how = [settings[key] for key in ("name", "steps", "guidance", "resolution")]
+        drawn.extend((*how, noise, prompt) for noise, prompt in zip(noises, prompts))
+        return [(white, None)] * len(prompts)
+
+    monkeypatch.setattr(draw, "generate_each", note)
+    evaluate.main([*command(tiny, out, *more, models=models, seeds=seeds), "--stages", "draw"])
+    return drawn
+
+
+def test_each_model_may_have_its_own_sampling(tiny, tmp_path, monkeypatch, capsys):
+    models = ("base={}/sdxl", "turbo={}/sdxl,steps=1,guidance=0,resolution=64x32")
+    drawn = noted(tiny, tmp_path / "out", monkeypatch, "--limit", 2, models=models)
+    how = {name: rest for name, *rest in ((d[0], *d[1:4]) for d in drawn)}
+    assert how == {"base": [2, 2.0, 0], "turbo": [1, 0.0, "64x32"]}
+    noises = lambda name: {d[5]: d[4] for d in drawn if d[0] == name}
+    assert noises("base") == noises("turbo") and len(noises("base")) == 2
+    args = command(tiny, tmp_path / "out", "--stages", "draw", models=("base={}/sdxl", "t={}/sdxl,stops=1"))
+    fails(evaluate.main, args, "no option 'stops'", capsys=capsys)
+    args = command(tiny, tmp_path / "out", "--stages", "draw", models=("base={}/sdxl", "t={}/sdxl,seed=1"))
+    fails(evaluate.main, args, "same noise", capsys=capsys)
+    args = command(tiny, tmp_path / "out", "--resolution", "64x33", models=models)
+    fails(evaluate.main, args, "--resolution must be a multiple of 8", capsys=capsys)
+
+
+def test_repeats_of_a_prompt_have_noises_of_their_own(tiny, tmp_path, monkeypatch):
+    row = dict(tag="counting", include=[{"class": "bench", "count": 2}], prompt="two benches")
+    other = dict(row, prompt="two chairs", include=[{"class": "chair", "count": 2}])
+    path = tmp_path / "repeats.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (row, other, row, row)))
+    more = ("--bench", "geneval", "--prompts", path, "--rewards", rewards(tiny)[0])
+    models = ("base={}/sdxl", "other={}/sd15")
+    drawn = noted(tiny, tmp_path / "out", monkeypatch, *more, models=models)
+    noises = [d[4] for d in drawn if d[0] == "base"]
+    assert len(set(noises)) == 4 and noises == [d[4] for d in drawn if d[0] == "other"]
+    assert noises[0] == pipelines.noise_seed("two benches", "", 1234)  # the first is as without repeats
+
+
+def test_intervals_are_over_distinct_prompts():
+    rng = np.random.default_rng(0)
+    scores = {name: {"r": rng.normal(size=(6, 2))} for name in "ab"}
+    prompts, tags = ["x", "y", "x", "z", "x", "y"], ["t", "t", "t", "u", "t", "t"]
+    found = stats.compare(scores, tags, 0, prompts)["b"]["against"]["a"]["r"]
+    merge = lambda s: np.array([np.resize(s[of].reshape(-1), 12) for of in ([0, 2, 4], [1, 5], [3])])
+    merged = stats.compare({n: {"r": merge(of["r"])} for n, of in scores.items()}, ["t", "t", "u"], 0)
+    for kind, of in merged["b"]["against"]["a"]["r"].items():
+        assert found[kind] == pytest.approx(of) and of["n"] == 3
+
+
+def test_the_log_beside_a_model_says_its_drift(tmp_path):
+    head = dict(device="NVIDIA A100", world=8, config=dict(global_batch_size=1024, data=str(tmp_path)))
+    rows = [dict(step=n, lists_per_s=10.0) for n in range(400)]
+    rows[199]["held_out_best_s"], rows[399]["held_out_best_s"] = 0.002, -0.004
+    (tmp_path / "summary.json").write_text('{"images": 232000}')
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)) + '{"step": 400, "held_out_b')
+    found = evaluate.training(f"some/base+{tmp_path}/model-000200")
+    assert found["drift"] == 0.002 and found["Images"] == 232000
+    assert found["GPU days"] == pytest.approx(200 * 1024 / 10 * 8 / 86400)
+    assert evaluate.training(f"{tmp_path}/model")["drift"] == -0.004
+    log.write_text("not a log\n")
+    assert (
+        evaluate.training(f"{tmp_path}/model")
+        == {}
+        == evaluate.training("")
+        == evaluate.training("hub/model")
+    )
+
+
+def test_steps_of_a_run_are_joined(tmp_path):
+    gain = dict(gain=0.1, low=0.05, high=0.2)
+    point = lambda name: dict(model=name, value=0.5, gain=gain, diversity=0.4, change=gain)
+    points = [dict(point("base"), gain=None, change=None), *map(point, ("rank@200", "rank@50", "other"))]
+    evaluate.draw_frontier(tmp_path / "frontier.png", dict(what="accuracy", accuracy=True, points=points))
+    assert Image.open(tmp_path / "frontier.png").size == (840, 600)
+    text = evaluate.terminal_table(dict(what="preferred by 12 rewards", points=points + [point("n" * 90)]))
+    assert max(map(len, text.splitlines())) <= 100 and "+0.100 (+0.050 to +0.200)" in text
+
+
+def test_without_an_accuracy_the_rewards_vote():
+    a, b = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[1.0, 2.0], [1.0, 1.0]])
+    scores = {"a": {"clip": a, "pick": a}, "b": {"clip": b, "pick": -b}}
+    first = stats.headline(scores, stats.compare(scores, ["x"] * 2, 0), ["x"] * 2, 0)
+    assert first["what"] == "preferred by 2 rewards" and not first["accuracy"]
+    values = [p["value"] for p in first["points"]]
+    assert (
+        values == [0.5, pytest.approx(((1 + 0) / 2 + (0.5 + 0) / 2) / 2)]
+        and first["points"][1]["diversity"] is None
+    )
+
+
+def test_pictures_of_other_programs_are_found(tmp_path):
+    rows = [dict(prompt="a", tag="anime", index=0), dict(prompt="b", tag="photo", index=3)]
+    find = lambda name, seeds: evaluate.benchmarks.pictures_from_elsewhere(name, tmp_path, rows, seeds)
+    assert find("hpdv2", 1) == (None, "metadata.jsonl or pictures/00000/0.png or anime/00000.jpg")
+    for file in ("00001/samples/00001.png", "photo/00003.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_bytes(b"x")
+    assert find("geneval", 2)[0][1] == ["00001/samples/00000.png", "00001/samples/00001.png"]
+    assert find("hpdv2", 1)[0] == [["anime/00000.jpg"], ["photo/00003.jpg"]]
+    assert find("hpdv2", 2)[0] is None  # it has one picture a prompt
+
+
+def test_links_out_of_a_folder_of_pictures_are_refused(tiny, compared, tmp_path, capsys):
+    shutil.copytree(compared / "other", tmp_path / "theirs")
+    file = tmp_path / "theirs/00001/samples/0000.png"
+    shutil.move(file, tmp_path / "elsewhere.png")
+    file.symlink_to(tmp_path / "elsewhere.png")
+    (tmp_path / "theirs/metadata.jsonl").unlink()
+    args = command(tiny, tmp_path / "out", models=("base={}/sdxl", f"theirs={tmp_path}/theirs"))
+    fails(evaluate.main, args, "theirs", "00001/samples/0000.png", "a link out of the folder", capsys=capsys)
+    (tmp_path / "empty").mkdir()
+    args = command(tiny, tmp_path / "out", models=("base={}/sdxl", f"none={tmp_path}/empty"))
+    fails(evaluate.main, args, "no pipeline, and no pictures", "00000/samples/00000.png", capsys=capsys)
+
+
+def test_columns_and_subsets_of_prompts(tiny, tmp_path, monkeypatch, capsys):
+    path, keep = tmp_path / "bench.csv", tmp_path / "keep.txt"
+    path.write_text("Text,Kind\na red circle,Colors\ntwo squares,Counting\na cross,Other\n")
+    keep.write_text("a cross\na red circle\n")
+    more = ["--prompts", path, "--field", "Text", "--tag", "Kind", "--keep", keep]
+    more += ["--rewards", rewards(tiny)[0]]
+    models = ("base={}/sdxl", "other={}/sd15")
+    drawn = noted(tiny, tmp_path / "out", monkeypatch, *more, models=models)
+    assert [d[5] for d in drawn if d[0] == "base"] == ["a red circle", "a cross"]
+    args = command(tiny, tmp_path / "out", *more)
+    fails(evaluate.main, [*args, "--tag", "Sort"], "--tag Sort", "no such column", capsys=capsys)
+    keep.write_text("a cross\na horse\n")
+    fails(evaluate.main, args, "1 of 2 prompts", "'a horse'", capsys=capsys)
+
+
+# ----------------------------------------------------------------------------- pictures and words
+
+
+def test_markdown_shows_any_text_as_it_is():
+    table = evaluate.markdown(["<b>", "a|b"], [["**bold**", "line\nbreak `x` [y](z) *i*"]])
+    assert "<b>" not in table and "&lt;b&gt;" in table and "a\\|b" in table and "**bold**" in table
+    assert "line break \\`x\\` \\[y\\](z) \\*i\\*" in table and table.count("\n") == 4
+
+
+def test_a_grid_keeps_proportions_and_says_what_it_cannot_write(tmp_path):
+    wide = Image.new("RGB", (64, 32), "red")
+    common.picture_grid(
+        [("a prompt " * 40 + "\u4e2d\u6587", [(wide, "rankdpo right")] * 3)], tmp_path / "g.png", side=96
+    )
+    pixels = np.array(Image.open(tmp_path / "g.png"))
+    red = (pixels == (255, 0, 0)).all(-1)
+    assert red.any(0).sum() == 3 * 96 and red.any(1).sum() == 48  # 2 to 1, as it is
+    assert common.in_font("red \u4e2d\u6587 circle") == "red [2 CJK] circle" and common.in_font("Ёж") == "Ёж"
+
+
 # ----------------------------------------------------------------------------- what goes wrong
 
 
@@ -246,6 +415,10 @@ def test_evaluate_errors(tiny, tmp_path, capsys):
     check(["--models", f"a={tiny}/sdxl"], "two or more")
     check(["--models", f"a={tiny}/sdxl", f"b={tmp_path}/none"], "none", "no such folder")
     check(["--models", f"../a={tiny}/sdxl", f"b={tiny}/sd15"], "../a", "a name is")
+    for name in ("results.json", "report.html", "Key.json", "study"):  # the report would replace its folder
+        check(["--models", f"a={tiny}/sdxl", f"{name}={tiny}/sd15"], name, "is a file of the report")
+    check(["--models", f"a={tiny}/sdxl", f"A={tiny}/sd15"], "given twice")
+    check(two + ["--rewards", "toyworld", "--limit", 3, "--study", 4], "--study 4", "there are 3 prompts")
     check(two + ["--prompts", "none.jsonl"], "none.jsonl")
     check(two + ["--shard", "2/2"], "--shard 2/2")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a circle"}\n{"promt": 1}\n')
@@ -348,6 +521,19 @@ def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys)
     assert "other over base" in capsys.readouterr().out
     (tmp_path / "eve.json").write_text('{"study": "1", "answers": {}}')
     fails(evaluate.main, [*files, tmp_path / "eve.json"], "eve.json", "of study 1", capsys=capsys)
+    shutil.copy(tmp_path / "ann.json", tmp_path / "again.json")
+    fails(
+        evaluate.main, [*files, tmp_path / "again.json"], "again.json", "a person counts once", capsys=capsys
+    )
+    for pair in key["pairs"]:
+        assert len({Path(file).name for file in pair["files"]}) == 1  # one seed, so one noise
+    kept = (tmp_path / "out/key.json").read_bytes()
+    evaluate.main([*args, "--study", "6"])  # the same once more
+    assert (tmp_path / "out/key.json").read_bytes() == kept
+    fails(evaluate.main, [*args, "--study", "5"], "another study is out", capsys=capsys)
+    assert (tmp_path / "out/key.json").read_bytes() == kept
+    (tmp_path / "out/key.json").write_text('{"study": "x", "pairs": [{"id": "0", "models": ["a"]}]}')
+    fails(evaluate.main, files, "key.json: damaged", "no pairs of two models", capsys=capsys)
 
 
 def test_agreement_golden():
@@ -355,7 +541,7 @@ def test_agreement_golden():
     counts = np.array([[3, 0, 0], [0, 0, 3], [2, 0, 1], [1, 1, 1]])
     observed = (1 + 1 + 1 / 3 + 0) / 4
     chance = (6 / 12) ** 2 + (1 / 12) ** 2 + (5 / 12) ** 2
-    assert evaluate.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
+    assert stats.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
 
 
 # ----------------------------------------------------------------------------- benchmarks
@@ -385,7 +571,7 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
         and pair["best"]["n"] == 3
         and r["scores"]["base"]["geneval"][3] == [None] * 2
     )
-    assert "SDXL + RankDPO (paper) | 0.61 | 1.00" in report and "judged by mine" in report
+    assert "SDXL + RankDPO (paper) | 553 | 0.61 | 1.00" in report and "judged by mine" in report
     assert json.loads((tmp_path / "out/base/00002/metadata.jsonl").read_text()) == rows[2]
     assert data_of(tmp_path / "out/report.html")["rows"][3]["scores"][0][-1] is None
     # that folder is the benchmark's layout: it can be named instead of a model, but not for other prompts
@@ -401,7 +587,7 @@ def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):
 def test_a_metric_without_a_judge_is_left_out():
     """T2I-CompBench's spatial prompts alone: all NaN."""
     scores = {"spatial": np.full((4, 2), np.nan), "clip": np.arange(8.0).reshape(4, 2)}
-    found = evaluate.compare({"a": scores, "b": scores}, ["x"] * 4, seed=0)
+    found = stats.compare({"a": scores, "b": scores}, ["x"] * 4, seed=0)
     assert found["b"]["means"] == {"clip": 3.5} and list(found["b"]["against"]["a"]) == ["clip"]
 
 

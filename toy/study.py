@@ -35,9 +35,10 @@ import common
 import losses
 import rankdpo
 from common import fail, option
-from evaluate import category_mean, entropy, holm, markdown
+from evaluate import markdown
 from pipelines import SUITS, generate_each, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, load_reward, reward_name
+from stats import category_mean, entropy, holm
 from toy.world import CATEGORIES, GROUND, check, find_objects, grammar, prompts_of
 
 BASE, PAGE = TOY / "models/sdxl", TOY.parent / "docs/study.md"
