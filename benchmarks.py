@@ -30,35 +30,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import (
-    HERE,
-    fail,
-    parse_json,
-    process_rank,
-    prompt_rows,
-    publish,
-    read_image,
-    read_jsonl,
-    read_prompts,
-    read_text,
-    wait_for_all,
-    write_text,
-)
+import common
+import scorers
+from common import HERE, fail, parse_json, process_rank, prompt_rows, publish, read_text, write_text
 from lists import is_number
 from rewards import LOADERS, Store, answer_rows, files_version, load_reward, read_answers
-from scorers import (
-    BERT,
-    BLIP_WORDS,
-    Scorer,
-    clip_tokenizer,
-    cosine,
-    crop,
-    load_tokenizer,
-    normalised,
-    one_line,
-    pretrained,
-    tokenize,
-)
+from scorers import BERT, BLIP_WORDS, Scorer, clip_tokenizer, cosine, crop, one_line, pretrained
 
 MODELS = {  # role: its default; --bench_models role=folder_or_hub_id names another
     "detector": "facebook/mask2former-swin-small-coco-instance",
@@ -97,7 +74,7 @@ def kept_rows(rows, keep):
     A prompt there that no row has ends the program."""
     if not keep:
         return rows
-    wanted = {row["prompt"]: n for n, row in enumerate(read_prompts(keep), 1)}
+    wanted = {row["prompt"]: n for n, row in enumerate(common.read_prompts(keep), 1)}
     kept = [row for row in rows if " ".join(row["prompt"].split()) in wanted]
     if lost := wanted.keys() - {" ".join(row["prompt"].split()) for row in kept}:
         first = min(lost, key=wanted.get)
@@ -117,7 +94,7 @@ def inside(path, *names):
 
 def read_geneval(path):
     path = inside(path, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
-    for n, row in read_jsonl(path):  # the row stays as it is: it is what metadata.jsonl says again
+    for n, row in common.read_jsonl(path):  # the row stays as it is: it is what metadata.jsonl says again
         try:
             check_metadata(row)
         except (KeyError, ValueError, TypeError, AttributeError) as e:
@@ -308,7 +285,7 @@ def as_needed(path, sources, draw):
     changed = max(source.stat().st_ctime_ns for source in sources)
     if not path.is_file() or path.stat().st_mtime_ns <= changed:
         try:
-            image = draw([read_image(source) for source in sources])
+            image = draw([common.read_image(source) for source in sources])
         except ValueError as e:
             fail(f"{path}: cannot be drawn from {sources[0]} and its seeds: {e}")
         publish(path, image.save, sync=False)
@@ -426,7 +403,7 @@ def measured(folder, name, sources, load, jobs, device, batch_size, fits=is_numb
     mine = [row for start in starts for row in rows[start : start + batch_size]]
     part, judge = f"@{rank}of{world}" * (world > 1), lambda: load_judge(load, sources, device)
     answer_rows(store, mine, judge, batch_size, "leave", part)
-    wait_for_all(slow=True)
+    common.wait_for_all(slow=True)
     known = read_answers(store, rows)
     there = lambda i: i in known and (Path(folder) / rows[i][1][0]).is_file()
     return {job: known[i][0] if there(i) else None for i, job in enumerate(jobs)}
@@ -466,7 +443,7 @@ def load_clip(source, device):
     tokenizer = clip_tokenizer(source, words.vocab_size)
 
     def read(texts):
-        ids = tokenize(tokenizer, list(texts), words.max_position_embeddings, source)[0]
+        ids = scorers.tokenize(tokenizer, list(texts), words.max_position_embeddings, source)[0]
         return model.get_text_features(input_ids=ids.to(device)).pooler_output
 
     see = lambda x: model.get_image_features(pixel_values=x.to(device)).pooler_output
@@ -490,11 +467,11 @@ def load_vqa(sources, device):
 
     model = pretrained(BlipForQuestionAnswering, source)[0].to(device)
     words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
-    tokenizer = load_tokenizer(BertTokenizer, source, words, BERT, BLIP_WORDS)
+    tokenizer = scorers.load_tokenizer(BertTokenizer, source, words, BERT, BLIP_WORDS)
     yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
 
     def prepare(image):
-        return normalised(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+        return scorers.normalised(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
     def forward(x, questions):
         seen = model.vision_model(pixel_values=x).last_hidden_state  # (N, 1 + patches, D)

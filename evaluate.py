@@ -35,47 +35,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch.distributed as dist
-from PIL import Image
-
-import benchmarks
-import draw
-from common import (
-    HERE,
-    fail,
-    fill_in,
-    one_line_errors,
-    option,
-    parse,
-    parse_json,
-    path_inside,
-    pick_device,
-    picture_grid,
-    process_rank,
-    provenance,
-    publish,
-    read_image,
-    read_prompts,
-    read_text,
-    start_processes,
-    whole_lines,
-    writable_folder,
-    write_text,
-)
-from lists import read_metadata
-from pipelines import check_pipeline, family_of, load_pipeline, split_spec
-from rewards import (
-    TOY_REWARDS,
-    check_rewards,
-    load_reward,
-    picture_version,
-    read_scores,
-    reward_name,
-    score_rows,
-)
-from stats import agreement, colour_entropy, compare, headline, win_rate
-from toy.world import COLORS, find_objects, grammar
+import common
+from common import HERE, fail, fill_in, option, parse, parse_json, publish, read_image, read_text, write_text
 
 STAGES = ("draw", "score", "report")
 OURS = (
@@ -104,7 +65,7 @@ class Config:
     tag: str = option("", "its column of categories (default: tag or category)")
     keep: str = option("", "a file of prompts: the others of --prompts are left out")
     bench: str = option(
-        "", f"the benchmark that --prompts belongs to: {', '.join(benchmarks.BENCHES)}, or none"
+        "", "whose --prompts are: geneval, t2i-compbench, dpg, parti, hpdv2, pickapic, or none"
     )
     bench_models: tuple = option((), "what judges it, as role=source: detector=DIR colours=DIR vqa=NAME ...")
     limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
@@ -132,6 +93,30 @@ class Config:
     # people
     study: int = option(0, "a blind study in OUT/study: pairs of each model and the first", at_least=0)
     study_answers: tuple = option((), "files that people sent back: who wins, and how far people agree")
+
+
+if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
+    parse(Config, __doc__)
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+
+import benchmarks
+import draw
+from lists import read_metadata
+from pipelines import check_pipeline, family_of, load_pipeline, split_spec
+from rewards import (
+    TOY_REWARDS,
+    check_rewards,
+    load_reward,
+    picture_version,
+    read_scores,
+    reward_name,
+    score_rows,
+)
+from stats import agreement, colour_entropy, compare, headline, win_rate
+from toy.world import COLORS, find_objects, grammar
 
 
 class Pictures(NamedTuple):
@@ -312,7 +297,7 @@ def draw_grid(path, found):
                 verdict = "" if passed is None else (" (wrong)", " (right)")[int(passed[i, s])]
                 cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
         rows.append((found.rows[i]["prompt"], cells))
-    picture_grid(rows, path, side=96)
+    common.picture_grid(rows, path, side=96)
 
 
 # ----------------------------------------------------------------------------- stages
@@ -367,7 +352,7 @@ def pictures_of(cfg, name, path, own, rows):
     for _, files in drawn:
         for file in files:
             try:
-                path_inside(here, file)
+                common.path_inside(here, file)
             except ValueError as e:
                 fail(f"--models {name}={path}: {e}")
     return Pictures("", path, drawn, {})
@@ -416,7 +401,7 @@ def drawings(cfg, models):
     plans = []
     for name, pictures in models.items():
         if pictures.path:
-            folder = writable_folder("out", pictures.folder)
+            folder = common.writable_folder("out", pictures.folder)
             how = dict(steps=cfg.steps, guidance=cfg.guidance, dtype="bf16")
             how["resolution"] = draw.read_resolution("--resolution", cfg.resolution)
             how.update(name=name, path=pictures.path, noise="", **pictures.own)
@@ -488,7 +473,7 @@ def stop_or_skip(cfg, problems, count):
         message = f"{len(problems)} of {count} prompts cannot be compared, the first: {first}"
         if cfg.on_error == "stop" or len(problems) == count:
             fail(f"{message}. Draw and score it, or leave such prompts out with --on_error skip")
-        if process_rank()[0] == 0:
+        if common.process_rank()[0] == 0:
             print(f"{message}; they are left out for all models")
 
 
@@ -563,7 +548,7 @@ def training(path):
     step = folder.name.removeprefix("model-")
     last = int(step) if step.isdecimal() else float("inf")
     try:
-        head, *rows = [parse_json(line.decode()) for line in whole_lines(folder.parent / "log.jsonl")]
+        head, *rows = [parse_json(line.decode()) for line in common.whole_lines(folder.parent / "log.jsonl")]
         rows = [row for row in rows if row["step"] < last]
         for row in rows:
             if row.get("held_out_best_s") is not None:
@@ -686,7 +671,7 @@ def write_report(cfg, found, setting, note, tables, where):
 
 def report_stage(cfg, models, rows, tags, device, of_bench):
     """The report of what lies on disk: computed, put in words, written."""
-    found, where = compute(cfg, models, rows, tags, of_bench), provenance(device)
+    found, where = compute(cfg, models, rows, tags, of_bench), common.provenance(device)
     for pictures in models.values():
         if cfg.bench and pictures.path:  # drawn here
             files = [files for _, files in pictures.rows]
@@ -805,7 +790,7 @@ def study_report(cfg):
 # ----------------------------------------------------------------------------- main
 
 
-@one_line_errors
+@common.one_line_errors
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     if cfg.study_answers:
@@ -816,7 +801,9 @@ def main(argv=None):
     if cfg.bench:
         rows = benchmarks.read_bench(cfg.bench, cfg.prompts, cfg.limit, cfg.keep)
     else:
-        rows = read_prompts(cfg.prompts, column=cfg.field, also=("tag", "category", "Category", cfg.tag))
+        rows = common.read_prompts(
+            cfg.prompts, column=cfg.field, also=("tag", "category", "Category", cfg.tag)
+        )
         rows = benchmarks.kept_rows(rows, cfg.keep)[: cfg.limit or None]
     if cfg.tag and cfg.tag not in rows[0]:
         fail(f"--tag {cfg.tag}: {cfg.prompts} has no such column")
@@ -825,11 +812,11 @@ def main(argv=None):
     check_choices(cfg, [row["prompt"] for row in rows])
     part, parts, index, count = draw.share_of(cfg.shard)
     models = {name: pictures_of(cfg, name, *how, rows) for name, how in named.items()}
-    device, out = pick_device(cfg.device), writable_folder("out", cfg.out)
+    device, out = common.pick_device(cfg.device), common.writable_folder("out", cfg.out)
     stages = set(cfg.stages) - ({"report"} if parts > 1 else set())  # the parts do not wait for each other
     cfg = suited(cfg, models)
     plans = drawings(cfg, models)
-    rank, world = process_rank()
+    rank, world = common.process_rank()
     starts = range(0, len(rows), cfg.batch_size)[index::count]  # a batch belongs to one process, by its place
     mine = [range(len(rows))[start : start + cfg.batch_size] for start in starts]
     with draw.folder_lock(out, index, count, "evaluate.py"):
@@ -841,7 +828,7 @@ def main(argv=None):
             score_stage(cfg, models, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "report" in stages:
             if world > 1:  # the pictures of all must be there
-                start_processes("cpu", minutes=24 * 60)
+                common.start_processes("cpu", minutes=24 * 60)
                 dist.barrier()
             of_bench = bench_stage(cfg, models, rows, device)
             if rank == 0:
