@@ -634,7 +634,7 @@ def test_two_processes_answer_as_one_does(models, monkeypatch, tmp_path):
     ask = lambda: b.measured(tmp_path, "dpg", {"vqa": models["vqa"]}, b.load_vqa, jobs, "cpu", 3)
     alone = ask()
     (tmp_path / "measured/dpg.jsonl").unlink()
-    monkeypatch.setattr(b, "wait_for_all", lambda slow: None)
+    monkeypatch.setattr("common.wait_for_all", lambda slow: None)
     for rank in (1, 0):
         monkeypatch.setattr(b, "process_rank", lambda: (rank, 2))
         together = ask()
