@@ -170,7 +170,7 @@ def parse_model(spec):
         key, _, value = text.partition("=")
         if key not in kinds:
             fail(f"model {spec!r}: no option {key!r}; there are {', '.join(kinds)}")
-        if sum(option.startswith(f"{key}=") for option in options) > 1:
+        if sum(other.startswith(f"{key}=") for other in options) > 1:
             fail(f"model {spec!r}: {key} appears twice")
         try:
             kind, least = kinds[key]
