@@ -41,11 +41,13 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled|Already found a
 # ----------------------------------------------------------------------------- networks
 
 
-def load_base(cfg, device, encoders):
+def load_base(cfg, device, dtype, encoders):
     """The pipeline of --model, with no weights but those that this process uses, and its family."""
-    loaded_on = device if cfg.model.startswith("random:") else "cpu"
+    place = "cpu", torch.float32
+    if cfg.model.startswith("random:"):  # under adapters, weights lie in the compute type
+        place = device, dtype if cfg.lora_rank else torch.float32
     denoiser = process_rank()[0] == 0
-    pipe = pipelines.load_pipeline(cfg.model, loaded_on, denoiser=denoiser, encoders=encoders)
+    pipe = pipelines.load_pipeline(cfg.model, *place, denoiser=denoiser, encoders=encoders)
     common.wait_for_all(slow=True)  # the first process may have fetched the weights from the hub
     family = pipelines.family_of(pipe, trainable=True)
     if encoders and (missing := [name for name in family.encoders if getattr(pipe, name) is None]):

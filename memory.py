@@ -370,7 +370,7 @@ def main(argv=None):
     if cfg.stage == "score":
         return plan_scoring(cfg)
     dtype, K = torch.bfloat16, cfg.k or (2 if cfg.loss == "dro" else 4)
-    pipe = pipelines.load_pipeline(cfg.model.split("+")[0], denoiser=False, encoders=False)
+    pipe = pipelines.load_pipeline(pipelines.split_spec(cfg.model)[0], denoiser=False, encoders=False)
     family, denoiser = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)[1]
     shapes = pipelines.shapes_at(pipe, cfg.resolution)
     item = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -135,7 +135,8 @@ def check_options(cfg):
     given = [n for n in ("label", "label_rewards", "expert_by") if getattr(cfg, n) != getattr(Method, n)]
     if cfg.data == "random" and given:
         fail(f"--data random: has no labels for --{given[0]}; it only measures time and memory")
-    if any(Path(part).resolve().is_relative_to(Path(cfg.out).resolve()) for part in cfg.model.split("+")):
+    out, parts = Path(cfg.out).resolve(), pipelines.split_spec(cfg.model)
+    if any(Path(part).resolve().is_relative_to(out) for part in parts):
         fail(f"--model {cfg.model}: lies in --out {cfg.out}, which the run writes; choose another --out")
     lists.check_label(cfg.label, (*lists.STORED, *losses.LABELS))
     if cfg.loss in lists.VOTES and cfg.label in SCORES:
@@ -491,7 +492,7 @@ def main(argv=None):
     wanted = visited(cfg, train_lists) | set(held_out)
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)
     encoders = bool(missing or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))
-    pipe, family = engine.load_base(cfg, device, encoders)
+    pipe, family = engine.load_base(cfg, device, dtype, encoders)
     part, denoiser = pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
     identity = engine.identity_of(cfg, fields(Method), rows, denoiser)
