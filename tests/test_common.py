@@ -15,7 +15,9 @@ import pytest
 from conftest import HERE, child, fails
 from PIL import Image, ImageOps
 
+import benchmarks
 import common
+import losses
 from common import MARKER, appending, open_image, option, publish, read_pixels, read_prompts, write_text
 
 # ----------------------------------------------------------------------------- options
@@ -59,6 +61,32 @@ def test_common_is_imported_without_torch():
     """Scripts parse their options before they import torch: --help is there at once."""
     code = "import sys, common; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'pandas')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "right"),
+    [
+        ("synpic", "--devise", "--device"),
+        ("rankdpo", "--lorarank", "--lora_rank"),
+        ("evaluate", "--modles", "--models"),
+        ("rewards", "--rewords", "--rewards"),
+        ("memory", "--modle", "--model"),
+    ],
+)
+def test_help_and_a_misspelt_option_need_no_torch(script, wrong, right, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = lambda *words: subprocess.run(
+        [sys.executable, f"{script}.py", *words], cwd=HERE, env=env, capture_output=True, text=True
+    )
+    told = run("--help")
+    text = " ".join(told.stdout.split())
+    assert told.returncode == 0 and right in text
+    names = {"synpic": losses.LABELS, "rankdpo": losses.LABELS, "evaluate": benchmarks.BENCHES}
+    assert all(name in text for name in names.get(script, ()))
+    refused = run(wrong, "1")
+    assert refused.returncode == 2 and f"did you mean {right}?" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
 
 
 # ----------------------------------------------------------------------------- processes
