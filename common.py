@@ -734,7 +734,8 @@ def plot_curves(rows, panels, path):
 def grid_font():
     import matplotlib  # it brings DejaVu Sans: Latin, Greek, Cyrillic, Arabic, Hebrew
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(path, 10, layout_engine=ImageFont.Layout.BASIC)  # raqm raises for lone marks
 
 
 def in_font(text):

@@ -310,9 +310,11 @@ def named_paths(specs):
         head, *options = draw.split_options(spec)
         name, _, path = head.partition("=")
         if not name[:1].isalnum() or not all(c.isalnum() or c in "-._@" for c in name):
-            fail(f"--models {head}: a name is made of letters, digits, -, ., _ and @: it names a folder")
-        if not path or name.lower() in taken:  # folders may not tell case apart
-            fail(f"--models {head}: {name} is a file of the report, given twice or without =path")
+            fail(f"--models {head}: name=path is wanted, with a name of letters, digits, -, ., _ and @")
+        if not path:
+            fail(f"--models {head}: name=path is wanted")
+        if name.lower() in taken:  # folders may not tell case apart
+            fail(f"--models {head}: different names are wanted, which are no files of the report")
         local = path.startswith(("outputs/", ".", "/"))
         if local and not all(map(os.path.exists, split_spec(path))):  # base+adapters
             fail(f"--models {head}: no such folder; train it with rankdpo.py first")

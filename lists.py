@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-import pipelines
 from common import IMAGE_FORMATS, fail, path_inside, process_rank, publish, read_jsonl, read_pixels, read_text
 from losses import preference_labels, preference_rank
 
@@ -228,6 +227,8 @@ def find_cache(cfg, rows, dtype, wanted):
     chunks that fall to this process. The hash is of all that goes into the cache: images, prompts, models."""
     if cfg.data == "random":
         return Cache(), []
+    import pipelines  # diffusers takes seconds, which readers of lists do not need
+
     data = Path(cfg.data)
     stat = lambda p: [str(p), p.stat().st_size, p.stat().st_mtime_ns]
     images = [[row["prompt"], [stat(data / f) for f in row["file_names"]]] for row in rows]
@@ -277,6 +278,8 @@ def encode(cfg, rows, pipe, device, dtype, cache, missing):
     all processes read. Threads decode the next lists' images meanwhile."""
     if not missing:
         return
+    import pipelines  # diffusers takes seconds, which readers of lists do not need
+
     family, first = pipelines.family_of(pipe), f"{cfg.data}/{rows[0]['file_names'][0]}"
     size, factor = read_pixels(first, cfg.resolution).shape, pipe.vae_scale_factor * family.patch
     if any(side % factor for side in size[1:]):
@@ -305,6 +308,8 @@ def encode_no_caption(cfg, pipe, item, device, dtype):
     """{name: tensor}: what a list whose caption is dropped is conditioned on; `item` is a list as cached."""
     if cfg.data == "random":
         return {name: torch.zeros_like(t) for name, t in item.items() if name != "latents"}
+    import pipelines  # diffusers takes seconds, which readers of lists do not need
+
     size = [side * pipe.vae_scale_factor for side in item["latents"].shape[-2:]]
     return pipelines.encode_nothing(pipe, size, device, dtype)
 

@@ -275,7 +275,7 @@ def test_fifty_steps_teach_the_order_of_a_list(name, lists, root, tmp_path):
     shutil.copytree(lists / "images", data / "images")
     data_rows = "".join(json.dumps(dict(row, prompt=prompt)) + "\n" for prompt in PROMPTS[:8])
     (data / "metadata.jsonl").write_text(data_rows)
-    more = ["--holdout", 0.5, "--eval_every", 50, "--lr", 3e-3, "--beta", 10]
+    more = ["--holdout", 0.5, "--eval_every", 50, "--lr", 3e-3, "--beta", 10, "--loser_weight", 1]
     log = train(data, root, tmp_path / "out", "--steps", 50, *more, model=name)
     print(name, [round(r["accuracy"], 2) for r in log[1::7]], log[-1]["held_out_accuracy"])
     assert log[1]["accuracy"] == 0.5 and log[-1]["held_out_accuracy"] > 0.95

@@ -610,20 +610,9 @@ def test_reference_refresh_brings_the_loss_back(lists, tiny, tmp_path):
 
 
 def test_reversed_labels_turn_the_gradient_around(lists, tiny, tmp_path):
-    right = short_run(lists, tiny, tmp_path / "a", "--steps", 6, "--lr", 1e-3, "--global_batch_size", 10)[-1]
-    wrong = short_run(
-        lists,
-        tiny,
-        tmp_path / "b",
-        "--steps",
-        6,
-        "--lr",
-        1e-3,
-        "--global_batch_size",
-        10,
-        "--label",
-        "reversed",
-    )[-1]
+    args = ("--steps", 6, "--lr", 1e-3, "--global_batch_size", 10, "--loser_weight", 1)
+    right = short_run(lists, tiny, tmp_path / "a", *args)[-1]
+    wrong = short_run(lists, tiny, tmp_path / "b", *args, "--label", "reversed")[-1]
     assert (
         right["best_s"] < right["worst_s"] and wrong["best_s"] < wrong["worst_s"]
     )  # each orders its own labels

@@ -24,6 +24,7 @@ import draw
 import rankdpo
 import rewards as reward_models
 import synpic
+from lists import read_lists
 from losses import LABELS, preference_labels
 from toy import build
 
@@ -376,7 +377,8 @@ def test_changed_settings_are_refused_and_named(lists, tiny, tmp_path, capsys):
         "model sd15_0 (guidance 7.5 before, 9.0 now)",
     )
     check([*args, "--models", *models[:3]], "model sd15_0 (missing now)")
-    check([*args, "--models", *models[:3], f"sd15={tiny}/sd3,steps=2"], "model sd15_0 (other weights)")
+    other = [*args, "--models", *models[:3], f"sd15={tiny}/sd3,steps=2"]
+    check(other, "model sd15_0 (other", "other weights")
 
 
 # ----------------------------------------------------------------------------- prompts
@@ -498,7 +500,7 @@ def test_the_trainer_makes_the_labels_that_synpic_writes(uneven, tmp_path, monke
     """One folder, several labels: the trainer's rows are those of a folder that was labelled anew."""
     out, rows = (
         tmp_path / "copy",
-        lambda *more: rankdpo.read_lists(rankdpo.Config(data=str(out), **dict(more))),
+        lambda *more: read_lists(rankdpo.Config(data=str(out), **dict(more))),
     )
     shutil.copytree(uneven, out, ignore=shutil.ignore_patterns(".cache"))
     for name in ("draw_preview", "draw_summary"):  # half a second each
@@ -716,10 +718,10 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, lists, tmp_path, monke
 
 def test_synpic_errors(lists, tiny, tmp_path, capsys):
     check = lambda args, *says: fails(synpic.main, args, *says, capsys=capsys)
-    check(["--prompts", "none.txt"], "none.txt", "no such file")
-    (tmp_path / "empty.txt").write_text("\n\n")
-    check(["--prompts", tmp_path / "empty.txt"], "holds no prompt")
     args = synpic_args(tiny, tmp_path / "out")
+    check([*args, "--prompts", "none.txt"], "none.txt", "no such file")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    check([*args, "--prompts", tmp_path / "empty.txt"], "holds no prompt")
     check(args + ["--models", "midjourney", "sdxl"], "midjourney", "sdxl, sd3")
     check(args + ["--models", f"a={tiny}/sdxl,step=3", f"b={tiny}/sd3"], "step=3")
     check(args + ["--models", f"a={tiny}/sdxl", f"a={tiny}/sdxl"], "another seed")

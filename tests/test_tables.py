@@ -124,7 +124,7 @@ def test_every_command_of_the_page_runs(commands, tmp_path, monkeypatch):
         judged = bench in ("geneval", "t2i-compbench", "dpg")
         return ({bench: np.array([[0.5] * len(f) for f in files])}, []) if judged else ({}, [])
 
-    monkeypatch.setattr(evaluate, "measure", judge)
+    monkeypatch.setattr(evaluate.benchmarks, "measure", judge)
     monkeypatch.chdir(tmp_path)
     for script, *options in commands:
         more = [*SMALL[script]]
