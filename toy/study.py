@@ -409,7 +409,8 @@ def contrast_table(chosen):
             rows.append([f"{a} - {b}", str(len(difference)), show(mean_interval(difference), "+")])
             p.append(float(stats.ttest_1samp(difference, 0).pvalue))
     rows = [[*row, f"{one:.3f}", f"{all_of:.3f}"] for row, one, all_of in zip(rows, p, holm(p))]
-    return markdown(["contrast", "seeds", "difference in accuracy (95 %)", "p", "p, Holm"], rows)
+    header = ["contrast", "seeds", "difference in accuracy (95 %)", "p", "p, Holm"]
+    return markdown(header, rows) if rows else ""
 
 
 def reward_table(chosen, names, key):
