@@ -39,8 +39,8 @@ PROMPTS = [
     "a circle above a triangle",
 ]
 OURS = (
-    r"(common|losses|pipelines|formats|draw|engine|lists|memory|stats|toy\.world|scorers|rewards|synpic|rankdpo"
-    r"|evaluate|benchmarks|toy\.build|conftest|test_\w+)$"
+    r"(common|losses|pipelines|formats|draw|engine|lists|memory|stats|toy\.world|scorers|rewards|synpic"
+    r"|rankdpo|evaluate|benchmarks|toy\.build|conftest|test_\w+)$"
 )
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win
     # diffusers' schedulers call np.array on a tensor, and torch's __array__ does not know numpy 2's copy

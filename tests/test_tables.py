@@ -70,9 +70,11 @@ def write_benchmarks(folder):
     (folder / "parti.tsv").write_text("\n".join(["Prompt\tCategory\tChallenge\tNote", *rows]) + "\n")
     (folder / "hpd").mkdir()
     (folder / "hpd/photo.json").write_text(json.dumps(PROMPTS[:3]))
-    (folder / "safe.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "safe").mkdir()
+    for name in ("pickapic", "parti", "hpd"):  # one of three prompts is kept out
+        (folder / f"safe/{name}.txt").write_text("\n".join(PROMPTS[:2]) + "\n")
     names = dict(GENEVAL="geneval", COMPBENCH="compbench", DPG="dpg.csv", PICKAPIC_TEST="test.parquet")
-    names.update(PARTI="parti.tsv", HPD="hpd", SAFE="safe.txt")
+    names.update(PARTI="parti.tsv", HPD="hpd", SAFE="safe")
     return {name: f"{folder}/{file}" for name, file in names.items()}
 
 
