@@ -310,7 +310,7 @@ def named_paths(specs):
         head, *options = draw.split_options(spec)
         name, _, path = head.partition("=")
         if not name[:1].isalnum() or not all(c.isalnum() or c in "-._@" for c in name):
-            fail(f"--models {head}: name=path is wanted, with a name of letters, digits, -, ., _ and @")
+            fail(f"--models {head}: name=path is wanted; a name is made of letters, digits, -, ., _ and @")
         if not path:
             fail(f"--models {head}: name=path is wanted")
         if name.lower() in taken:  # folders may not tell case apart
