@@ -305,7 +305,7 @@ def draw_grid(path, found):
 
 def named_paths(specs):
     """{name: (path, own sampling options)} of --models, at least two."""
-    models, taken = {}, set(map(str.lower, OURS))
+    models, taken = {}, set()
     for spec in specs:
         head, *options = draw.split_options(spec)
         name, _, path = head.partition("=")
@@ -313,8 +313,10 @@ def named_paths(specs):
             fail(f"--models {head}: name=path is wanted; a name is made of letters, digits, -, ., _ and @")
         if not path:
             fail(f"--models {head}: name=path is wanted")
+        if name.lower() in map(str.lower, OURS):
+            fail(f"--models {head}: {name} is a file of the report")
         if name.lower() in taken:  # folders may not tell case apart
-            fail(f"--models {head}: different names are wanted, which are no files of the report")
+            fail(f"--models {head}: {name} is given twice; different names are wanted")
         local = path.startswith(("outputs/", ".", "/"))
         if local and not all(map(os.path.exists, split_spec(path))):  # base+adapters
             fail(f"--models {head}: no such folder; train it with rankdpo.py first")
