@@ -332,11 +332,10 @@ def identity_of(cfg, options, rows, policy):
         parts = [row["prompt"], row["phi"], row.get("scores"), row.get("file_names"), sizes]
         lists.update(json.dumps(parts).encode())
     parts = pipelines.fingerprint(cfg.model)
-    weights = {
-        name: parts.pop(name) for name in list(parts) if name in ("unet", "transformer") or name[0] == "+"
-    }
-    if not weights and process_rank()[0] == 0:  # from the hub: which revision?
-        weights = [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
+    local = {"unet", "transformer"} & parts.keys()
+    weights = {name: parts.pop(name) for name in list(parts) if name in local or name[0] == "+"}
+    if not local and process_rank()[0] == 0:  # the base is from the hub: which revision?
+        weights["base"] = [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
     identity = {f.name: getattr(cfg, f.name) for f in options}
     identity.update(

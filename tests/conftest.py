@@ -158,9 +158,13 @@ def train_args(lists, tiny, out, *more, model="sdxl"):
     return [str(a) for a in (*paths, *short, *more)]
 
 
-def train(lists, tiny, out, *more, model="sdxl"):
+def train(lists, tiny, out, *more, model="sdxl", processes=1):
     """Three steps of the trainer, or what `more` says -> the rows of its log."""
-    rankdpo.main(train_args(lists, tiny, out, *more, model=model))
+    args = train_args(lists, tiny, out, *more, model=model)
+    if processes == 1:
+        rankdpo.main(args)
+    else:
+        together(rankdpo.main, args, processes)
     return log_of(out)
 
 

@@ -6,22 +6,13 @@ pytest -q tests/test_export.py
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, rows_of, together, train_args
+from conftest import rows_of, train
 from safetensors.torch import load_file
 
 import engine
 import pipelines
 import rankdpo
 from lists import find_cache, split
-
-
-def train(data, tiny, out, *more, processes=1):
-    args = train_args(data, tiny, out, *more)
-    if processes == 1:
-        rankdpo.main(args)
-    else:
-        together(rankdpo.main, args, processes)
-    return log_of(out)
 
 
 def weights(folder):

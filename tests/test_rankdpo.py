@@ -281,9 +281,10 @@ def test_a_checkpoint_of_another_run_is_refused(uneven, tiny, tmp_path, capsys):
 
 def test_another_revision_of_a_hub_model_is_another_run():
     torch.manual_seed(0)
-    weights = lambda policy: engine.identity_of(rankdpo.Config(model="org/name"), [], [], policy)["weights"]
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    assert weights(one) == weights(one) != weights(other)
+    for model in ("org/name", "org/name+org/adapters"):
+        weights = lambda policy: engine.identity_of(rankdpo.Config(model=model), [], [], policy)["weights"]
+        assert weights(one) == weights(one) != weights(other)
 
 
 def test_a_gradient_that_is_not_a_number_stops_the_run(uneven, tiny, tmp_path, monkeypatch, capsys):
