@@ -56,10 +56,25 @@ def test_a_rows_point_is_the_best_of_all_steps_and_settings(monkeypatch):
     monkeypatch.setattr(study, "ROWS", {"dpo": study.Row("", ("a", "b"))})
     monkeypatch.setattr(study, "SEEDS", (2, 10))
     lines = [line("dpo", "a", 0, (1, 2)), line("dpo", "a", 1, (1, 2)), line("dpo", "b", 0, (4, 1))]
-    assert study.best_point(lines, "dpo") is None  # setting b lacks a seed
+    assert study.best_point(lines, "dpo") is None  # finalist b lacks a seed
     assert study.best_point([*lines, line("dpo", "b", 1, (1, 1))], "dpo") == ("b", "30")
     ruined = dict(row="dpo", setting="b", seed=1, problem="lower --lr")
     assert study.best_point([*lines, ruined], "dpo") == ("a", "60")
+
+
+def test_the_best_settings_of_one_seed_get_more_and_a_row_all_of_its_seeds(monkeypatch):
+    rows = [dict(tag=tag, prompt="", seed=0) for tag in CATEGORIES for _ in range(10)]
+    monkeypatch.setattr(study, "choice_prompts", lambda: rows)
+    monkeypatch.setattr(study, "ROWS", {"base": study.Row(""), "dpo": study.Row("", ("a", "b", "c"))})
+    monkeypatch.setattr(study, "SEEDS", (2, 4))
+    cfg = study.Config(only=("dpo",))
+    after = lambda lines: [job for job in study.jobs(cfg, lines) if job[0] == "dpo"]
+    lines = [line("dpo", "a", 0, (1, 1)), line("dpo", "b", 0, (4, 1))]
+    assert after(lines) == [("dpo", setting, 0) for setting in "abc"]
+    lines.append(line("dpo", "c", 0, (1, 2)))
+    assert after(lines)[3:] == [("dpo", "b", 1), ("dpo", "c", 1)]
+    lines += [line("dpo", "b", 1, (1, 1)), line("dpo", "c", 1, (1, 4))]
+    assert after(lines)[5:] == [("dpo", "c", 2), ("dpo", "c", 3)]
 
 
 @pytest.fixture()

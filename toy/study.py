@@ -5,12 +5,12 @@
     python toy/study.py --only dpo sft # the runs of these rows
     python toy/study.py --report       # results -> the tables of docs/study.md, and docs/study.png
 
-A row is an objective. Its grid is the settings that are tried, with SEEDS[0] training seeds each; the one
-with the highest accuracy on *training* prompts gets all of its seeds. A run keeps POINTS models, and each is
-measured, so a row is a curve of accuracy against diversity; its own best step is chosen on training prompts,
-too. Every training seed draws its pictures from noise of its own, the same for all rows: an interval
-over seeds covers training and drawing. A run becomes a line of the results, which are all that the report
-reads. docs/study.md has the design, written before the first run.
+A row is an objective. Its grid is the settings that are tried with one training seed each; the FINALISTS with
+the highest accuracy on *training* prompts get SEEDS[0], and the best of these in the mean of its seeds all
+SEEDS[1]. A run keeps POINTS models, and each is measured, so a row is a curve of accuracy against diversity;
+its own best step is chosen on training prompts, too. Every training seed draws its pictures from noise of its
+own, the same for all rows: an interval over seeds covers training and drawing. A run becomes a line of the
+results, which are all that the report reads. docs/study.md has the design, written before the first run.
 """
 
 import json
@@ -43,9 +43,11 @@ from toy.world import CATEGORIES, GROUND, check, find_objects, grammar, prompts_
 
 BASE, PAGE = TOY / "models/sdxl", TOY.parent / "docs/study.md"
 NOISES = 4  # pictures of a prompt
-STEPS, LISTS, POINTS = 40, 32, 2  # of a run: steps, lists a step, models along it
-SEEDS = (1, 10)  # training seeds: of a setting in the grid, of a row
-RATES = ("--lr 2e-4", "--lr 4e-4")
+STEPS, LISTS, POINTS = 60, 32, 3  # of a run: steps, lists a step, models along it
+SEEDS, FINALISTS = (3, 10), 2  # training seeds: of a setting among the finalists, of a row
+RATES = tuple(f"--lr {lr}" for lr in ("1e-4", "2e-4", "4e-4", "8e-4"))
+GRID = tuple(f"{lr} --beta {beta}" for beta in (100, 1000) for lr in RATES)
+SAME = ("--lr 4e-4 --beta 100",)  # of the rows that differ in their labels alone
 GUARD = "--loser_weight .5"  # of the defaults, in every preference row
 Row = namedtuple("Row", "options grid seeds labels", defaults=((), SEEDS[1], ()))  # labels: its own rewards
 CONFLICT = ("colours", "count", "ink")  # three rewards that disagree by construction
@@ -54,17 +56,18 @@ ALONE = f"{TOGETHER}single:"
 ROWS = {
     "base": Row(""),
     "sft": Row("--loss sft", RATES),
-    "dpo": Row(f"--loss dpo {GUARD}", RATES),
-    "rankdpo": Row(f"--loss rankdpo {GUARD}", RATES),
-    "vote": Row(f"--loss balanced {GUARD}", RATES),
-    "vote, refresh 10": Row(f"--loss balanced --ref_refresh 10 {GUARD}", RATES),
-    "gain": Row(f"--loss gain {GUARD}", RATES),
-    "colours": Row(f"{ALONE}colours {GUARD}", RATES[:1], 3, ("colours",)),
-    "count": Row(f"{ALONE}count {GUARD}", RATES[:1], 3, ("count",)),
-    "ink": Row(f"{ALONE}ink {GUARD}", RATES[:1], 3, ("ink",)),
-    "majority": Row(f"{TOGETHER}majority {GUARD}", RATES[:1], 3, CONFLICT),
-    "sum": Row(f"{TOGETHER}sum {GUARD}", RATES[:1], 3, CONFLICT),
-    "normalised sum": Row(f"{TOGETHER}normalized_sum {GUARD}", RATES[:1], 3, CONFLICT),
+    "dpo": Row(f"--loss dpo {GUARD}", GRID),
+    "rankdpo": Row(f"--loss rankdpo {GUARD}", GRID),
+    "vote": Row(f"--loss balanced {GUARD}", GRID),
+    "vote, refresh 10": Row(f"--loss balanced --ref_refresh 10 {GUARD}", GRID),
+    "gain": Row(f"--loss gain {GUARD}", GRID),
+    "dro": Row("--loss dro --experts 300 --expert_by hpsv2.1 --ema .9", RATES, 3, ("hpsv2.1",)),
+    "colours": Row(f"{ALONE}colours {GUARD}", SAME, 3, ("colours",)),
+    "count": Row(f"{ALONE}count {GUARD}", SAME, 3, ("count",)),
+    "ink": Row(f"{ALONE}ink {GUARD}", SAME, 3, ("ink",)),
+    "majority": Row(f"{TOGETHER}majority {GUARD}", SAME, 3, CONFLICT),
+    "sum": Row(f"{TOGETHER}sum {GUARD}", SAME, 3, CONFLICT),
+    "normalised sum": Row(f"{TOGETHER}normalized_sum {GUARD}", SAME, 3, CONFLICT),
 }
 CONTRASTS = (  # named in advance: a row, and the row it is compared with
     ("dpo", "sft"),
@@ -214,28 +217,43 @@ def accuracy(measured, rows):
     return float(category_mean(values, [row["tag"] for row in rows]))
 
 
+def accuracies(lines, name, setting, seeds):
+    """{step: accuracy on training prompts, the mean of the seeds}; {} where a run ruined its weights; None
+    while a seed lacks."""
+    of_setting = {line["seed"]: line for line in lines if key_of(line)[:2] == (name, setting)}
+    if not set(range(seeds)) <= of_setting.keys():
+        return None
+    runs, rows = [of_setting[seed] for seed in range(seeds)], choice_prompts()
+    if any("problem" in line for line in runs):
+        return {}
+    return {n: np.mean([accuracy(line["at"][n]["choice"], rows) for line in runs]) for n in runs[0]["at"]}
+
+
+def finalists(lines, name):
+    """The settings of a row that get more than one seed; none while its grid is not complete."""
+    found = {setting: accuracies(lines, name, setting, 1) for setting in ROWS[name].grid}
+    if None in found.values():
+        return []
+    best = {setting: max(values.values()) for setting, values in found.items() if values}
+    return sorted(best, key=best.get, reverse=True)[:FINALISTS]
+
+
 def best_point(lines, name):
-    """(setting, step) of a row with the highest accuracy on training prompts, the mean of the grid's seeds;
-    None while the grid is not complete. A setting that ruined its weights is no choice."""
-    found, rows = {}, choice_prompts()
-    for setting in ROWS[name].grid:
-        of_setting = {line["seed"]: line for line in lines if key_of(line)[:2] == (name, setting)}
-        if not set(range(SEEDS[0])) <= of_setting.keys():
-            return None
-        of_seed = [of_setting[seed] for seed in range(SEEDS[0])]
-        if not any("problem" in line for line in of_seed):
-            for step in of_seed[0]["at"]:
-                values = [accuracy(line["at"][step]["choice"], rows) for line in of_seed]
-                found[setting, step] = np.mean(values)
-    return max(found, key=found.get) if found else None
+    """(setting, step) of a row with the highest accuracy; None while a finalist lacks a seed."""
+    found = {setting: accuracies(lines, name, setting, SEEDS[0]) for setting in finalists(lines, name)}
+    if None in found.values():
+        return None
+    points = {(setting, step): value for setting, of in found.items() for step, value in of.items()}
+    return max(points, key=points.get, default=None)
 
 
 def jobs(cfg, lines):
-    """[(row, setting, seed)] in the order of the study: all grids, then seed after seed."""
+    """[(row, setting, seed)] in the order of the study: all grids, the finalists, then seed after seed."""
     names = [name for name in ROWS if name in cfg.only and name != "base"]
-    names.sort(key=lambda name: bool(ROWS[name].labels))  # stable: core rows first
-    out = [("base", "", seed) for seed in range(SEEDS[0])]
-    out += [(name, s, seed) for seed in range(SEEDS[0]) for name in names for s in ROWS[name].grid]
+    names.sort(key=lambda name: ROWS[name].seeds < SEEDS[1])  # stable: core rows first
+    out = [("base", "", 0)] + [(name, setting, 0) for name in names for setting in ROWS[name].grid]
+    for seed in range(1, SEEDS[0]):
+        out += [("base", "", seed), *((n, setting, seed) for n in names for setting in finalists(lines, n))]
     chosen = {name: best_point(lines, name) for name in names}
     for seed in range(SEEDS[1]):
         out.append(("base", "", seed))
@@ -452,8 +470,8 @@ def report(cfg):
     if not any(line["row"] == "base" for line in lines):
         fail(f"{cfg.results}: no runs yet")
     chosen = chosen_runs(lines)
-    core = {name: found for name, found in chosen.items() if not ROWS[name].labels}
-    conflict = {name: found for name, found in chosen.items() if ROWS[name].labels}
+    conflict = {name: found for name, found in chosen.items() if set(ROWS[name].labels) & set(CONFLICT)}
+    core = {name: found for name, found in chosen.items() if name not in conflict}
     text = main_table(chosen) + contrast_table(chosen)
     for rows, names in ((core, [reward_name(spec) for spec in TOY_REWARDS]), (conflict, CONFLICT)):
         text += "".join(reward_table(rows, names, key) for key in ("wins", "best") if rows)
