@@ -91,8 +91,8 @@ def one_line_errors(main):
             fail("interrupted; the same command goes on from what is saved", 130)
         except Exception as e:
             if type(e).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-                smaller = "--batch_size, for rankdpo.py --images_per_forward 1 --gradient_checkpointing true"
-                fail(f"out of GPU memory: lower {smaller}; memory.py plans what fits a GPU")
+                smaller = "--images_per_forward 1 --gradient_checkpointing true, --lora_rank or more GPUs"
+                fail(f"out of GPU memory: lower --batch_size; rankdpo.py: {smaller}; memory.py plans ahead")
             what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else " ".join(str(e).split())
             # safetensors, torch and others report a full disk by exceptions of their own
             full = any(text in what for text in ("No space left", "Read-only file", "Permission denied"))

@@ -44,7 +44,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled|Already found a
 def load_base(cfg, device, dtype, encoders):
     """The pipeline of --model, with no weights but those that this process uses, and its family."""
     place = "cpu", torch.float32
-    if cfg.model.startswith("random:"):  # under adapters, weights lie in the compute type
+    if cfg.model.startswith("random:") and not is_sharded(cfg):  # made in the type in which they will lie
         place = device, dtype if cfg.lora_rank else torch.float32
     denoiser = process_rank()[0] == 0
     pipe = pipelines.load_pipeline(cfg.model, *place, denoiser=denoiser, encoders=encoders)
@@ -205,12 +205,13 @@ def to_meta(model):
     Constants are buffers that are not saved and tensors that a module keeps as mere attributes."""
     state, constants = {}, {}
     if process_rank()[0] == 0:
-        state = {name: value.detach() for name, value in model.state_dict().items()}
+        state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         for path, module in model.named_modules():
             unsaved = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
             unsaved.update({name: v for name, v in vars(module).items() if isinstance(v, torch.Tensor)})
             constants.update({(path, name): value for name, value in unsaved.items() if value is not None})
     model.to("meta")
+    torch.cuda.empty_cache()  # no GPU holds the weights twice
     return state, constants
 
 
@@ -296,7 +297,8 @@ def save_checkpoint(cfg, state, identity, step):
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=world == 1)
     except (Exception, CheckpointException) as e:  # torch's own, one error a process, is no Exception
         common.remove(tmp)
-        fail(f"{final}: not written ({' '.join(str(e).split())[-200:]}); the checkpoint before it is kept")
+        reason = " ".join(str(e).split()).rpartition("Error: ")[2][-200:]  # a traceback stands before it
+        fail(f"{final}: not written ({reason}); the checkpoint before it is kept")
     common.wait_for_all(slow=True)
     if rank == 0:
         files = {p.name: p.stat().st_size for p in tmp.glob("*.safetensors")}

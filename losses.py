@@ -64,36 +64,24 @@ def preference_rank(phi):
     return better + (equal.to(torch.promote_types(phi.dtype, torch.float32)) + 1) / 2
 
 
-def majority_vote(rewards, ties="drop", generator=None):
+def majority_vote(rewards, ties="drop"):
     """BalancedDPO, Sec. III-C: s_ij = sign(sum_r s_r), every reward one vote.
 
     rewards (..., K, R) -> (..., K, K) in {-1, 0, +1}, antisymmetric; +1 at [i, j] = more rewards prefer i.
-    ties: "drop": equal scores of a reward vote for neither, an even vote stays 0 (no gradient); "random"
-    tosses a coin for an even vote and needs a `generator`; "literal" takes the paper at its word for i < j:
-    a reward's tie votes for i (its Eq. 6 has >=), an even vote is -1 (its "otherwise")."""
+    ties: "drop": equal scores of a reward vote for neither, an even vote stays 0 (no gradient); "literal"
+    takes the paper at its word for i < j: a reward's tie votes for i (its Eq. 6 has >=), an even vote is -1
+    (its "otherwise")."""
     rewards = _scores("rewards", rewards, 2)
-    if ties not in ("drop", "literal", "random"):
-        raise ValueError(f"majority_vote: ties must be 'drop', 'literal' or 'random', got {ties!r}")
-    if ties == "random" and generator is None:
-        raise ValueError("majority_vote: ties='random' needs a torch.Generator: one seed, one result")
+    if ties not in ("drop", "literal"):
+        raise ValueError(f"majority_vote: ties must be 'drop' or 'literal', got {ties!r}")
     one, other = rewards.unsqueeze(-2), rewards.unsqueeze(-3)
     ballots = (one > other).to(rewards) - (one < other).to(rewards)  # (..., K, K, R)
-    if ties == "literal":
-        first = _antisymmetric(torch.ones_like(ballots[..., 0])).unsqueeze(-1)
-        ballots = torch.where(ballots == 0, first, ballots)
-    votes = ballots.sum(-1).sign()  # (..., K, K)
     if ties == "drop":
-        return votes
-    coin = -torch.ones_like(votes)
-    if ties == "random":
-        heads = torch.randint(0, 2, votes.shape, generator=generator, device=generator.device)
-        coin = 2 * heads.to(votes) - 1
-    return torch.where(votes == 0, _antisymmetric(coin), votes)
-
-
-def _antisymmetric(x):
-    """The upper triangle of (..., K, K), and its negative below; 0 on the diagonal."""
-    return x.triu(1) - x.triu(1).transpose(-1, -2)
+        return ballots.sum(-1).sign()  # (..., K, K)
+    ones = torch.ones_like(ballots[..., 0])
+    first = ones.triu(1) - ones.tril(-1)  # +1 for i < j
+    votes = torch.where(ballots == 0, first.unsqueeze(-1), ballots).sum(-1).sign()
+    return torch.where(votes == 0, -first, votes)
 
 
 def _scores(name, x, dim):

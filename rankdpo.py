@@ -51,7 +51,7 @@ class Method:
     # objective
     loss: str = option("rankdpo", "the objective; losses.py has the table", LOSSES)
     beta: float = option(None, "for MEAN squared errors without a half (default: suits the model)", above=0)
-    ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal", "random"))
+    ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal"))
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
     loser_weight: float = option(None, "of gradients through losers (default: suits the model)", at_least=0)
     ref_refresh: int = option(0, "steps between copies of the policy into the reference", at_least=0)
@@ -179,8 +179,8 @@ def expert_rows(cfg, rows):
     return [dict(prompt=prompt, file_names=[name], phi=[1.0, 0.0], scores={}) for name, prompt in best]
 
 
-def list_weights(cfg, row, n):
-    """What the labels of list n mean to --loss: weights of its pairs (K, K), for random_scorer those of each
+def list_weights(cfg, row):
+    """What the labels of a list mean to --loss: weights of its pairs (K, K), for random_scorer those of each
     reward (R, K, K), or weights of its images (K,)."""
     phi = torch.tensor([row["phi"]])  # (1, K)
     if cfg.loss == "rankdpo":
@@ -199,8 +199,7 @@ def list_weights(cfg, row, n):
     if cfg.loss == "random_scorer":
         shares = [losses.preference_probability(reward[:, None]) for reward in rewards]  # R of (K,)
         return losses.dpo_weights(torch.stack(shares))
-    coin = torch.Generator().manual_seed(cfg.seed * 1_000_003 + n)
-    return losses.vote_weights(losses.majority_vote(rewards.T[None], cfg.ties, coin))[0]
+    return losses.vote_weights(losses.majority_vote(rewards.T[None], cfg.ties))[0]
 
 
 # of L lists, filled up to the K of the longest: weights by 0, the mask by False
@@ -209,7 +208,7 @@ Labels = namedtuple("Labels", "weights mask")
 
 def stack_labels(cfg, rows):
     """Labels of L lists: weights (L, [R,] K, K) or (L, K), mask (L, K) True for real images."""
-    weights = [list_weights(cfg, row, n) for n, row in enumerate(rows)]
+    weights = [list_weights(cfg, row) for row in rows]
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
     K = max(w.shape[-1] for w in weights)

@@ -85,9 +85,6 @@ def test_majority_vote_ties():
     literal = majority_vote(even, "literal")[0]
     assert literal[0, 1] == -1 and literal[1, 0] == 1 and literal[0, 2] == 1
     assert literal.diagonal().abs().sum() == 0
-    tosses = [majority_vote(even, "random", torch.Generator().manual_seed(s))[0] for s in range(40)]
-    assert {t[0, 1].item() for t in tosses} == {-1, 1} and all(torch.equal(t, -t.T) for t in tosses)
-    assert all(t[0, 2] == 1 for t in tosses)  # a clear vote is never tossed
 
 
 def test_literal_ties_are_the_printed_formulas():

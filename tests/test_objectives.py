@@ -47,9 +47,9 @@ def test_every_objective_begins_where_its_weights_say(lists, tiny, tmp_path):
 def test_fine_tuning_weighs_by_comparisons_won_and_by_scores(lists):
     row = rows_of(lists)[0]
     wins = [sum(p > q for q in row["phi"]) for p in row["phi"]]
-    sft = rankdpo.list_weights(config(loss="sft"), row, 0)
+    sft = rankdpo.list_weights(config(loss="sft"), row)
     assert sft.tolist() == pytest.approx([w / max(1, sum(wins)) for w in wins])
-    weighted = rankdpo.list_weights(config(loss="weighted", weight_by="clip"), row, 0)
+    weighted = rankdpo.list_weights(config(loss="weighted", weight_by="clip"), row)
     assert weighted.tolist() == pytest.approx([max(0, x) / 4 for x in row["scores"]["clip"]])
 
 

@@ -580,9 +580,7 @@ def test_the_first_loss_is_the_weights_times_ln2(lists, tiny, tmp_path, loss):
         lists, tiny, tmp_path, "--loss", loss, "--steps", 1, "--global_batch_size", 10
     )  # the whole set once
     rows = rows_of(lists)
-    total = sum(
-        rankdpo.list_weights(rankdpo.Config(loss=loss), r, n).sum().item() for n, r in enumerate(rows)
-    )
+    total = sum(rankdpo.list_weights(rankdpo.Config(loss=loss), r).sum().item() for r in rows)
     assert log[1]["loss"] == pytest.approx(total / len(rows) * math.log(2), abs=1e-5)
     assert log[1]["accuracy"] == 0.5 and log[1]["best_s"] == 0 and log[1]["grad_norm"] > 0
 
@@ -663,7 +661,7 @@ def test_lists_of_different_length_and_resolution(lists, tiny, tmp_path):
     big.save(data / rows[0]["file_names"][0])
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     log = short_run(data, tiny, tmp_path / "out", "--resolution", 32, "--steps", 1, "--global_batch_size", 10)
-    total = sum(rankdpo.list_weights(rankdpo.Config(), r, n).sum().item() for n, r in enumerate(rows))
+    total = sum(rankdpo.list_weights(rankdpo.Config(), r).sum().item() for r in rows)
     assert log[1]["loss"] == pytest.approx(total / len(rows) * math.log(2), abs=1e-5)
 
 
