@@ -61,7 +61,7 @@ def read_bench(name, path, limit=0, keep=""):
         fail(f"--bench {name}: there are {', '.join(READERS)}; {others}")
     rows = []
     for where, row in READERS[name](Path(path)):
-        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             fail(f"{where}: no prompt there; is it {name}'s own file?")
         rows.append(row)
     if not rows:
@@ -162,13 +162,8 @@ def read_dpg(path):
 
 def read_parti(path):
     path = inside(path, "PartiPrompts.tsv")
-    header, *lines = (line.removesuffix("\r").split("\t") for line in read_text(path).split("\n"))
-    if header[:1] != ["Prompt"]:
-        fail(f"{path}, line 1: Prompt, Category, Challenge, Note are wanted there, separated by tabs")
-    for n, cells in enumerate(lines, 2):  # a quote is a character like any other
-        if cells != [""]:
-            row = dict(zip(header, cells))
-            yield f"{path}, line {n}", {"prompt": cells[0], "tag": row.get("Category"), **row}
+    for n, row in enumerate(prompt_rows(path), 1):
+        yield f"{path}, row {n}", {"prompt": row.get("Prompt"), "tag": row.get("Category"), **row}
 
 
 def read_hpdv2(path):
@@ -178,34 +173,26 @@ def read_hpdv2(path):
         files = {path.stem if path.stem in STYLES else None: path}
     for style, file in files.items():
         if not path.exists():
-            file = from_hub(str(path), f"benchmark/{style}.json")
+            file = hub_file(str(path), f"benchmark/{style}.json")
         elif not file.is_file():
             continue  # fewer styles
         for n, row in enumerate(prompt_rows(file)):
             yield f"{file}, prompt {n + 1}", {"prompt": row.get("prompt"), "tag": style, "index": n}
 
 
-def from_hub(repo, file):
+def hub_file(repo, file):
     """A file of a data set on the hub."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        return hf_hub_download(repo, file, repo_type="dataset")
-    except Exception as e:  # no such name, no net
-        fail(f"{repo}: no such folder, and {file} cannot be had from the hub ({type(e).__name__})")
+        return scorers.from_hub(repo, file, "dataset")
+    except ValueError as e:
+        fail(f"{repo}: no such folder, and {e}")
 
 
 def read_pickapic(path):
-    import pandas
-
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     seen = set()
-    for file in files:
-        try:
-            captions = pandas.read_parquet(file, columns=["caption"]).caption  # not gigabytes of pictures
-        except Exception as e:  # pandas and pyarrow have their own
-            fail(f"{file}: no parquet file with a column caption ({one_line(e)[:200]})")
-        for n, caption in enumerate(captions, 1):
+    for file in common.shards(path) if path.is_dir() else [path]:
+        for n, row in enumerate(prompt_rows(file, "caption"), 1):  # not gigabytes of pictures
+            caption = row.get("caption")
             if caption not in seen:  # a caption has many pairs of pictures
                 seen.add(caption)
                 yield f"{file}, row {n}", dict(prompt=caption, tag=None)
@@ -326,10 +313,9 @@ def geneval_verdict(objects, metadata):
     class are looked at. An item of `include` needs its count, then its colour, then its relation to what item
     `position[1]` matched; an item of `exclude` fails from its count on. The reason has a line for each
     failure, in their order. The original joins two relations in a set's order, which changes from run to run;
-    here it is left, right, above, below. It knows targets before an item; one that comes after is judged
-    first."""
+    here it is left, right, above, below. It knows targets before an item only; here one may come after."""
     wanted, matched, reasons = metadata.get("include", []), {}, {}
-    for i in sorted(range(len(wanted)), key=partial(comes_later, wanted)):
+    for i in sorted(range(len(wanted)), key=lambda i: "position" in wanted[i]):
         found = objects.get(wanted[i]["class"], [])[: wanted[i]["count"]]
         relation, target = wanted[i].get("position", (None, None))
         reasons[i] = wrong_number_or_colour(wanted[i], found)
@@ -342,11 +328,6 @@ def geneval_verdict(objects, metadata):
         if number >= item["count"]:
             lines.append(f"expected {item['class']}<{item['count']}, found {number}")
     return not lines, "\n".join(lines)
-
-
-def comes_later(wanted, i):
-    """Does item i relate to one that stands after it?"""
-    return wanted[i].get("position", (None, -1))[1] > i
 
 
 def wrong_number_or_colour(item, found):
@@ -447,7 +428,7 @@ def load_clip(source, device):
         return model.get_text_features(input_ids=ids.to(device)).pooler_output
 
     see = lambda x: model.get_image_features(pixel_values=x.to(device)).pooler_output
-    return see, read, partial(crop, size=eye.image_size)
+    return see, read, crop(eye.image_size)
 
 
 def load_clip_scorer(sources, device):
@@ -463,15 +444,12 @@ def load_vqa(sources, device):
     if name.startswith("vqascore") and name in LOADERS:
         question = "\n{} Please answer yes or no. ASSISTANT: "
         return load_reward(source, device, question=question)
-    from transformers import BertTokenizer, BlipForQuestionAnswering
+    from transformers import BertTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
 
     model = pretrained(BlipForQuestionAnswering, source)[0].to(device)
     words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
     tokenizer = scorers.load_tokenizer(BertTokenizer, source, words, BERT, BLIP_WORDS)
     yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
-
-    def prepare(image):
-        return scorers.normalised(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
     def forward(x, questions):
         seen = model.vision_model(pixel_values=x).last_hidden_state  # (N, 1 + patches, D)
@@ -488,7 +466,7 @@ def load_vqa(sources, device):
             chance[rows] = (logits[:, 0, yes] - logits[:, 0, no]).sigmoid()  # P(yes) / (P(yes) + P(no))
         return chance
 
-    return Scorer("vqa", prepare, forward, device)
+    return Scorer("vqa", scorers.processed(BlipImageProcessorPil(size=side)), forward, device)
 
 
 def plain_question(text):

@@ -11,10 +11,9 @@ not used: they pin libraries of years ago. tests/test_rewards.py and test_hpsv3.
 the original's own preprocessing and modules.
 """
 
-import math
 import os
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,94 +30,56 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # of ev
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
-def check_area(width, height):
-    """ValueError where a resize would make more pixels than PIL's limit, as of a picture of 30000 x 1."""
-    if width * height > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"too elongated: it would be resized to {width} x {height} pixels")
+def crop(size):
+    """OpenAI CLIP's preprocessing, by open_clip: shorter side to `size` by PIL bicubic, centre crop, RGB,
+    normalise -> (3, size, size). Alpha weighs the colours that the resize mixes."""
+    from open_clip.transform import image_transform
+
+    return image_transform(size, is_train=False)
 
 
-def crop(image, size):
-    """OpenAI CLIP's preprocessing -> (3, size, size): shorter side to `size` by PIL bicubic, centre crop,
-    RGB, normalise. Alpha weighs the colours that the resize mixes; an odd margin is rounded half to even."""
-    return crop_at(image, size, lambda margin: round(margin / 2))
+def processed(processor):
+    """An image processor of transformers as a function of a picture -> (3, H, W). It gets RGB: of old it
+    dropped alpha, today's composites on white."""
+    return lambda image: processor(image.convert("RGB"), return_tensors="pt").pixel_values[0]
 
 
-def crop_rgb(image, size):
-    """The same as transformers' CLIPImageProcessor does it: RGB first, an odd margin rounded down."""
-    return crop_at(image.convert("RGB"), size, lambda margin: margin // 2)
-
-
-def crop_at(image, size, half):
-    w, h = image.size
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    check_area(w, h)
-    left, top = half(w - size), half(h - size)
-    image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return normalised(image.convert("RGB"))
-
-
-def normalised(image):
-    """An RGB image as (3, H, W), as every CLIP's vision transformer reads it."""
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN) / STD
-
-
-def letterbox(image, size):
+def letterbox(size):
     """HPSv2's preprocessing: LONGER side to `size` by bicubic with antialias on the float tensor, zero-padded
     to a centred square, then normalised -> (3, size, size)."""
-    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()[None] / 255
-    h, w = (max(1, round(n * (size / max(x.shape[-2:])))) for n in x.shape[-2:])
-    if (h, w) != tuple(x.shape[-2:]):
-        x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
-    left, top = (size - w) // 2, (size - h) // 2
-    x = F.pad(x, (left, size - w - left, top, size - h - top))[0]
-    return (x - MEAN) / STD
 
+    def prepare(image):
+        x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()[None] / 255
+        h, w = (max(1, round(n * (size / max(x.shape[-2:])))) for n in x.shape[-2:])
+        if (h, w) != tuple(x.shape[-2:]):
+            x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
+        left, top = (size - w) // 2, (size - h) // 2
+        x = F.pad(x, (left, size - w - left, top, size - h - top))[0]
+        return (x - MEAN) / STD
 
-def square(image, size):
-    """VQAScore's (LLaVA's) preprocessing: padded to a centred square with the mean colour, then crop_rgb."""
-    side, (w, h) = max(image.size), image.size
-    check_area(side, side)
-    canvas = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN.flatten().tolist()))
-    canvas.paste(image.convert("RGB"), ((side - w) // 2, (side - h) // 2))
-    return crop_rgb(canvas, size)
+    return prepare
 
 
 # ----------------------------------------------------------------------------- text
 
 CLIP_WORDS = 49408  # the size of CLIP's one published vocabulary, which comes with open_clip
-KNOWN = {  # what two published vocabularies, recognised by their size, make of "a photo of a cat"
-    CLIP_WORDS: [49406, 320, 1125, 539, 320, 2368, 49407],
-    30524: [101, 1037, 6302, 1997, 1037, 4937, 102],  # bert-base-uncased with BLIP's two special words
-}
-
-
-def check_tokenizer(tokenizer, size, ends=True):
-    """ValueError unless it has the model's `size` words and tells two English sentences apart. transformers 5
-    does not fail where a tokenizer's files are not there: it returns one of 2 to 5 words, and all prompts
-    become the same."""
-    special = set(tokenizer.all_special_ids)
-    ids = [tokenizer(text).input_ids for text in ("a red circle", "two squares")]
-    words = [set(i) - special for i in ids]
-    if len(tokenizer) != size:
-        raise ValueError(f"it has {len(tokenizer)} words and the model {size}")
-    if not all(words) or words[0] == words[1]:
-        raise ValueError("it knows no word of 'a red circle' or 'two squares'")
-    if ends and ids[0][-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        raise ValueError("it sets no end token")
-    if size in KNOWN and tokenizer("a photo of a cat").input_ids != KNOWN[size]:
-        raise ValueError("it is not the published one: its numbers for 'a photo of a cat' are others")
-    return tokenizer
 
 
 def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
-    """The tokenizer of a folder that brings one, or the hub's: checked. A file of weights brings none,
-    whatever lies beside it."""
+    """The tokenizer of a folder that brings one, or the hub's, of the model's `size` words (0: the caller
+    compares). transformers 5 does not fail where a tokenizer's files are not there: it returns one of 2 to 5
+    words, and all prompts become the same. A file of weights brings none, whatever lies beside it."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
     own = [Path(source) / name for name in names if source and (Path(source) / name).is_file()]
     try:
         tokenizer = kind.from_pretrained(source if own or not hub else hub)
         tokenizer.add_tokens(list(extra), special_tokens=True)
-        return check_tokenizer(tokenizer, size or len(tokenizer), ends)
+        last = tokenizer("a red circle").input_ids[-1]
+        if size and len(tokenizer) != size:
+            raise ValueError(f"it has {len(tokenizer)} words and the model {size}")
+        if ends and last not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+            raise ValueError("it sets no end token")
+        return tokenizer
     except Exception as e:  # a tokenizer of another kind fails as it is called, each in a way of its own
         where = own[0] if own else hub or source
         raise ValueError(
@@ -129,31 +90,26 @@ def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
 
 def clip_tokenizer(source, size):
     """transformers' CLIPTokenizer, as PickScore and MPS use it. No folder's files replace CLIP's words."""
+    from open_clip import SimpleTokenizer
     from transformers import CLIPTokenizer
 
     if size != CLIP_WORDS:
         return load_tokenizer(CLIPTokenizer, source, size)
-    from open_clip import SimpleTokenizer
-
     bpe = SimpleTokenizer()
-    words = {word: i for word, i in bpe.encoder.items() if i < CLIP_WORDS - 2}
-    words |= {"<|startoftext|>": CLIP_WORDS - 2, "<|endoftext|>": CLIP_WORDS - 1}
-    tokenizer = CLIPTokenizer(vocab=words, merges=list(bpe.bpe_ranks), model_max_length=77)
-    return check_tokenizer(tokenizer, size)
+    words = [*list(bpe.encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks), model_max_length=77)
 
 
-def warn_cut(lengths, limit, name):
-    if max(lengths) > limit and name not in warn_cut.said:
-        warn_cut.said.add(name)
-        print(f"{name}: a prompt of {max(lengths)} tokens is cut at {limit}; said once", file=sys.stderr)
-
-
-warn_cut.said = set()
+@lru_cache(maxsize=None)  # once a model
+def warn_cut(name, limit):
+    print(f"{name}: prompts of more than {limit} tokens are cut there; said once", file=sys.stderr)
 
 
 def tokenize(tokenizer, texts, length, name):
     """transformers tokenizer -> ids and attention mask, both (N, length)."""
-    warn_cut([len(t) for t in tokenizer(texts, truncation=False, verbose=False).input_ids], length, name)
+    if max(map(len, tokenizer(texts, truncation=False, verbose=False).input_ids)) > length:
+        warn_cut(name, length)
     out = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return out.input_ids, out.attention_mask
 
@@ -170,13 +126,17 @@ def open_clip_ids(source, config, name):
     tokenizer = SimpleTokenizer(context_length=length)
 
     def ids(texts):
-        warn_cut([len(tokenizer.encode(t)) + 2 for t in texts], length, name)
+        if max(len(tokenizer.encode(text)) + 2 for text in texts) > length:
+            warn_cut(name, length)
         return tokenizer(texts)
 
     return ids
 
 
 # ------------------------------------------------------------ scoring: threads read, the model scores
+
+
+LONGEST = 1 << 14  # pixels a side: VQAScore makes a square of it
 
 
 class Scorer:
@@ -198,7 +158,10 @@ class Scorer:
             return None, f"{odd[0]} in the prompt would not be read as text"
         try:
             prompt.encode()  # half a surrogate pair is no text
-            return self.prepare(open_image(image)), None
+            image = open_image(image)
+            if max(image.size) > min(LONGEST, 200 * min(image.size)):
+                raise ValueError(f"too elongated: {image.width} x {image.height} pixels")
+            return self.prepare(image), None
         except (OSError, ValueError) as e:
             return None, str(e)
 
@@ -252,13 +215,14 @@ def one_line(error):
     return " ".join(str(error).split())[:400]
 
 
-def from_hub(repo, file):
+def from_hub(repo, file, kind="model"):
     """A file of a hub repository; without a name, its only weights."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
     try:
-        files = [f for f in ([file] if file else list_repo_files(repo)) if f.endswith(WEIGHTS)]
-        return Path(hf_hub_download(repo, max(files, key=lambda f: f.endswith(".safetensors"))))
+        files = [file] if file else [f for f in list_repo_files(repo) if f.endswith(WEIGHTS)]
+        file = max(files, key=lambda f: f.endswith(".safetensors"))
+        return Path(hf_hub_download(repo, file, repo_type=kind))
     except Exception as e:
         problem = f"cannot be had from the hub ({type(e).__name__}); name a local copy"
         raise ValueError(f"{repo} {file or 'weights'} {problem}") from None
@@ -299,8 +263,10 @@ def read_weights(path):
     return {k: v for k, v in state.items() if not k.endswith("position_ids")}  # 0, 1, 2, ...
 
 
-def check_keys(path, missing, unexpected, shapes=()):
-    found = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes}
+def check_keys(path, missing, unexpected, shapes):
+    """ValueError unless no key is missing or unexpected and the shapes {key: (found, wanted)} agree."""
+    wrong = [f"{k} {tuple(a)} instead of {tuple(b)}" for k, (a, b) in shapes.items() if a != b]
+    found = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": wrong}
     problems = [f"{what} {sorted(keys)[:3]}" for what, keys in found.items() if keys]
     if problems:
         raise ValueError(f"{path} is not such a checkpoint: {', '.join(problems)}")
@@ -308,22 +274,21 @@ def check_keys(path, missing, unexpected, shapes=()):
 
 def load_strict(build, path, device, rename=lambda key: key, dtype=torch.float32):
     """build() with exactly the weights of a file: which tensors there are, the architecture says, not the
-    file. rename: a key of the file -> as build() calls it, None for what is not used; no dtype: as built."""
+    file. rename: a key of the file -> as build() calls it, or None: not used. No dtype: that of the file."""
+    from accelerate import init_empty_weights  # initial values would cost 16 s for a ViT-H
+
     named = ((rename(key), tensor) for key, tensor in read_weights(path).items())
     state = {key: tensor for key, tensor in named if key}
     try:
-        with torch.device("meta"):  # a wrong file fails before a billion weights are made
-            wanted = {k: tuple(v.shape) for k, v in build().state_dict().items()}
+        with init_empty_weights():
+            model = build()
     except Exception as e:
         raise ValueError(f"{path}: the config beside it describes no such model ({one_line(e)})") from None
-    wanted = {k: shape for k, shape in wanted.items() if not k.endswith("position_ids")}
-    differ = [k for k in wanted.keys() & state.keys() if tuple(state[k].shape) != wanted[k]]
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {wanted[k]}" for k in differ]
-    check_keys(path, wanted.keys() - state.keys(), state.keys() - wanted.keys(), shapes)
-    with torch.device(device):  # initial values cost 16 s for a ViT-H on a CPU, nothing on a GPU
-        model = build()
-    model.load_state_dict(state, strict=False)
-    return model.to(dtype).eval()
+    wanted = model.state_dict()
+    pairs = {key: (state[key].shape, wanted[key].shape) for key in wanted.keys() & state.keys()}
+    check_keys(path, wanted.keys() - state.keys(), state.keys() - wanted.keys(), pairs)
+    model.load_state_dict(state, assign=True)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def pretrained(kind, source, unused=(), optional=(), **kwargs):
@@ -340,7 +305,7 @@ def pretrained(kind, source, unused=(), optional=(), **kwargs):
         raise ValueError(f"{what}; a folder with all files of the repository is wanted") from None
     left_out = {k for k in info["missing_keys"] if k.startswith(optional)}
     unexpected = {k for k in info["unexpected_keys"] if "position_ids" not in k and not k.startswith(unused)}
-    shapes = [f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in info["mismatched_keys"]]
+    shapes = {key: shapes for key, *shapes in info["mismatched_keys"]}
     check_keys(source, info["missing_keys"] - left_out, unexpected, shapes)
     return model.eval(), left_out
 
@@ -391,15 +356,11 @@ def open_clip_model(source, weights, device):
 
     own = read_json(Path(source) / "open_clip_config.json") if source else {}
     config = own.get("model_cfg", open_clip.get_model_config("ViT-H-14"))
-    steps, where = own.get("preprocess_cfg", {}), f"{source}/open_clip_config.json"
-    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
-        raise ValueError(f"{where}: model_cfg has no embed_dim, vision_cfg and text_cfg")
-    for key, value in (("mean", MEAN.flatten()), ("std", STD.flatten())):
-        if not np.allclose(steps.get(key, value), value):
-            raise ValueError(f"{where}: another {key} than CLIP's in preprocess_cfg")
-    for key, value in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
-        if steps.get(key, value) != value:
-            raise ValueError(f"{where}: another {key} than {value} in preprocess_cfg")
+    usual = dict(mean=[*open_clip.OPENAI_DATASET_MEAN], std=[*open_clip.OPENAI_DATASET_STD])
+    usual.update(resize_mode="shortest", interpolation="bicubic")
+    for key, value in own.get("preprocess_cfg", {}).items():
+        if usual.get(key, value) != value:
+            raise ValueError(f"{source}/open_clip_config.json: another {key} than CLIP's in preprocess_cfg")
     model = load_strict(lambda: open_clip.CLIP(**config), weights, device)
     size = np.ravel(config["vision_cfg"].get("image_size", 224))[0].item()  # some write [224, 224]
     return model, config["text_cfg"], size
@@ -413,19 +374,20 @@ def load_open_clip(name, source, weights, device, prepare):
     def forward(x, prompts):
         return cosine(1.0, model.encode_image(x), model.encode_text(ids(prompts).to(device)))
 
-    return Scorer(name, partial(prepare, size=size), forward, device)
+    return Scorer(name, prepare(size), forward, device)
 
 
 def load_clip_model(kind, name, source, weights, device):
     """(model, prompts -> ids (N, length), picture -> pixels) of a `kind` that is built from a CLIPConfig."""
-    from transformers import CLIPConfig
+    from transformers import CLIPConfig, CLIPImageProcessorPil
 
     config = folder_config(CLIPConfig, source, VIT_H)
+    side = config.vision_config.image_size
     tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
     model = load_strict(lambda: kind(config), weights, device)
     length = config.text_config.max_position_embeddings
     ids = lambda texts: tokenize(tokenizer, texts, length, name)[0].to(device)
-    return model, ids, partial(crop_rgb, size=config.vision_config.image_size)
+    return model, ids, processed(CLIPImageProcessorPil(size=side, crop_size=side))
 
 
 def load_pickscore(name, source, weights, device, scale=None):
@@ -530,7 +492,7 @@ def load_blip(name, source, weights, device):
         ids, attention = tokenize(tokenizer, texts, length, name)
         return (model(x, ids.to(device), attention.to(device)) - mean) / std
 
-    return Scorer(name, partial(crop, size=config.vision_config.image_size), forward, device)
+    return Scorer(name, crop(config.vision_config.image_size), forward, device)
 
 
 # ----------------------------------------------------------------------------- mps: CLIP and cross-attention
@@ -546,8 +508,9 @@ LAYERS, HEADS, HEAD_WIDTH = 4, 16, 64
 def attend(q, k, v, mask=None):
     """Heads of q (N, L, heads * d) against one key and value (N, T, d) for all; scale 1 / sqrt(d)."""
     q = q.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (N, heads, L, d)
-    k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    k, v = k[:, None], v[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)
 
 
 class SwiGLU(nn.Module):
@@ -580,12 +543,10 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", 10000 ** (-torch.arange(0, HEAD_WIDTH, 2).float() / HEAD_WIDTH))
 
     def forward(self, t):  # (N, L, heads * d), the same angles for every head
-        angle = torch.arange(t.shape[1], device=t.device)[:, None] * self.inv_freq
-        angle = torch.cat([angle, angle], -1)  # (L, d)
-        t = t.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
-        a, b = t.chunk(2, -1)
-        turned = torch.cat([-b, a], -1)
-        return (t * angle.cos() + turned * angle.sin()).transpose(1, 2).flatten(2)
+        angle = torch.arange(t.shape[1], device=t.device)[:, None, None] * self.inv_freq  # (L, 1, d / 2)
+        a, b = t.unflatten(-1, (-1, 2, HEAD_WIDTH // 2)).unbind(-2)  # (N, L, heads, d / 2)
+        turned = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
+        return torch.stack(turned, -2).flatten(2)
 
 
 class ParallelBlock(nn.Module):
@@ -691,13 +652,6 @@ def load_clip_t5(source, device, dtype):
         raise ValueError(f"{source}/config.json: tie_word_embeddings must be false, as in Flan-T5")
     if not hasattr(config, "mm_vision_tower"):
         raise ValueError(f"{source}/config.json: no CLIP-FlanT5, which has an mm_vision_tower")
-    if torch.device(device).type == "cuda":
-        with torch.device("meta"):
-            need = kind(config).num_parameters() * dtype.itemsize / 1e9
-        free = torch.cuda.mem_get_info(device)[0] / 1e9
-        if need > free:
-            advice = "-bf16 takes half of fp32, -xl a fourth of xxl"
-            raise ValueError(f"{need:.0f} GB are needed, {free:.0f} GB are free; {advice}")
     renamed = {r"^vision_tower\.vision_tower\.vision_model\.": "vision_tower.vision_tower."}
     model, tower = pretrained(
         kind, source, "embed_tokens.", "vision_tower.", config=config, dtype=dtype, key_mapping=renamed
@@ -707,7 +661,7 @@ def load_clip_t5(source, device, dtype):
         tower_model, _ = pretrained(CLIPVisionModel, config.mm_vision_tower, unused, dtype=dtype)
         model.vision_tower["vision_tower"] = tower_model
     else:
-        check_keys(source, tower, ())
+        check_keys(source, tower, (), {})
     return model.to(device)
 
 
@@ -716,7 +670,7 @@ def load_vqascore(name, source, weights, device, flan, dtype, question=QUESTION)
 
     It is exp(-mean cross-entropy of the answer). The patches of CLIP-L/336's last but one layer stand,
     projected, among the words."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlavaImageProcessorPil
 
     tokenizer = load_tokenizer(AutoTokenizer, source, 0, flan)
     model = load_clip_t5(weights, device, dtype)
@@ -743,7 +697,9 @@ def load_vqascore(name, source, weights, device, flan, dtype, question=QUESTION)
         logits = logits[..., : len(tokenizer)]  # (N, 2, words): rows of no word take no part in the softmax
         return (-F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)).exp()
 
-    return Scorer(name, partial(square, size=tower.config.image_size), forward, device)
+    side = tower.config.image_size  # to which LLaVA's square around the picture is resized
+    prepare = processed(LlavaImageProcessorPil(size=side, crop_size=side, do_pad=True))
+    return Scorer(name, prepare, forward, device)
 
 
 # ------------------------------------------------------------ hpsv3: Qwen2-VL and a token that is scored
@@ -760,35 +716,13 @@ HPSV3_CHAT = (
 HPSV3_QUESTION = (HERE / "docs/templates/hpsv3.txt").read_text("utf-8")
 
 
-def qwen_patches(image):
-    """Qwen2-VL's preprocessing, PIL image -> (patches (h w, 3 * 2 * 14 * 14), (1, h, w)): both sides to
-    multiples of 28 by PIL bicubic; patches of 14 x 14 in blocks of 2 x 2, which become one token; each patch
-    twice, a film of two equal frames."""
-    w, h = sides = image.size
-    if max(sides) > 200 * min(sides):
-        raise ValueError(f"too elongated: {w} x {h} pixels")
-    near = [max(28, round(side / 28) * 28) for side in sides]
-    if math.prod(near) > HPSV3_PIXELS:
-        scale = math.sqrt(w * h / HPSV3_PIXELS)
-        near = [math.floor(side / scale / 28) * 28 for side in sides]
-    elif math.prod(near) < HPSV3_PIXELS:
-        scale = math.sqrt(HPSV3_PIXELS / (w * h))
-        near = [math.ceil(side * scale / 28) * 28 for side in sides]
-    x = normalised(image.convert("RGB").resize(near, Image.Resampling.BICUBIC))
-    w, h = near[0] // 28, near[1] // 28
-    x = x.reshape(3, h, 2, 14, w, 2, 14).permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)  # (4 h w, 3, 14, 14)
-    return x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1), (1, 2 * h, 2 * w)
-
-
 def hpsv3_key(key):
-    """A key of the checkpoint, also in the form of before transformers 4.52, as Qwen2VLModel calls it."""
+    """A key of the checkpoint, of transformers before 4.52, as today's Qwen2VLModel calls it."""
     if key.startswith("lm_head."):
         return None
     if key.startswith("visual."):
         return f"model.{key}"
-    if key.startswith(("model.embed_tokens.", "model.layers.", "model.norm.")):
-        return key.replace("model.", "model.language_model.", 1)
-    return key
+    return key.replace("model.", "model.language_model.", 1)
 
 
 def load_hpsv3(name, source, weights, device, dtype):
@@ -796,23 +730,28 @@ def load_hpsv3(name, source, weights, device, dtype):
 
     The published model runs with plain positions 0, 1, 2, ... in place of Qwen2-VL's of three axes, and with
     all of Qwen2-VL in bf16, rotary frequencies included: so it was trained."""
-    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
 
     config = folder_config(Qwen2VLConfig, source, dict(text_config=QWEN2_VL_7B))
     tokenizer = load_tokenizer(AutoTokenizer, source, 0, QWEN, (REWARD,), ends=False)
     image, reward = tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
     if image != config.image_token_id or reward != len(tokenizer) - 1:
         raise ValueError(f"{source or QWEN}: a tokenizer of {len(tokenizer)} words does not fit this model")
-    text = config.text_config
-    text.vocab_size, text.dtype, config.vision_config.dtype = len(tokenizer), torch.bfloat16, torch.bfloat16
+    config.text_config.vocab_size = len(tokenizer)
 
     def build():
-        first, last = nn.Linear(text.hidden_size, 1024), nn.Linear(16, 2)
+        first, last = nn.Linear(config.text_config.hidden_size, 1024), nn.Linear(16, 2)
         head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), last)
         return nn.ModuleDict(dict(model=Qwen2VLModel(config), rm_head=head))
 
     model = load_strict(build, weights, device, hpsv3_key, dtype=None)
-    qwen, head = model["model"].bfloat16().to(dtype), model["rm_head"]
+    qwen, head = model["model"].bfloat16().to(dtype), model["rm_head"].float()
+    processor = Qwen2VLImageProcessorPil(size=dict(shortest_edge=HPSV3_PIXELS, longest_edge=HPSV3_PIXELS))
+
+    def prepare(image):
+        """(patches (h w, 3 * 2 * 14 * 14), [1, h, w]); 2 x 2 patches become one token."""
+        read = processor(image.convert("RGB"), return_tensors="pt")
+        return read.pixel_values, read.image_grid_thw[0].tolist()
 
     def forward(x, prompts):
         texts = []
@@ -830,7 +769,7 @@ def load_hpsv3(name, source, weights, device, dtype):
         ).last_hidden_state  # (N, T, D)
         return head(states[ids == reward].float())[:, 0]
 
-    return Scorer(name, qwen_patches, forward, device, reserved=(IMAGE, REWARD))
+    return Scorer(name, prepare, forward, device, reserved=(IMAGE, REWARD))
 
 
 # ------------------------------------------------------------ aesthetic: reads no prompt
@@ -852,7 +791,7 @@ def load_aesthetic(name, source, weights, device):
         return head(F.normalize(model(pixel_values=x).image_embeds, dim=-1))[:, 0]
 
     config = getattr(model.config, "vision_config", model.config)
-    return Scorer(name, partial(crop, size=config.image_size), forward, device)
+    return Scorer(name, crop(config.image_size), forward, device)
 
 
 # ----------------------------------------------------------------------------- by name

@@ -15,7 +15,7 @@ from PIL import Image
 import benchmarks as b
 import rewards
 import scorers
-from common import HERE
+from common import HERE, read_image
 from toy import world
 
 COCO = {i: name for i, name in enumerate(b.CLASSES)}
@@ -187,7 +187,9 @@ def test_parti_hpdv2_and_pickapic(tmp_path):
     pairs.to_parquet(tmp_path / "validation_unique-00000.parquet")
     assert [r["prompt"] for r in b.read_bench("pickapic", tmp_path)] == ["b", "a"]
     pairs[["label_0"]].to_parquet(tmp_path / "validation_unique-00000.parquet")
-    refuses("no parquet file with a column caption", b.read_bench, "pickapic", tmp_path)
+    refuses("validation_unique-00000.parquet, row 1: no prompt", b.read_bench, "pickapic", tmp_path)
+    (tmp_path / "validation_unique-00000.parquet").write_bytes(b"torn")
+    refuses("validation_unique-00000.parquet: not a readable .parquet", b.read_bench, "pickapic", tmp_path)
 
 
 def test_a_hub_without_a_net_is_one_line(monkeypatch):
@@ -198,7 +200,10 @@ def test_a_hub_without_a_net_is_one_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", none)
     refuses(
-        "zhwang/HPDv2: no such folder, and benchmark/anime.json cannot", b.read_bench, "hpdv2", "zhwang/HPDv2"
+        "zhwang/HPDv2: no such folder, and .*benchmark/anime.json cannot",
+        b.read_bench,
+        "hpdv2",
+        "zhwang/HPDv2",
     )
     refuses("there are geneval, t2i-compbench", b.read_bench, "drawbench", "x")
 
@@ -210,7 +215,7 @@ def test_dpg_grid_and_hps_jpgs_follow_their_pictures(tmp_path):
     rows = [dict(prompt="x", tag="anime", stem="coco1", index=3)]
     files = [[f"pictures/00000/{s}.png" for s in range(5)]]
     draw_all(tmp_path, files)
-    pictures = [Image.open(tmp_path / f) for f in files[0]]
+    pictures = [read_image(tmp_path / f) for f in files[0]]
     for name in ("dpg", "hpdv2"):
         b.write_layout(name, tmp_path, rows, files)
     grid = Image.open(tmp_path / "official/coco1.png")
@@ -479,7 +484,7 @@ def slow_instances(model, x, cut, full):
 
 def slow_colour(clip, image, box, mask, name):
     pixels = np.where(mask[..., None], np.asarray(image), 0x99).astype(np.uint8)
-    x = scorers.crop(Image.fromarray(pixels[box[1] : box[3], box[0] : box[2]]), 32)[None]
+    x = scorers.crop(32)(Image.fromarray(pixels[box[1] : box[3], box[0] : box[2]]))[None]
     seen = clip.get_image_features(pixel_values=x).pooler_output[0]
     tokenizer, similarity = scorers.clip_tokenizer("", 49408), []
     for colour in b.COLOURS:
