@@ -4,18 +4,10 @@
     python evaluate.py --bench t2i-compbench --prompts examples/dataset --bench_models phrases=phrases.json
     python evaluate.py --bench dpg --prompts dpg_bench --bench_models vqa=vqascore-xl
 
-    name           what --prompts names                              metric
-    geneval        evaluation_metadata.jsonl, or its folder          Mask2Former, CLIP, GenEval's rules
-    t2i-compbench  folder of *_val.txt, or one of them               BLIP-VQA, CLIP ViT-B/32; not UniDet's
-    dpg            folder of dpg_bench.csv and prompts/, or the csv  yes/no questions and their dependencies
-    parti          PartiPrompts.tsv                                  the rewards
-    hpdv2          folder of the styles' .json, zhwang/HPDv2, or     100 x HPSv2 by style
-                   its test.json, 400 prompts without styles
-    pickapic       parquet file, or a folder of them                 the rewards
-
 Pictures lie where the official scorer looks for them; write_layout adds what else it reads. Answers of the
 judging models are appended to FOLDER/measured/NAME.jsonl as they come; each report computes its verdicts from
-them. docs/benchmarks.md says what differs from each original, docs/papers.txt holds the papers' rows.
+them. docs/benchmarks.md lists the benchmarks and their files, and says what differs from each original;
+docs/papers.txt holds the papers' rows.
 """
 
 import json
@@ -33,8 +25,7 @@ from PIL import Image
 import common
 import scorers
 from common import HERE, fail, parse_json, process_rank, prompt_rows, publish, read_text, write_text
-from lists import is_number
-from rewards import LOADERS, Store, answer_rows, files_version, load_reward, read_answers
+from rewards import LOADERS, Store, answer_rows, files_version, load_reward, loading, read_answers
 from scorers import BERT, BLIP_WORDS, Scorer, clip_tokenizer, cosine, crop, one_line, pretrained
 
 MODELS = {  # role: its default; --bench_models role=folder_or_hub_id names another
@@ -59,14 +50,16 @@ def read_bench(name, path, limit=0, keep=""):
     if name not in READERS:
         others = "a file of your own is named by --prompts alone"
         fail(f"--bench {name}: there are {', '.join(READERS)}; {others}")
-    rows = []
-    for where, row in READERS[name](Path(path)):
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+    try:
+        rows = list(READERS[name](Path(path)))
+    except ValueError as e:
+        fail(f"--prompts {path}: {e}")
+    for where, row in rows:
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             fail(f"{where}: no prompt there; is it {name}'s own file?")
-        rows.append(row)
     if not rows:
         fail(f"{path}: holds no prompts of {name}")
-    return kept_rows(rows, keep)[: limit or None]
+    return kept_rows([row for _, row in rows], keep)[: limit or None]
 
 
 def kept_rows(rows, keep):
@@ -74,13 +67,12 @@ def kept_rows(rows, keep):
     A prompt there that no row has ends the program."""
     if not keep:
         return rows
-    wanted = {row["prompt"]: n for n, row in enumerate(common.read_prompts(keep), 1)}
+    wanted = {row["prompt"]: None for row in common.read_prompts(keep)}
     kept = [row for row in rows if " ".join(row["prompt"].split()) in wanted]
-    if lost := wanted.keys() - {" ".join(row["prompt"].split()) for row in kept}:
-        first = min(lost, key=wanted.get)
-        fail(
-            f"--keep {keep}: {len(lost)} of {len(wanted)} prompts are not in --prompts, the first: {first!r}"
-        )
+    there = {" ".join(row["prompt"].split()) for row in kept}
+    if lost := [prompt for prompt in wanted if prompt not in there]:
+        what = f"{len(lost)} of {len(wanted)} prompts are not in --prompts, the first: {lost[0]!r}"
+        fail(f"--keep {keep}: {what}")
     return kept
 
 
@@ -173,19 +165,11 @@ def read_hpdv2(path):
         files = {path.stem if path.stem in STYLES else None: path}
     for style, file in files.items():
         if not path.exists():
-            file = hub_file(str(path), f"benchmark/{style}.json")
+            file = scorers.from_hub(str(path), f"benchmark/{style}.json", "dataset")
         elif not file.is_file():
             continue  # fewer styles
         for n, row in enumerate(prompt_rows(file)):
             yield f"{file}, prompt {n + 1}", {"prompt": row.get("prompt"), "tag": style, "index": n}
-
-
-def hub_file(repo, file):
-    """A file of a data set on the hub."""
-    try:
-        return scorers.from_hub(repo, file, "dataset")
-    except ValueError as e:
-        fail(f"{repo}: no such folder, and {e}")
 
 
 def read_pickapic(path):
@@ -371,38 +355,31 @@ def relations(a, b):
 # ----------------------------------------------------------------------------- answers that are kept
 
 
-def measured(folder, name, sources, load, jobs, device, batch_size, fits=is_number):
+def measured(folder, name, sources, load, jobs, device, batch_size):
     """{(file, question): answer, or None where the picture is missing or unreadable} of these jobs. The store
     is folder/measured/NAME.jsonl; load(sources, device) -> a Scorer that answers what is not there.
 
     Batches are cut by position: a resumed run, and several processes (all of which must call this), answer as
     an unbroken one does."""
-    version = [files_version([role, 1, source], local_folder(source)) for role, source in sources.items()]
-    store = Store(str(folder), name, "-".join(version), "measured", fits)
+    version = []
+    for role, source in sources.items():
+        path = source.rpartition("=")[2]  # folder or vqascore=folder; else a name on the hub
+        version.append(files_version([role, 1, source], path if Path(path).exists() else ""))
+    store = Store(str(folder), name, "-".join(version), "measured")
     rows, (rank, world) = [(question, [file]) for file, question in jobs], process_rank()
     starts = range(0, len(rows), batch_size)[rank::world]
     mine = [row for start in starts for row in rows[start : start + batch_size]]
-    part, judge = f"@{rank}of{world}" * (world > 1), lambda: load_judge(load, sources, device)
+    part, names = f"@{rank}of{world}" * (world > 1), " ".join(map("=".join, sources.items()))
+
+    def judge():
+        with loading(f"--bench_models {names}"):
+            return load(sources, device)
+
     answer_rows(store, mine, judge, batch_size, "leave", part)
     common.wait_for_all(slow=True)
     known = read_answers(store, rows)
     there = lambda i: i in known and (Path(folder) / rows[i][1][0]).is_file()
     return {job: known[i][0] if there(i) else None for i, job in enumerate(jobs)}
-
-
-def local_folder(source):
-    """The folder or file of "folder" or "name=folder"; "" of a name on the hub."""
-    path = source.rpartition("=")[2]
-    return path if Path(path).exists() else ""
-
-
-def load_judge(load, sources, device):
-    """load(sources, device), or one line that names the sources."""
-    try:
-        return load(sources, device)
-    except Exception as e:  # a missing file, a wrong format, no hub
-        names = " ".join(f"{role}={source}" for role, source in sources.items())
-        fail(f"--bench_models {names}: could not be loaded: {one_line(e)}")
 
 
 def lost_pictures(answers):
@@ -570,35 +547,21 @@ def load_colours(source, device):
     return colours
 
 
-class Finder(Scorer):
-    """A Scorer whose answer about a picture is {class: [[x0, y0, x1, y1, confidence, colour or None], ...]}.
-    The question is JSON, {class: of how many of the best the colour is asked}."""
-
-    def score_batch(self, loaded, questions):
-        pairs = zip(loaded, questions)
-        return [(None, problem) if problem else (self.forward(x, q), None) for (x, problem), q in pairs]
-
-
 def load_finder(sources, device):
+    """A Scorer whose answer about a picture is {class: [[x0, y0, x1, y1, confidence, colour or None]]}."""
     detect, colours = load_detector(sources["detector"], device), load_colours(sources["colours"], device)
 
-    def find(image, question):
-        answer, asked = {}, json.loads(question)
+    def find(image):
+        answer = {}
         for name, (boxes, masks) in detect(image).items():
-            best = geneval_keep(boxes, "")[: asked.get(name, 0)]
-            seen = colours(image, [boxes[i] for i in best], [masks[i] for i in best], name) if best else []
+            best = geneval_keep(boxes, "")  # no other is ever looked at
+            seen = colours(image, [boxes[i] for i in best], [masks[i] for i in best], name)
             named = dict(zip(best, seen))
             answer[name] = [[*box, named.get(i)] for i, box in enumerate(boxes)]
         return answer
 
-    return Finder("finder", lambda image: image.convert("RGB"), find, device)
-
-
-def is_finding(answer):
-    """What a Finder answers, as a file may hold it."""
-    boxes = [box for found in answer.values() for box in found]
-    known = (None, *COLOURS)
-    return all(len(box) == 6 and all(map(is_number, box[:5])) and box[5] in known for box in boxes)
+    convert = lambda image: image.convert("RGB")
+    return Scorer("finder", convert, lambda images, _: list(map(find, images)), device)
 
 
 # ----------------------------------------------------------------------------- metrics
@@ -621,33 +584,24 @@ def measure(name, folder, rows, files, device="cpu", batch_size=32, sources=None
 
 
 def measure_geneval(folder, rows, files, sources, ask):
-    """1 where a picture passes, else 0. Writes results.jsonl and summary.txt as the original does."""
+    """1 where a picture passes, else 0. Writes results.jsonl as the original does."""
     models = {role: sources[role] for role in ("detector", "colours")}
-    jobs = [(file, colours_asked(row)) for row, of_row in zip(rows, files) for file in of_row]
-    answers = ask("geneval", models, load_finder, jobs, fits=is_finding)
+    for row in rows:
+        if lost := {item["class"] for item in row["include"] + row.get("exclude", [])} - {*CLASSES}:
+            fail(f"GenEval's detector knows COCO's classes only, not {lost.pop()!r} ({row['prompt']!r})")
+    jobs = [(file, "objects") for of_row in files for file in of_row]
+    answers = ask("geneval", models, load_finder, jobs)
     values, results = np.full((len(rows), len(files[0])), np.nan), []
     for i, (row, of_row) in enumerate(zip(rows, files)):
         for s, file in enumerate(of_row):
-            answer = answers[file, colours_asked(row)]
+            answer = answers[file, "objects"]
             if answer is not None:
                 results.append(geneval_result(f"{folder}/{file}", row, answer))
                 values[i, s] = results[-1]["correct"]
     if process_rank()[0] == 0 and results:
         write_text(Path(folder) / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
-        write_text(Path(folder) / "summary.txt", geneval_summary(results))
     note = f"detector {models['detector']} in transformers; official: the same architecture trained in mmdet"
     return values, [note, *lost_pictures(answers)]
-
-
-def colours_asked(row):
-    """{class: of how many of the best the colour counts}, as JSON."""
-    counts = {}
-    for item in [*row["include"], *row.get("exclude", [])]:
-        if item["class"] not in CLASSES:
-            fail(f"GenEval's detector knows COCO's classes only, not {item['class']!r} ({row['prompt']!r})")
-        if "color" in item:
-            counts[item["class"]] = max(item["count"], counts.get(item["class"], 0))
-    return json.dumps(counts)
 
 
 def geneval_result(filename, row, answer):
@@ -660,22 +614,6 @@ def geneval_result(filename, row, answer):
     boxes = {name: [box for box, _ in found] for name, found in objects.items()}
     result = dict(filename=filename, tag=row["tag"], prompt=row["prompt"], correct=correct, reason=reason)
     return {**result, "metadata": json.dumps(row), "details": json.dumps(boxes)}
-
-
-def geneval_summary(results):
-    """What the official summary_scores.py prints of results.jsonl."""
-    by_prompt, by_tag = {}, {}
-    for result in results:
-        by_prompt.setdefault(result["metadata"], []).append(result["correct"])
-        by_tag.setdefault(result["tag"], []).append(result["correct"])
-    correct = np.mean([result["correct"] for result in results])
-    any_correct = np.mean([any(of_prompt) for of_prompt in by_prompt.values()])
-    lines = ["Summary", "=======", f"Total images: {len(results)}", f"Total prompts: {len(by_prompt)}"]
-    lines += [f"% correct images: {correct:.2%}", f"% correct prompts: {any_correct:.2%}"]
-    lines += ["", "Task breakdown", "=============="]
-    lines += [f"{tag:<16} = {np.mean(c):.2%} ({sum(c)} / {len(c)})" for tag, c in by_tag.items()]
-    overall = np.mean([np.mean(c) for c in by_tag.values()])
-    return "\n".join([*lines, "", f"Overall score (avg. over tasks): {overall:.5f}"]) + "\n"
 
 
 def measure_dpg(folder, rows, files, sources, ask):

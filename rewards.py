@@ -9,44 +9,42 @@ only that for vqascore) holds the weights and may bring a config and a tokenizer
 under any other name, is a function of yours, (PIL images, prompts) -> scores. Larger is better. Without
 --rewards the toy world's four score the toy world's pictures; for any others, --rewards must be named.
 
-    name         model, default source on the hub                     size    licence     unit and usual range
-    clip         open_clip ViT-H-14                                   3.9 GB  MIT         cosine, .2 to .4
-                 laion/CLIP-ViT-H-14-laion2B-s32B-b79K
-    hpsv2.1      the same, xswu/HPSv2 HPS_v2.1_compressed.pt          2.0 GB  Apache-2.0  cosine, .2 to .35
-    hpsv2        the same, xswu/HPSv2 HPS_v2_compressed.pt            2.0 GB  Apache-2.0  cosine, .2 to .3
-    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1          3.9 GB  MIT         100 cos, 15 to 25
-    pickscore-cosine  the same                                                            cosine, .15 to .25
-    imagereward  BLIP-L + MLP, zai-org/ImageReward ImageReward.pt     1.8 GB  Apache-2.0  z-score, -2.3 to 2
-    cyclereward  BLIP-L + MLP, carolineec/CycleReward-Combo           1.8 GB  MIT         logits, unbounded
-    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                4.4 GB  not stated  100 cos, 0 to 15
-    vqascore     CLIP-L/336 + Flan-T5-XXL, zhiqiulin/clip-flant5-xxl  23 GB   Apache-2.0  P("Yes"), 0 to 1
-    vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl   6.3 GB  Apache-2.0  P("Yes"), 0 to 1
-    aesthetic    OpenAI ViT-L/14 + LAION v2 head                      1.7 GB  Apache-2.0  points, 1 to 10;
-                 trl-lib/ddpo-aesthetic-predictor                                         reads no prompt
-    hpsv3        Qwen2-VL-7B + MLP at a token, MizzenAI/HPSv3         17 GB   MIT (code)  points, 5 to 11 on
-                 HPSv3.safetensors                                                        average
-    diversity    the image tower of clip, to evaluate only                                1 - cosine, mean to
-                                                                                          the other pictures
-    toyworld     the exact checker of the toy world, to evaluate only                     1 if shown, else 0
+    name         model, default source on the hub                      size    licence     unit, usual range
+    clip         open_clip, laion/CLIP-ViT-H-14-laion2B-s32B-b79K      3.9 GB  MIT         cosine, .2 to .4
+    hpsv2.1      the same, xswu/HPSv2 HPS_v2.1_compressed.pt           2.0 GB  Apache-2.0  cosine, .2 to .35
+    hpsv2        the same, xswu/HPSv2 HPS_v2_compressed.pt             2.0 GB  Apache-2.0  cosine, .2 to .3
+    pickscore    CLIPModel ViT-H, yuvalkirstain/PickScore_v1           3.9 GB  MIT         100 cos, 15 to 25
+    pickscore-cosine  the same                                                             cosine, .15 to .25
+    imagereward  BLIP-L + MLP, zai-org/ImageReward ImageReward.pt      1.8 GB  Apache-2.0  z-score, -2.3 to 2
+    cyclereward  BLIP-L + MLP, carolineec/CycleReward-Combo            1.8 GB  MIT         logits, unbounded
+    mps          ViT-H + cross-attention, RE-N-Y/mpsv1                 4.4 GB  not stated  100 cos, 0 to 15
+    vqascore     CLIP-L/336 + Flan-T5-XXL, zhiqiulin/clip-flant5-xxl   23 GB   Apache-2.0  P("Yes"), 0 to 1
+    vqascore-xl  the same with Flan-T5-XL, zhiqiulin/clip-flant5-xl    6.3 GB  Apache-2.0  P("Yes"), 0 to 1
+    aesthetic    ViT-L/14 + MLP, trl-lib/ddpo-aesthetic-predictor      1.7 GB  Apache-2.0  points, 1 to 10
+    hpsv3        Qwen2-VL-7B + MLP, MizzenAI/HPSv3 HPSv3.safetensors   17 GB   MIT (code)  points, 5 to 11
+    diversity    clip's image tower; to evaluate only                                      mean 1 - cosine
+    toyworld     the exact checker of the toy world; to evaluate only                      1 if shown, else 0
 
-The weights of mps state no licence (their authors' code is MIT). pickscore and mps multiply the cosine by a
-learned scale of about 100. BalancedDPO and Diffusion-DPO report the plain cosine, which also a sum of rewards
-(--label sum) needs: pickscore-cosine. All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take
-half the memory. Text beyond a model's context (77 tokens for CLIP, 35 for ImageReward) is cut, said once.
+The weights of mps state no licence (their authors' code is MIT). aesthetic reads no prompt; diversity
+compares the pictures of one. pickscore and mps multiply the cosine by a learned scale of about 100;
+BalancedDPO and Diffusion-DPO report the plain cosine, which also a sum of rewards (--label sum) needs:
+pickscore-cosine. All run in fp32; vqascore-bf16, vqascore-xl-bf16 and hpsv3-bf16 take half the memory. Text
+beyond a model's context (77 tokens for CLIP, 35 for ImageReward) is cut, said once.
 scorers.py holds the models; docs/rewards.md says how far each agrees with its original.
 """
 
 import hashlib
 import json
 import os
+import re
+import runpy
 import sys
 import traceback
-import types
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import common
 from common import HERE, appending, ends_of, fail, one_line_errors, open_image, option, parse, pick_device
@@ -130,57 +128,46 @@ def function_of(spec):
 
 @lru_cache(maxsize=None)
 def run_file(file, code):
-    """The module that the bytes `code` of a file make, once a process. Not imported: Python's cache of
-    compiled files takes an edit within the same second for the old file."""
-    module = types.ModuleType(f"reward {file}")
-    module.__file__ = file
-    sys.modules[module.__name__] = module  # where dataclasses look
-    exec(compile(code, file, "exec"), module.__dict__)
-    return module
-
-
-def where(error, file):
-    """An error as one line, with the last line of the file it passed: "own.py, line 3: KeyError: 'a'"."""
-    lines = [n for frame, n in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
-        lines.append(error.lineno)
-    place = f"{file}, line {lines[-1]}" if lines else file
-    return f"{place}: {type(error).__name__}: {one_line(error)}"
+    """{name: what a file defines}; it runs once a process, while the bytes `code` are in it. It is not
+    imported: Python's cache of compiled files takes an edit within the same second for the old file."""
+    return runpy.run_path(file)
 
 
 @contextmanager
-def user_code(file):
-    """A `with` around the user's code: whatever it raises, except Ctrl-C, becomes a ValueError of one line,
-    and the working folder stays what it was."""
+def user_code(name, file):
+    """A `with` around the user's code: whatever it raises, except Ctrl-C, ends the run with one line, which
+    says the last line of the file that it passed. The working folder stays what it was."""
     here = os.getcwd()
     try:
         yield
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit, too, and what is no Exception
-        raise ValueError(where(e, file)) from None
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
+        if isinstance(e, SyntaxError) and e.filename == file:
+            lines.append(e.lineno)
+        place = f"{file}, line {lines[-1]}" if lines else file
+        fail(f"reward {name}: {place}: {type(e).__name__}: {one_line(e)}")
     finally:
         os.chdir(here)
 
 
-def user_function(file, function):
-    """The function; ValueError where there is no such file or function, or the file does not run."""
+def user_function(name, file, function):
     if not Path(file).is_file():
-        raise ValueError(f"{file}: no such file")
-    with user_code(file):
-        found = getattr(run_file(file, Path(file).read_bytes()), function, None)
+        fail(f"reward {name}: {file}: no such file")
+    with user_code(name, file):
+        found = run_file(file, Path(file).read_bytes()).get(function)
     if not callable(found):
-        raise ValueError(f"{file} defines no function {function}")
+        fail(f"reward {name}: {file} defines no function {function}")
     return found
 
 
 def as_numbers(found, count):
-    """Floats (count,) of a list, tuple, array or tensor of numbers; ValueError if it is something else. Other
-    things can be iterated, too, but a set has no order, a dict gives its keys and bytes their codes."""
-    if not (isinstance(found, (list, tuple)) or hasattr(found, "__array__")):
+    """Floats (count,) of what a function returned. Other things can be iterated, too, but a set has no order,
+    a dict gives its keys and bytes their codes."""
+    if not isinstance(found, list | tuple) and not hasattr(found, "__array__"):
         raise ValueError(f"a list, tuple, array or tensor is wanted, not a {type(found).__name__}")
-    values = list(found) if isinstance(found, (list, tuple)) else found.tolist()
-    values = [v.item() if hasattr(v, "item") else v for v in values] if isinstance(values, list) else [values]
+    values = [v.item() if hasattr(v, "item") else v for v in found]
     if len(values) != count:
         raise ValueError(f"{len(values)} scores for {count} pairs of image and prompt")
     if odd := [v for v in values if not isinstance(v, int | float)]:
@@ -192,18 +179,11 @@ def load_function(name, file, function):
     """A function of the user's as a scorer. It gets a batch: copies of a list of RGB images and of their
     prompts. An error in it ends the run; a score that is not finite is the problem of its own pair, as
     everywhere."""
-    call = user_function(file, function)
+    call = user_function(name, file, function)
 
     def forward(images, prompts):
-        try:
-            with user_code(file):
-                found = call([image.copy() for image in images], list(prompts))
-        except ValueError as e:
-            fail(f"reward {name}: {e}")
-        try:
-            return as_numbers(found, len(prompts))
-        except (TypeError, ValueError, RuntimeError, OverflowError) as e:
-            fail(f"reward {name}: {file}, {function} must return a number a pair: {one_line(e)}")
+        with user_code(name, file):
+            return as_numbers(call([image.copy() for image in images], list(prompts)), len(prompts))
 
     return Scorer(name, lambda image: image.convert("RGB"), forward)
 
@@ -215,12 +195,19 @@ def reward_name(spec):
     return spec.partition("=")[0]
 
 
+RESERVED = ("human", "phi", "random", "geneval", "t2i-compbench", "dpg")  # what people chose, labels, metrics
+
+
 def check_reward(spec):
     """End with one line if "name", "name=source" or "name=FILE.py:function" can be no reward."""
     name, given, source = spec.partition("=")
     file, function = function_of(spec)
     if function:
-        check_function(spec, name, file, function)
+        if name in (*LOADERS, *RESERVED):
+            fail(f"reward {spec}: {name} means something else already; call yours by another name")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            fail(f"reward {spec}: the name, which names a file of scores, must be a word, not {name!r}")
+        user_function(name, file, function)
         return
     if name not in LOADERS:
         others = "each also as name=folder_or_file; one of your own is name=FILE.py:function"
@@ -236,22 +223,6 @@ def check_reward(spec):
             fail(f"reward {name}: {e}")
 
 
-RESERVED = ("human", "phi", "random", "geneval", "t2i-compbench", "dpg")  # what people chose, labels, metrics
-
-
-def check_function(spec, name, file, function):
-    if name in LOADERS:
-        fail(f"reward {spec}: {name} is a reward that is there already; call yours by another name")
-    if name in RESERVED:
-        fail(f"reward {spec}: {name} has a meaning of its own in the files; call yours by another name")
-    if not name.replace("-", "_").replace(".", "_").isidentifier() or name.startswith("."):
-        fail(f"reward {spec}: the name, which names a file of scores, must be a word, not {name!r}")
-    try:
-        user_function(file, function)
-    except ValueError as e:
-        fail(f"reward {name}: {e}")
-
-
 def check_rewards(specs):
     """check_reward of each, and none twice: a name has one place in a row of scores."""
     for spec in specs:
@@ -261,21 +232,32 @@ def check_rewards(specs):
             fail(f"--rewards: {reward_name(spec)} is named twice ({', '.join(same)})")
 
 
+@contextmanager
+def loading(what):
+    """A `with` around the loading of a model: without the bars and warnings of libraries, and whatever fails
+    ends the program with one line."""
+    from pipelines import quiet  # diffusers takes seconds
+
+    try:
+        with quiet():
+            yield
+    except Exception as e:  # a missing file, a wrong format, no hub: one line says which
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        fail(f"{what}: could not be loaded: {kind}{one_line(e)}")
+
+
 def load_reward(spec, device="cpu", **options):
     """A Scorer by name, "name=source" or "name=FILE.py:function"; `options` are of its loader. Where there is
     no such reward, or it does not load, the program ends with one line."""
     check_reward(spec)
     name, _, source = spec.partition("=")
     file, function = function_of(spec)
-    try:
-        if function:
-            return load_function(name, file, function)
-        loader, *hub = LOADERS[name]
+    if function:
+        return load_function(name, file, function)
+    loader, *hub = LOADERS[name]
+    with loading(f"reward {spec}"):
         weights = [find_weights(source, *hub)] if hub else []
         return loader(name, source, *weights, device, **options)
-    except Exception as e:  # a missing file, a wrong format, no hub: one line says which
-        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
-        fail(f"reward {spec}: could not be loaded: {kind}{one_line(e)}")
 
 
 # ----------------------------------------------------------------------------- stored scores
@@ -330,33 +312,27 @@ class Store(NamedTuple):
     name: str
     version: str  # of the model: the answers of another version do not count
     place: str = "scores"
-    fits: Callable = is_number  # is that an answer?
 
 
-def store_of(folder, spec):
-    """The store of a reward's scores."""
-    return Store(str(folder), reward_name(spec), reward_version(spec))
-
-
-def stored_row(line, fits=is_number):
-    """A line of a store as a dict; None if it is no row of answers."""
+def stored_row(line, place="scores"):
+    """A line of a store as a dict; None if it is no row of answers. Scores may come from other programs."""
     try:
         row = json.loads(line)
         files, scores = row["file_names"], row["scores"]
         lengths = {len(v) for v in (files, scores, row.get("pictures")) if v is not None}
         names = [row["prompt"], *files]
         whole = len(lengths) == 1 and all(isinstance(name, str) for name in names)
-        whole &= all(fits(score) for score in scores or [])
+        whole &= place != "scores" or all(map(is_number, scores or []))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return row if whole else None
 
 
-def stored_lines(folder, name, place="scores", fits=is_number):
+def stored_lines(folder, name, place="scores"):
     """Yield (file, line number, row or None) of a store, the files of parallel runs included."""
     for path in common.parallel_files(Path(folder) / place, name):
         for n, line in enumerate(common.whole_lines(path), 1):
-            yield path, n, stored_row(line, fits)
+            yield path, n, stored_row(line, place)
 
 
 def version_there(folder, name, lines, spec):
@@ -374,12 +350,12 @@ def read_scores(folder, spec, rows):
     """{row index: [k floats]} of the rows [(prompt, file_names)] that this reward scored, as stored. What
     another version scored does not count, nor does a torn last line, nor a score of a picture that was
     replaced since."""
-    return read_answers(store_of(folder, spec), rows)
+    return read_answers(Store(folder, reward_name(spec), reward_version(spec)), rows)
 
 
 def read_answers(store, rows):
     """The same of any store: {row index: [k answers]}."""
-    lines = stored_lines(store.folder, store.name, store.place, store.fits)
+    lines = stored_lines(store.folder, store.name, store.place)
     return stored_scores(store.folder, store.name, lines, rows, store.version)[0]
 
 
@@ -432,8 +408,11 @@ def stream_rows(scorer, folder, rows, todo, batch_size):
 def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None):
     """Score what is not scored yet; see answer_rows. `load` stands in for load_reward where one scorer serves
     several folders."""
-    load = partial(load or load_reward, spec, device)
-    return answer_rows(store_of(folder, spec), rows, load, batch_size, on_error, part)
+    load, store = (
+        partial(load or load_reward, spec, device),
+        Store(folder, reward_name(spec), reward_version(spec)),
+    )
+    return answer_rows(store, rows, load, batch_size, on_error, part)
 
 
 def answer_rows(store, rows, load, batch_size, on_error, part=""):
@@ -453,7 +432,7 @@ def answer_rows(store, rows, load, batch_size, on_error, part=""):
     scorer, skipped = load(), {}
     path = Path(store.folder) / store.place / f"{store.name}{part}.jsonl"
     total = sum(len(rows[i][1]) for i in todo)
-    keep = partial(stored_row, fits=store.fits)
+    keep = partial(stored_row, place=store.place)
     try:
         bar = tqdm(total=total, desc=f"score {store.name}", unit="image")
         with appending(path, "another run is scoring there", keep=keep) as f, bar:

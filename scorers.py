@@ -176,10 +176,10 @@ class Scorer:
         texts = [prompts[good if problem else n] for n, (_, problem) in enumerate(loaded)]
         with torch.inference_mode():
             x = torch.stack(x).to(self.device) if torch.is_tensor(x[0]) else x
-            scores = self.forward(x, texts).float().tolist()
-        found = []
-        for score, (_, problem) in zip(scores, loaded):
-            if not problem and not np.isfinite(score).all():
+            scores = self.forward(x, texts)
+        numbers, found = torch.is_tensor(scores), []
+        for score, (_, problem) in zip(scores.float().tolist() if numbers else scores, loaded):
+            if not problem and numbers and not np.isfinite(score).all():
                 problem = f"the score is {score}"
             found.append((None if problem else score, problem))
         return found
@@ -429,12 +429,10 @@ def blip_key(key):
     """A key of ImageReward's state dict as BlipReward calls it; None for what only pre-training used."""
     if key.startswith(("blip.vision_proj.", "blip.text_proj.")):
         return None
-    if key.startswith("blip.visual_encoder."):
-        key = f"{key}."
-        for old, new in BLIP_NAMES:  # whole names only: norm is not norm1
-            key = key.replace(f".{old}.", f".{new}.")
-        key = key.strip(".")
-    return key
+    key = f"{key}."
+    for old, new in BLIP_NAMES:  # whole names only: norm is not norm1
+        key = key.replace(f".{old}.", f".{new}.")
+    return key.removesuffix(".")
 
 
 def reward_head(width, gelu=False):

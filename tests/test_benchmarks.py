@@ -199,12 +199,7 @@ def test_a_hub_without_a_net_is_one_line(monkeypatch):
         raise OSError("no net\nat all")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", none)
-    refuses(
-        "zhwang/HPDv2: no such folder, and .*benchmark/anime.json cannot",
-        b.read_bench,
-        "hpdv2",
-        "zhwang/HPDv2",
-    )
+    refuses("zhwang/HPDv2 benchmark/anime.json cannot be had", b.read_bench, "hpdv2", "zhwang/HPDv2")
     refuses("there are geneval, t2i-compbench", b.read_bench, "drawbench", "x")
 
 
@@ -578,16 +573,6 @@ def test_geneval_is_measured_resumed_and_written_as_the_original_does(models, mo
     refuses("COCO's classes only, not 'unicorn'", b.measure, "geneval", folder, rows, files)
 
 
-def test_official_summary_of_geneval():
-    tags = ["colors"] * 4 + ["position"] * 2
-    results = [dict(tag=t, correct=c, metadata=m) for t, c, m in zip(tags, [1, 0, 0, 0, 1, 1], "aabbcc")]
-    assert b.geneval_summary(results) == (
-        "Summary\n=======\nTotal images: 6\nTotal prompts: 3\n% correct images: 50.00%\n"
-        "% correct prompts: 66.67%\n\nTask breakdown\n==============\ncolors           = 25.00% (1 / 4)\n"
-        "position         = 100.00% (2 / 2)\n\nOverall score (avg. over tasks): 0.62500\n"
-    )
-
-
 @torch.no_grad()
 def test_blip_vqa_is_the_first_word_of_its_answer(models, tmp_path):
     """Against transformers' own generate(), which is given [ENC] first as the original has it."""
@@ -786,22 +771,3 @@ def test_tables_say_who_judged_and_how_many_prompts():
     assert paper["SDXL + DPO, HPSv2 (paper)"] == ["1065", "78.04", "86.22", "0.83", "", ""]
     header, lines = b.paper_table("t2i-compbench", {}, [], {}, ["spatial: not run"])
     assert "spatial: not run" in header[0] and any(line[0].startswith("ELLA") for line in lines)
-
-
-def test_answers_of_another_shape_do_not_count(models, tmp_path, monkeypatch):
-    draw(tmp_path / "a.png", 0)
-    version = b.files_version(["detector", 1, models["detector"]], models["detector"])
-    version += "-" + b.files_version(["colours", 1, models["colours"]], models["colours"])
-    good = {"dog": [[0, 0, 1, 1, 0.9, None]]}
-    row = dict(version=version, prompt="{}", file_names=["a.png"], scores=[good])
-    (tmp_path / "measured").mkdir()
-    sources, jobs = {role: models[role] for role in ("detector", "colours")}, [("a.png", "{}")]
-    ask = lambda: b.measured(tmp_path, "geneval", sources, b.load_finder, jobs, "cpu", 4, b.is_finding)
-    path = tmp_path / "measured/geneval.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    assert ask() == {jobs[0]: good}
-    monkeypatch.setattr(b, "load_finder", lambda *_: pytest.fail("asked anew"))
-    for bad in ([], 1.0, {"dog": 1}, {"dog": [[0, 0, 1]]}, {"dog": [[0, 0, 1, 1, 0.9, "teal"]]}):
-        path.write_text(json.dumps(dict(row, scores=[bad])) + "\n")
-        with pytest.raises(pytest.fail.Exception, match="asked anew"):
-            ask()
