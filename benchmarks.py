@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 import common
@@ -89,7 +90,7 @@ def read_geneval(path):
     for n, row in common.read_jsonl(path):  # the row stays as it is: it is what metadata.jsonl says again
         try:
             check_metadata(row)
-        except (KeyError, ValueError, TypeError, AttributeError) as e:
+        except (LookupError, ValueError, TypeError, AttributeError) as e:
             fail(f"{path}, line {n}: no metadata of GenEval ({one_line(e) or type(e).__name__})")
         yield f"{path}, line {n}", row
 
@@ -104,11 +105,10 @@ def check_metadata(row):
             raise ValueError("each item needs a class and a count")
         if item.get("color", COLOURS[0]) not in COLOURS:
             raise ValueError(f"color {item['color']!r} is none of {', '.join(COLOURS)}")
-    for i, item in enumerate(wanted):
+    for item in wanted:
         relation, target = item.get("position", (RELATIONS[0], None))
-        known = target is None or (type(target) is int and 0 <= target < len(wanted) and target != i)
-        if relation not in RELATIONS or not known or (target and target > i and "position" in wanted[target]):
-            raise ValueError(f"position {item['position']} is none, or of no other item")
+        if relation not in RELATIONS or (target is not None and "position" in wanted[target]):
+            raise ValueError(f"position {item['position']} is none, or of an item with a position")
 
 
 def read_compbench(path):
@@ -369,13 +369,14 @@ def measured(folder, name, sources, load, jobs, device, batch_size):
     rows, (rank, world) = [(question, [file]) for file, question in jobs], process_rank()
     starts = range(0, len(rows), batch_size)[rank::world]
     mine = [row for start in starts for row in rows[start : start + batch_size]]
+    mine = [(question, files) for question, files in mine if (Path(folder) / files[0]).is_file()]
     part, names = f"@{rank}of{world}" * (world > 1), " ".join(map("=".join, sources.items()))
 
     def judge():
         with loading(f"--bench_models {names}"):
             return load(sources, device)
 
-    answer_rows(store, mine, judge, batch_size, "leave", part)
+    answer_rows(store, mine, judge, batch_size, "skip", part)
     common.wait_for_all(slow=True)
     known = read_answers(store, rows)
     there = lambda i: i in known and (Path(folder) / rows[i][1][0]).is_file()
@@ -394,9 +395,7 @@ def lost_pictures(answers):
 
 def load_clip(source, device):
     """A CLIPModel -> (pixels (N, 3, H, W) -> (N, D), texts -> (N, D), picture -> pixels)."""
-    from transformers import CLIPModel
-
-    model = pretrained(CLIPModel, source)[0].to(device)
+    model = pretrained(transformers.CLIPModel, source)[0].to(device)
     words, eye = model.config.text_config, model.config.vision_config
     tokenizer = clip_tokenizer(source, words.vocab_size)
 
@@ -421,11 +420,9 @@ def load_vqa(sources, device):
     if name.startswith("vqascore") and name in LOADERS:
         question = "\n{} Please answer yes or no. ASSISTANT: "
         return load_reward(source, device, question=question)
-    from transformers import BertTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
-
-    model = pretrained(BlipForQuestionAnswering, source)[0].to(device)
+    model = pretrained(transformers.BlipForQuestionAnswering, source)[0].to(device)
     words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
-    tokenizer = scorers.load_tokenizer(BertTokenizer, source, words, BERT, BLIP_WORDS)
+    tokenizer = scorers.load_tokenizer(transformers.BertTokenizer, source, words, BERT, BLIP_WORDS)
     yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
 
     def forward(x, questions):
@@ -443,7 +440,7 @@ def load_vqa(sources, device):
             chance[rows] = (logits[:, 0, yes] - logits[:, 0, no]).sigmoid()  # P(yes) / (P(yes) + P(no))
         return chance
 
-    return Scorer("vqa", scorers.processed(BlipImageProcessorPil(size=side)), forward, device)
+    return Scorer("vqa", scorers.processed(transformers.BlipImageProcessorPil(size=side)), forward, device)
 
 
 def plain_question(text):
@@ -453,15 +450,7 @@ def plain_question(text):
 
 # ----------------------------------------------------------------------------- GenEval: detector and colours
 
-CLASSES = (  # COCO's, by index, as GenEval spells them
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
-    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
-    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
-    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,"
-    "tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,"
-    "scissors,teddy bear,hair drier,toothbrush"
-).split(",")
+CLASSES = read_text(HERE / "docs/templates/geneval.txt").split("\n")[:-1]  # of COCO, as GenEval spells them
 SIDES = (800, 1333)  # of the detector's input: the shorter side, and at most the longer
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # ImageNet's
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
@@ -472,12 +461,10 @@ def load_detector(source, device):
 
     Input and output as in mmdet's test pipeline: resized with its proportions, bilinear without antialias,
     normalised, zero-padded right and below to a multiple of 32."""
-    from transformers import Mask2FormerForUniversalSegmentation
-
     # old checkpoints bring buffers that today's class does not keep, so any tensor may be left over; the
     # criterion is of training
-    kind, beside = Mask2FormerForUniversalSegmentation, dict(unused=("",), optional=("criterion.",))
-    model = pretrained(kind, source, **beside)[0].to(device)
+    kind = transformers.Mask2FormerForUniversalSegmentation
+    model = pretrained(kind, source, unused=("",), optional=("criterion.",))[0].to(device)
     names = model.config.id2label
     if len(names) != len(CLASSES) or any(names[i] != CLASSES[i] for i in (0, 15, 79)):
         raise ValueError("its labels are not COCO's 80 classes of instances")
@@ -712,10 +699,8 @@ def summarise_bench(name, rows, metrics):
     by_tag = lambda values: {t: mean(values[tags == t]) for t in dict.fromkeys(tags.tolist())}
     if name == "geneval":
         found = by_tag(metrics[name])
-        return {
-            "Mean": mean([*found.values()]),
-            **{COLUMNS.get(tag, tag.title()): v for tag, v in found.items()},
-        }
+        columns = {COLUMNS.get(tag, tag.title()): value for tag, value in found.items()}
+        return {"Mean": mean([*found.values()]), **columns}
     if name == "t2i-compbench":
         there = {tag: v for tag, v in by_tag(metrics[name]).items() if not np.isnan(v)}
         return {COLUMNS.get(tag, tag.title()): 100 * v for tag, v in there.items()}

@@ -268,13 +268,11 @@ BESIDE += "vocab.txt vocab.json merges.txt spiece.model".split()
 
 def reward_version(spec):
     """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever they
-    lie. Of a file, size and first and last megabyte count: hashing 23 GB takes longer than many a run. Of a
-    function of the user's, the whole of its file counts."""
+    lie. Of a file, size and first and last megabyte count: hashing 23 GB takes longer than many a run."""
     name, _, source = spec.partition("=")
     file, function = function_of(spec)
     if function:
-        whole = hashlib.sha256(Path(file).read_bytes() + f"\n{function}".encode())
-        return whole.hexdigest()[:12]
+        return files_version([function], file)
     return files_version([name, 2, *LOADERS[name][1:]], source)  # 2: to be raised when a formula here changes
 
 
@@ -318,11 +316,10 @@ def stored_row(line, place="scores"):
     """A line of a store as a dict; None if it is no row of answers. Scores may come from other programs."""
     try:
         row = json.loads(line)
-        files, scores = row["file_names"], row["scores"]
-        lengths = {len(v) for v in (files, scores, row.get("pictures")) if v is not None}
-        names = [row["prompt"], *files]
-        whole = len(lengths) == 1 and all(isinstance(name, str) for name in names)
-        whole &= place != "scores" or all(map(is_number, scores or []))
+        files, scores, names = row["file_names"], row["scores"], [row["prompt"], *row["file_names"]]
+        whole = len(files) == len(scores) == len(row.get("pictures") or files)
+        whole &= all(isinstance(name, str) for name in names)
+        whole &= place != "scores" or all(map(is_number, scores))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return row if whole else None
@@ -338,7 +335,7 @@ def stored_lines(folder, name, place="scores"):
 def version_there(folder, name, lines, spec):
     """Whose scores count where labels are made of what lies there, the stored_lines: those of `spec`, if it
     is given and scored here, else the only ones."""
-    versions = {row.get("version") for _, _, row in lines if row and row["scores"]}
+    versions = {row.get("version") for _, _, row in lines if row}
     own = reward_version(spec) if spec else None
     if len(versions) > 1 and own not in versions:
         where = f"{folder}/scores/{name}.jsonl: scores of {len(versions)} versions of {name}"
@@ -366,9 +363,9 @@ def stored_scores(folder, name, lines, rows, version):
     for path, n, row in lines:
         if row is None:
             foreign.append(f"{path}, line {n}")
-        elif row["scores"] and row.get("version") == version:
+        elif row.get("version") == version:
             stored[(row["prompt"], *row["file_names"])] = row
-        elif row["scores"]:
+        else:
             others.add((row["prompt"], *row["file_names"]))
     for i, (prompt, files) in enumerate(rows):
         row = stored.get((prompt, *files))
@@ -408,11 +405,8 @@ def stream_rows(scorer, folder, rows, todo, batch_size):
 def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None):
     """Score what is not scored yet; see answer_rows. `load` stands in for load_reward where one scorer serves
     several folders."""
-    load, store = (
-        partial(load or load_reward, spec, device),
-        Store(folder, reward_name(spec), reward_version(spec)),
-    )
-    return answer_rows(store, rows, load, batch_size, on_error, part)
+    store = Store(folder, reward_name(spec), reward_version(spec))
+    return answer_rows(store, rows, partial(load or load_reward, spec, device), batch_size, on_error, part)
 
 
 def answer_rows(store, rows, load, batch_size, on_error, part=""):
@@ -420,13 +414,9 @@ def answer_rows(store, rows, load, batch_size, on_error, part=""):
     `part` goes into the file's name, so that processes side by side do not share one.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run
-    (on_error="stop"), is stored as a row without scores and tried again next time ("skip"), or leaves no
-    trace and is not tried while a picture of it is missing ("leave"). Returns how many rows were answered,
+    (on_error="stop"), or is left out and tried again next time ("skip"). Returns how many rows were answered,
     and {row index: problem} of the others."""
     todo = set(range(len(rows))) - read_answers(store, rows).keys()
-    if on_error == "leave":
-        there = lambda i: all(map(os.path.isfile, (f"{store.folder}/{file}" for file in rows[i][1])))
-        todo = {i for i in todo if there(i)}
     if not todo:
         return 0, {}
     scorer, skipped = load(), {}
@@ -437,33 +427,26 @@ def answer_rows(store, rows, load, batch_size, on_error, part=""):
         bar = tqdm(total=total, desc=f"score {store.name}", unit="image")
         with appending(path, "another run is scoring there", keep=keep) as f, bar:
             for i, results in stream_rows(scorer, store.folder, rows, todo, batch_size):
-                row = row_of_scores(store.folder, *rows[i], results, store.version)
-                if row["scores"] is None and on_error == "stop":
-                    advice = "mend that row, or leave such rows out with --on_error skip"
-                    fail(f"reward {store.name}: {row['problem']}; {advice}")
-                if row["scores"] is None:
-                    skipped[i] = row["problem"]
-                if row["scores"] or on_error == "skip":
-                    f.write(json.dumps(row).encode() + b"\n")
-                    f.flush()
                 bar.update(len(results))
+                prompt, files = rows[i]
+                paths, scores = [Path(store.folder) / file for file in files], [score for score, _ in results]
+                if bad := [(p, problem) for p, (_, problem) in zip(paths, results) if problem]:
+                    skipped[i] = f"{bad[0][0]}, prompt {prompt!r}: {bad[0][1]}"
+                    if on_error == "stop":
+                        advice = "mend that row, or leave such rows out with --on_error skip"
+                        fail(f"reward {store.name}: {skipped[i]}; {advice}")
+                    continue
+                row = dict(version=store.version, prompt=prompt, file_names=files, scores=scores)
+                row["pictures"] = list(map(picture_version, paths))
+                f.write(json.dumps(row).encode() + b"\n")
+                f.flush()
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk has no name
         raise
-    if skipped and on_error == "skip":
+    if skipped:
         what = f"{len(skipped)} of {len(rows)} rows skipped, the first: {next(iter(skipped.values()))}"
         print(f"reward {store.name}: {what}", file=sys.stderr)
     return len(todo) - len(skipped), skipped
-
-
-def row_of_scores(folder, prompt, files, results, version):
-    """A line of scores/NAME.jsonl, as a dict."""
-    row = dict(version=version, prompt=prompt, file_names=files, scores=[score for score, _ in results])
-    row["pictures"] = [picture_version(f"{folder}/{f}") for f in files]
-    bad = [(file, problem) for file, (_, problem) in zip(files, results) if problem]
-    if bad:
-        row.update(scores=None, problem=f"{Path(folder) / bad[0][0]}, prompt {prompt!r}: {bad[0][1]}")
-    return row
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -471,7 +454,8 @@ def row_of_scores(folder, prompt, files, results, version):
 
 def read_folder(folder):
     """[(prompt, file_names)] of an imagefolder (metadata.jsonl with prompt, text or caption and file_names or
-    file_name), or of pictures with their caption in a .txt of the same name."""
+    file_name), or of pictures with their caption in a .txt of the same name: those that lie in it or are
+    linked there, wherever the link leads. Folders in it, also linked ones, are not searched."""
     folder = Path(folder)
     if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
@@ -491,11 +475,10 @@ def toy_rewards_fit(folder, rows):
     32 x 32 pixels and few sentences: every prompt must be one of those, and the first picture that small."""
     from toy import world
 
-    for file in rows[0][1][:1]:
-        with suppress(ValueError):  # where it cannot be read, scoring says so
-            if open_image(Path(folder) / file).size != (world.SIZE, world.SIZE):
-                return False
-    return all(prompt in world.grammar() for prompt, _ in rows)
+    small = True
+    with suppress(ValueError):  # where it cannot be read, scoring says so
+        small = open_image(Path(folder) / rows[0][1][0]).size == (world.SIZE, world.SIZE)
+    return small and all(prompt in world.grammar() for prompt, _ in rows)
 
 
 def score_folder(cfg, rows):

