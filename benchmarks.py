@@ -665,8 +665,7 @@ def noun_phrases(prompts, file):
         with suppress(ValueError):  # what is no JSON holds no prompt either
             phrases = parse_json(read_text(file))
         known = phrases if isinstance(phrases, dict) else {}
-        texts = lambda found: isinstance(found, list) and all(isinstance(phrase, str) for phrase in found)
-        if missing := [prompt for prompt in prompts if not texts(known.get(prompt))]:
+        if missing := [prompt for prompt in prompts if not isinstance(known.get(prompt), list)]:
             fail(f"{file}: no JSON {{prompt: [noun phrases]}} with {missing[0]!r}")
     elif prompts:
         try:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, list_repo_files
 from PIL import Image
 from safetensors.torch import load_file
@@ -271,11 +272,9 @@ def check_keys(path, missing, unexpected, shapes):
 def load_strict(build, path, device, rename=lambda key: key, dtype=torch.float32):
     """build() with exactly the weights of a file: which tensors there are, the architecture says, not the
     file. rename: a key of the file -> as build() calls it, or None: not used. No dtype: that of the file."""
-    from accelerate import init_empty_weights  # initial values would cost 16 s for a ViT-H
-
     named = ((rename(key), tensor) for key, tensor in read_weights(path).items())
     state = {key: tensor for key, tensor in named if key}
-    with init_empty_weights():
+    with init_empty_weights():  # initial values would cost 16 s for a ViT-H
         model = build()
     wanted = model.state_dict()
     pairs = {key: (state[key].shape, wanted[key].shape) for key in wanted.keys() & state.keys()}
@@ -597,39 +596,35 @@ QUESTION = '\nDoes this figure show "{}"? Please answer yes or no. ASSISTANT: '
 CLIP_L_336 = dict(sizes(1024, layers=24), image_size=336, patch_size=14)
 
 
-def clip_t5_class():
+class ClipT5(transformers.T5ForConditionalGeneration):
     """CLIP-FlanT5: a T5 with a vision tower and a two-layer projector beside it."""
 
-    class ClipT5(transformers.T5ForConditionalGeneration):
-        _tied_weights_keys = {  # without lm_head, which transformers would make up where it is missing
-            "encoder.embed_tokens.weight": "shared.weight",
-            "decoder.embed_tokens.weight": "shared.weight",
-        }
+    _tied_weights_keys = {  # without lm_head, which transformers would make up where it is missing
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
 
-        def __init__(self, config):
-            super().__init__(config)
-            width, tower = config.d_model, config.mm_vision_tower
-            first, second = nn.Linear(config.mm_hidden_size, width), nn.Linear(width, width)
-            self.mm_projector = nn.Sequential(first, nn.GELU(), second)
-            if tower == "openai/clip-vit-large-patch14-336":
-                vision = transformers.CLIPVisionConfig(**CLIP_L_336)
-            else:
-                vision = transformers.CLIPVisionConfig.from_pretrained(tower)
-            self.vision_tower = nn.ModuleDict(dict(vision_tower=transformers.CLIPVisionModel(vision)))
-            self.post_init()
-
-    return ClipT5
+    def __init__(self, config):
+        super().__init__(config)
+        width, tower = config.d_model, config.mm_vision_tower
+        first, second = nn.Linear(config.mm_hidden_size, width), nn.Linear(width, width)
+        self.mm_projector = nn.Sequential(first, nn.GELU(), second)
+        if tower == "openai/clip-vit-large-patch14-336":
+            vision = transformers.CLIPVisionConfig(**CLIP_L_336)
+        else:
+            vision = transformers.CLIPVisionConfig.from_pretrained(tower)
+        self.vision_tower = nn.ModuleDict(dict(vision_tower=transformers.CLIPVisionModel(vision)))
+        self.post_init()
 
 
 def load_clip_t5(source, device, dtype):
     """The model with every weight from its checkpoint, but for a vision tower that its config may name."""
-    config, kind = transformers.T5Config.from_pretrained(source), clip_t5_class()
+    config = transformers.T5Config.from_pretrained(source)
     if config.scale_decoder_outputs:  # as in T5 1.0; Flan-T5 has a head of its own
         raise ValueError(f"{source}/config.json: tie_word_embeddings must be false, as in Flan-T5")
     renamed = {r"^vision_tower\.vision_tower\.vision_model\.": "vision_tower.vision_tower."}
-    model, tower = pretrained(
-        kind, source, "embed_tokens.", "vision_tower.", config=config, dtype=dtype, key_mapping=renamed
-    )
+    how = dict(config=config, dtype=dtype, key_mapping=renamed)
+    model, tower = pretrained(ClipT5, source, "embed_tokens.", "vision_tower.", **how)
     if len(tower) == len(model.vision_tower.state_dict()):  # the checkpoint brings the whole of it or nothing
         unused = ("text_model.", "text_projection", "visual_projection", "logit_scale")
         tower_model, _ = pretrained(transformers.CLIPVisionModel, config.mm_vision_tower, unused, dtype=dtype)

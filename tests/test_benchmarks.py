@@ -685,7 +685,7 @@ def test_dpg_and_compbench_are_measured(models, tmp_path):
     )
     table = b.summarise_bench("t2i-compbench", rows, metrics)
     assert [*table] == ["Color", "Non-Spatial"]  # a column that was not run is not there
-    phrases.write_text(json.dumps({"a red dog and the green bench": [1, 2]}))
+    phrases.write_text(json.dumps({"a red dog and the green bench": "a red dog"}))
     refuses("phrases.json: no JSON", b.measure, "t2i-compbench", tmp_path, rows, files, "cpu", 32, sources)
     phrases.write_text("{}")
     again = (b.measure, "t2i-compbench", tmp_path, rows, files, "cpu", 32, sources)

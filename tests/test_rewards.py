@@ -899,6 +899,12 @@ def test_a_file_of_junk_is_refused_by_name(tmp_path, junk, suffix):
         assert "no readable weights" in message or "state dict" in message
 
 
+@pytest.mark.parametrize("name", ["clip", "vqascore", "aesthetic"])
+def test_loading_shows_no_bars_and_no_warnings_of_libraries(every, capfd, name):
+    load_reward(f"{name}={every / name}")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_is_no_state_dict_is_refused(tmp_path):
     for n, thing in enumerate((torch.zeros(3), [torch.zeros(3)], {}, {"a": 1}, {"state_dict": [1]})):
         torch.save(thing, tmp_path / f"{n}.pt")
