@@ -83,7 +83,7 @@ def load_diversity(name, source, weights, device):
     """How far apart the pictures of one prompt are, by the embeddings of clip's image tower."""
     model, _, size = open_clip_model(source, weights, device)
     embed = lambda x, prompts: F.normalize(model.encode_image(x), dim=-1)  # (N, D)
-    return Scorer(name, partial(crop, size=size), embed, device, of_row=distances)
+    return Scorer(name, crop(size), embed, device, of_row=distances)
 
 
 def distances(results):

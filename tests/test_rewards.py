@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import types
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -1436,12 +1437,13 @@ def test_a_run_killed_anywhere_leaves_the_bytes_of_an_unbroken_one(album, folder
     folder, rows = album
     spec, path = f"clip={folders['clip']}", folder / "scores/clip.jsonl"
     rows = rows + [(f"{p} above a circle", files) for p, files in rows]
-    score_rows(folder, spec, rows, batch_size=batch_size)
+    score, scorer = partial(score_rows, folder, spec, rows, batch_size=batch_size), load_reward(spec)
+    score()
     whole = path.read_bytes()
     ends = [n + 1 for n, c in enumerate(whole) if c == 10]
     for cut in sorted({0, 1, *ends, *(e - 1 for e in ends), *(e - 30 for e in ends)}):
         path.write_bytes(whole[:cut])
-        score_rows(folder, spec, rows, batch_size=batch_size)
+        score(load=lambda spec, device: scorer)
         assert path.read_bytes() == whole, cut
 
 
