@@ -12,9 +12,13 @@ keep adapters whole.
 
 import copy
 import hashlib
+import importlib
 import json
 import os
+import re
+import secrets
 import signal
+import sys
 import time
 import warnings
 from collections import namedtuple
@@ -419,9 +423,51 @@ CURVES = {
 GROWTH = 0.01  # of the winner's error, from which the log warns; less is the noise of a row
 
 
+def check_report(report):
+    """Fail before anything is computed where --report names what is not installed, or not logged in."""
+    try:
+        if report == "tensorboard":
+            importlib.import_module("torch.utils.tensorboard")
+        if report == "wandb":
+            importlib.import_module("wandb").login()  # asks on a terminal
+    except ImportError:
+        fail(f"--report {report}: is not installed; pip install {report}")
+    except Exception as e:  # wandb has its own
+        fail(f"--report {report}: {' '.join(str(e).split())}; or set WANDB_MODE=offline")
+
+
+def open_report(cfg, head, start_step):
+    """--report: what takes (step, {name: number}, {name: picture file}). The `id` in the head of log.jsonl
+    says which run goes on; steps after its checkpoint are hidden, or drawn twice alike."""
+    out = Path(cfg.out).resolve()
+    if cfg.report == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(f"{out}/tensorboard", purge_step=start_step)
+        common.cleanup.callback(board.close)
+
+        def write(step, numbers, pictures):
+            for name, value in numbers.items():
+                board.add_scalar(name, value, step)
+            for name, file in pictures.items():
+                board.add_image(name, np.array(Image.open(file)), step, dataformats="HWC")
+
+        return write
+    if cfg.report == "wandb":
+        import wandb
+
+        place = dict(project=re.sub(r"[/\\#?%:]", "-", out.parent.name) or None, name=out.name, dir=out)
+        run = wandb.init(**place, id=head["id"], resume="allow", config=head["config"])
+        run.define_metric("*", step_metric="step")  # wandb's own count cannot go back to a checkpoint
+        common.cleanup.callback(lambda: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
+        images = lambda files: {name: wandb.Image(str(file)) for name, file in files.items()}
+        return lambda step, numbers, pictures: run.log({"step": step, **numbers, **images(pictures)})
+    return lambda *_: None
+
+
 class Log:
-    """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. tensorboard
-    gets the same numbers where it is installed. `flops`: of a list on one device."""
+    """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. --report
+    gets the same numbers, and the pictures of --sample_every. `flops`: of a list on one device."""
 
     def __init__(self, cfg, head, start_step, flops, device):
         path, head = Path(cfg.out) / "log.jsonl", {**head, **common.provenance(device)}
@@ -431,21 +477,15 @@ class Log:
         if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
             fail(f"{path}: not the log of this run; move it away")
         kept = [row for row in rows if row.get("step", -1) < start_step] or [{**head, "config": asdict(cfg)}]
+        kept[0].setdefault("id", secrets.token_hex(4))
         if start_step:  # by another commit, perhaps, on another machine
             kept[0].setdefault("resumed", []).append({"step": start_step, **head})
         common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file, self.head, self.last, self.winners = open(path, "a"), head, {}, []
-        self.began, self.start_step, self.cfg, self.flops, self.board = (
-            time.time(),
-            start_step,
-            cfg,
-            flops,
-            None,
-        )
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
+        self.began, self.start_step, self.cfg, self.flops = time.time(), start_step, cfg, flops
+        self.report = open_report(cfg, kept[0], start_step)
+        if cfg.sample_every and not start_step:
+            self.report(0, {}, {"samples": path.with_name("samples") / "000000.png"})
 
     def write(self, row):
         """One line; returns what the progress bar shows."""
@@ -457,9 +497,8 @@ class Log:
         text = json.dumps(row).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null")
         self.file.write(text + "\n")
         self.file.flush()
-        for name, value in row.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, row["step"])
+        pictures = {"samples": Path(self.cfg.out) / row["samples"]} if "samples" in row else {}
+        self.report(row["step"], {k: v for k, v in row.items() if isinstance(v, float)}, pictures)
         self.last = row
         self.warn_of_growth(row)
         shown = {"loss": "loss", "acc": "accuracy", "winner": "best_s", "loser": "worst_s"}
@@ -484,8 +523,6 @@ class Log:
         """Draws curves.png; returns the card."""
         os.fsync(self.file.fileno())
         self.file.close()
-        if self.board:
-            self.board.close()
         rows = [row for _, row in common.read_jsonl(self.file.name)][1:]
         common.plot_curves(rows, CURVES, Path(self.file.name).with_name("curves.png"))
         return self.card()
@@ -510,7 +547,8 @@ def prepare_samples(cfg, pipe, part, rows, item, device, dtype):
 
 @torch.no_grad()
 def draw_samples(cfg, samples, network, autocast, step):
-    """A row of pictures from fixed noise. All processes draw, for a sharded network; the first one writes."""
+    """samples/000100.png in --out: a row of pictures from fixed noise. All processes draw, for a sharded
+    network; the first one writes."""
     pipe, prompts = samples.pipe, samples.prompts
     generator = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
     network = module_of(network)
@@ -522,6 +560,7 @@ def draw_samples(cfg, samples, network, autocast, step):
     pipe.vae.to("cpu")
     if process_rank()[0] == 0:
         write_samples(Path(cfg.out), prompts, np.nan_to_num(images), step)
+    return f"samples/{step:06d}.png"
 
 
 def write_samples(out, prompts, images, step):

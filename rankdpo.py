@@ -89,6 +89,7 @@ class Config(Method):
     device: str = option("auto", "cuda, mps or cpu")
     # record
     out: str = option("outputs/rankdpo", "where the tuned pipeline, log.jsonl and curves.png go")
+    report: str = option("none", "where numbers and samples go too", ("none", "tensorboard", "wandb"))
     eval_every: int = option(50, "steps between measurements on the held-out lists", above=0)
     sample_every: int = option(0, "steps between rows of pictures in samples.png; 0 = never", at_least=0)
     sample_prompts: int = option(8, "prompts in samples.png", above=0)
@@ -153,6 +154,8 @@ def check_options(cfg):
         fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
     if cfg.loss == "dro" and cfg.sampler_refresh == 1 and process_rank()[0] == 0:
         print("--sampler_refresh 1: the negatives' gradient is exactly zero, they only gate the hinge")
+    if process_rank()[0] == 0:
+        engine.check_report(cfg.report)
 
 
 # ----------------------------------------------------------------------------- labels
@@ -571,7 +574,7 @@ def main(argv=None):
             with autocast:
                 row.update(measure_held_out(cfg, family, data, held_out, tuned, networks, base_err))
         if samples and due(cfg.sample_every, step):
-            engine.draw_samples(cfg, samples, tuned, autocast, step + 1)
+            row["samples"] = engine.draw_samples(cfg, samples, tuned, autocast, step + 1)
         if due(cfg.export_every, step):
             row["exported"] = f"model-{step + 1:06d}"
             engine.save_model(cfg, row["exported"], tuned, part, log.card() if rank == 0 else {})

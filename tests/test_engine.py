@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HERE, log_of, train
+from conftest import HERE, fails, log_of, train
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 import common
@@ -225,3 +227,66 @@ def test_the_card_of_a_tuned_folder(tmp_path, adapters):
         assert card.data.pipeline_tag == "text-to-image" and ("lora" in card.data.tags) == adapters
         assert all(text in card.text for text in ("| beta | 2500.0 |", "| accuracy | 0.61 |", base))
         assert ("not known" in card.text) == (licence is None)
+
+
+# ----------------------------------------------------------------------------- --report
+
+
+def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
+    """A module in wandb's place notes what is said to it: one id for both parts, pictures, how each ended."""
+    starts, said, ends = [], [], []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=said.append)
+    run.finish = lambda exit_code: ends.append(exit_code)
+    module = SimpleNamespace(login=lambda: True, Image=Image.open)
+    module.init = lambda **how: starts.append(how) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    cfg = rankdpo.Config(report="wandb", out=str(tmp_path / "sweep:1/a"), sample_every=2)
+    (tmp_path / "sweep:1/a/samples").mkdir(parents=True)
+    for n in (0, 2, 4):
+        Image.new("RGB", (n + 1, 4)).save(tmp_path / f"sweep:1/a/samples/{n:06d}.png")
+
+    @common.one_line_errors
+    def part(steps):
+        start, end = steps
+        log = engine.Log(cfg, {}, start, 1.0, torch.device("cpu"))
+        for step in range(start, end):
+            row = dict.fromkeys(("loss", "accuracy", "best_s", "worst_s", "grad_norm"), step / 10)
+            picture = {"samples": f"samples/{step + 1:06d}.png"} if step % 2 else {}
+            log.write({"step": step, **row, "accuracy_by_time": [0.5], **picture})
+        log.file.close()
+        return common.fail("lost") if end < 4 else None
+
+    with pytest.raises(SystemExit):
+        part((0, 3))
+    part((2, 4))  # from the checkpoint before it was lost
+    assert [start["id"] for start in starts] == [starts[0]["id"]] * 2 and ends == [1, 0]
+    assert (
+        starts[0]["project"] == "sweep-1" and starts[0]["name"] == "a" and starts[0]["config"]["steps"] == 200
+    )
+    assert [row["step"] for row in said] == [0, 0, 1, 2, 2, 3]  # the first are the base's pictures
+    assert [row["loss"] for row in said[1:]] == [0, 0.1, 0.2, 0.2, 0.3] and "accuracy_by_time" not in said[1]
+    assert {n: row["samples"].width for n, row in enumerate(said) if "samples" in row} == {0: 1, 2: 3, 5: 5}
+    engine.Log(cfg, {}, 0, 1.0, torch.device("cpu")).file.close()  # --resume false
+    assert starts[2]["id"] != starts[0]["id"]
+    common.cleanup.close()
+
+
+def test_tensorboard_gets_the_same_numbers(lists, tiny, tmp_path, monkeypatch):
+    said, closed = {}, []
+    board = SimpleNamespace(close=lambda: closed.append(1))
+    board.add_scalar = lambda name, value, step: said.update({(name, step): value})
+    board.add_image = lambda name, image, step, dataformats: said.update({(name, step): image.shape})
+    module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    options = ("--steps", 2, "--sample_every", 2, "--sample_steps", 1, "--sample_prompts", 2)
+    rows = train(lists, tiny, tmp_path, "--report", "tensorboard", *options)[1:]
+    assert [said["loss", row["step"]] for row in rows] == [row["loss"] for row in rows] and closed
+    assert said["samples", 0] == said["samples", 1] == (32, 2 * 34, 3)
+
+
+def test_what_is_not_installed_is_said_before_anything_is_computed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is missing
+    args = ["--data", tmp_path / "none", "--report", "wandb"]
+    fails(rankdpo.main, args, "--report wandb", "pip install wandb")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda: 1 / 0))
+    fails(rankdpo.main, args, "--report wandb", "division", "WANDB_MODE=offline")
