@@ -28,28 +28,17 @@ import io
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import common
 from common import HERE, fail, fill_in, option, parse, parse_json, publish, read_image, read_text, write_text
 
 STAGES = ("draw", "score", "report")
-OURS = (
-    "report.html",
-    "report.md",
-    "results.json",
-    "grid.png",
-    "frontier.png",
-    "study",
-    "study.json",
-    "key.json",
-)
-TEMPLATES = HERE / "docs/templates"
+OURS = "report.html report.md results.json grid.png frontier.png study study.json key.json".split()
 
 
 @dataclass
@@ -106,26 +95,12 @@ import benchmarks
 import draw
 from lists import read_metadata
 from pipelines import check_pipeline, family_of, load_pipeline, split_spec
-from rewards import (
-    TOY_REWARDS,
-    check_rewards,
-    load_reward,
-    picture_version,
-    read_scores,
-    reward_name,
-    score_rows,
-)
+from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
 from stats import agreement, colour_entropy, compare, headline, win_rate
 from toy.world import COLORS, find_objects, grammar
 
-
-class Pictures(NamedTuple):
-    """The pictures of one model."""
-
-    path: str  # what draws them; "" for a folder from elsewhere
-    folder: str
-    rows: list  # (P,) of (prompt, files)
-    own: dict  # its own sampling options
+# of one model: what draws them, "" for a folder from elsewhere; (P,) of (prompt, files); its sampling options
+Pictures = namedtuple("Pictures", "path folder rows own")
 
 
 # ----------------------------------------------------------------------------- report
@@ -158,10 +133,8 @@ def win_text(w):
 
 def gain_cells(result, base, metric):
     """[gain with its interval, p] over the first model; empty in that model's own row."""
-    if base not in result["against"]:
-        return ["", ""]
-    gain = result["against"][base][metric]["gain"]
-    return [interval_text(gain), p_text(gain)]
+    gain = result["against"].get(base, {}).get(metric, {}).get("gain")
+    return [interval_text(gain), p_text(gain)] if gain else ["", ""]
 
 
 def accuracy_table(results, metric, title):
@@ -182,10 +155,8 @@ def diversity_table(results, colours, trained):
     if colours:
         header += [f"bits of free colours (of {np.log2(len(COLORS)):.2f})", "change (95 %)", *COLORS]
     for name, result in results.items():
-        cells = ["", "", ""]
-        if "diversity" in result["means"]:
-            mean = result["means"]["diversity"]
-            cells = [f"**{mean:.3f}**", *gain_cells(result, base, "diversity")]
+        mean = result["means"].get("diversity")
+        cells = ["" if mean is None else f"**{mean:.3f}**", *gain_cells(result, base, "diversity")]
         if drift:
             cells.append(f"{drift[name]:+.4f}" if name in drift else "")
         if own := colours.get(name):
@@ -249,20 +220,10 @@ def thumbnail(path, side=160):
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def write_html(path, head, rows):
-    """report.html: `head` says all but the rows, which are written one by one: memory holds the pictures of
-    one prompt, the page perhaps a thousand."""
-    before, after = read_text(TEMPLATES / "report.html").split("<!-- DATA -->")
-    safe = lambda value: json.dumps(value).replace("<", "\\u003c")  # a prompt may say </script>
-
-    def write(tmp):
-        with open(tmp, "w", encoding="utf-8") as f:
-            f.write(before + safe(head)[:-1] + ', "rows": [\n')
-            for n, row in enumerate(rows):
-                f.write(",\n" * (n > 0) + safe(row))
-            f.write("]}" + after)
-
-    publish(path, write)
+def write_page(path, template, data):
+    """A page of docs/templates and its data, in which a prompt may say </script>."""
+    text = json.dumps(data).replace("<", "\\u003c")
+    write_text(path, read_text(HERE / "docs/templates" / template).replace("<!-- DATA -->", text))
 
 
 def rounded(values, digits=6):
@@ -271,19 +232,18 @@ def rounded(values, digits=6):
     return np.where(np.isnan(values), None, values).tolist()
 
 
-def html_rows(found, seeds, budget=1000):
+def page_rows(found, seeds, budget=1000):
     """What the page shows of each prompt; about `budget` pictures in all, from the first seeds."""
-    models, scores = found.models, found.scores
+    models, rows = found.models.values(), []
     shown = int(np.clip(budget // (len(found.tags) * len(models)), 1, seeds))
     for i, tag in enumerate(found.tags):
-        row = dict(prompt=found.rows[i]["prompt"], tag=tag)
-        row["scores"] = [[rounded(s[i].mean(), 4) for s in scores[name].values()] for name in models]
-        if all("toyworld" in by_reward for by_reward in scores.values()):
-            row["passed"] = [scores[name]["toyworld"][i].astype(int).tolist() for name in models]
-        row["pictures"] = [
-            [thumbnail(f"{m.folder}/{file}") for file in m.rows[i][1][:shown]] for m in models.values()
-        ]
-        yield row
+        row, scores = dict(prompt=found.rows[i]["prompt"], tag=tag), list(found.scores.values())
+        row["scores"] = [[rounded(s[i].mean(), 4) for s in of.values()] for of in scores]
+        if all("toyworld" in of for of in scores):
+            row["passed"] = [of["toyworld"][i].astype(int).tolist() for of in scores]
+        row["pictures"] = [[thumbnail(f"{m.folder}/{f}") for f in m.rows[i][1][:shown]] for m in models]
+        rows.append(row)
+    return rows
 
 
 def draw_grid(path, found):
@@ -309,10 +269,8 @@ def named_paths(specs):
     for spec in specs:
         head, *options = draw.split_options(spec)
         name, _, path = head.partition("=")
-        if not name[:1].isalnum() or not all(c.isalnum() or c in "-._@" for c in name):
+        if not path or not re.fullmatch(r"[^\W_][\w.@-]*", name):
             fail(f"--models {head}: name=path is wanted; a name is made of letters, digits, -, ., _ and @")
-        if not path:
-            fail(f"--models {head}: name=path is wanted")
         if name.lower() in map(str.lower, OURS):
             fail(f"--models {head}: {name} is a file of the report")
         if name.lower() in taken:  # folders may not tell case apart
@@ -511,19 +469,10 @@ def bench_stage(cfg, models, rows, device):
     return metrics, list(notes)
 
 
-class Found(NamedTuple):
-    """A comparison in numbers, of the prompts of which nothing is missing."""
-
-    models: dict  # {name: Pictures}
-    rows: list  # (P,) dicts of the prompt file
-    tags: list  # (P,) categories
-    scores: dict  # {model: {reward or metric: (P, S)}}
-    results: dict  # compare() of the scores
-    first: dict  # headline() of them
-    trained: dict  # {model: what the log of its training says}
-    colours: dict  # colour_entropy() where a prompt names no colour; empty outside the toy world
-    left_out: dict  # {prompt: what is missing}
-    notes: list  # what the benchmark's judge differs in
+# a comparison in numbers, of the P prompts of which nothing is missing: (P,) rows of the prompt file, (P,)
+# categories, {model: {reward or metric: (P, S)}}, compare() and headline() of them, {model: training()},
+# colour_entropy() or {}, {prompt: what is missing}, what the benchmark's judge differs in
+Found = namedtuple("Found", "models rows tags scores results first trained colours left_out notes")
 
 
 def compute(cfg, models, every, tags, of_bench):
@@ -531,10 +480,8 @@ def compute(cfg, models, every, tags, of_bench):
     (metrics, notes), (scores, complete, problems) = of_bench, stored(cfg, models)
     for name in metrics:
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
-    trained = {name: found for name, p in models.items() if (found := training(p.path))}
     models = {name: p._replace(rows=[p.rows[i] for i in complete]) for name, p in models.items()}
     rows, tags, colours = [every[i] for i in complete], [tags[i] for i in complete], {}
-    left_out = {every[i]["prompt"]: what for i, what in sorted(problems.items())}
     if "toyworld" in map(reward_name, cfg.rewards):
         free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
         colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
@@ -542,6 +489,8 @@ def compute(cfg, models, every, tags, of_bench):
     prompts = [row["prompt"] for row in rows]
     results = compare(scores, tags, cfg.seed, prompts)
     first = headline(scores, results, tags, cfg.seed, prompts)
+    trained = {name: found for name, p in models.items() if (found := training(p.path))}
+    left_out = {every[i]["prompt"]: what for i, what in sorted(problems.items())}
     return Found(models, rows, tags, scores, results, first, trained, colours, left_out, notes)
 
 
@@ -576,17 +525,17 @@ def sampling_of(cfg, pictures):
     return f"{how['steps']} steps, guidance {how['guidance']:g}{size}"
 
 
-def headlines(found):
+def headlines(first):
     """A sentence a model: what was gained, and what it was paid with."""
-    first, *points = found.first["points"]
-    what = found.first["what"]
-    lines = [f"{first['model']}: {what} {first['value']:.3f}"]
-    if first["diversity"] is not None:
-        lines[0] += f", diversity {first['diversity']:.3f}"
-    for point in points:
-        line = f"{point['model']}: {what} {point['value']:.3f}, {interval_text(point['gain'])}"
+    lines = []
+    for point in first["points"]:
+        line = f"{point['model']}: {first['what']} {point['value']:.3f}"
+        if point["gain"]:
+            line += f", gain {interval_text(point['gain'])}"
+        if point["diversity"] is not None:
+            line += f"; diversity {point['diversity']:.3f}"
         if point["change"]:
-            line += f"; diversity {point['diversity']:.3f}, {interval_text(point['change'])}"
+            line += f", change {interval_text(point['change'])}"
         lines.append(line)
     return lines
 
@@ -612,20 +561,6 @@ def phrase(cfg, found, where):
     return setting, "; ".join([note, *found.notes]) + ".", tables
 
 
-def terminal_table(first):
-    """The headline in at most 100 columns."""
-    rows = [["", first["what"].split()[0], "gain (95 %)", "diversity", "change (95 %)"]]
-    for point in first["points"]:
-        name, cells = point["model"], [f"{point['value']:.3f}"]
-        cells.append(interval_text(point["gain"]) if point["gain"] else "")
-        cells.append("" if point["diversity"] is None else f"{point['diversity']:.3f}")
-        cells.append(interval_text(point["change"]) if point["change"] else "")
-        rows.append([name if len(name) <= 20 else name[:19] + "…", *cells])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-    return "\n".join(map(line, rows))
-
-
 def draw_frontier(path, first):
     """frontier.png: gain against diversity, a point a model with its intervals; NAME@STEP of one NAME are
     joined in the order of STEP."""
@@ -633,44 +568,44 @@ def draw_frontier(path, first):
 
     figure, runs, none = Figure(figsize=(7, 5), layout="constrained"), {}, dict(gain=0, low=0, high=0)
     axis = figure.subplots()
+    axis.margins(0.12)  # for the names of points at the edge
     for point in first["points"]:
         run, _, step = point["model"].partition("@")
         runs.setdefault(run, []).append((int(step) if step.isdecimal() else 0, point))
     for points in runs.values():
         points = [point for _, point in sorted(points, key=lambda pair: pair[0])]
-        x, y = [p["diversity"] for p in points], [(p["gain"] or none)["gain"] for p in points]
-        (line,) = axis.plot(x, y, marker="o")
+        gains, changes = ([p[key] or none for p in points] for key in ("gain", "change"))
+        x, y = [p["diversity"] for p in points], [gain["gain"] for gain in gains]
+        arms = [
+            [[e["gain"] - e["low"] for e in of], [e["high"] - e["gain"] for e in of]]
+            for of in (gains, changes)
+        ]
+        axis.errorbar(x, y, *arms, marker="o", capsize=2, elinewidth=0.8)
         for p, *at in zip(points, x, y):
-            arms = []
-            for end in (p["gain"] or none, p["change"] or none):
-                arms.append([[end["gain"] - end["low"]], [end["high"] - end["gain"]]])
-            axis.errorbar(*at, *arms, color=line.get_color(), capsize=2, lw=0.8)
             axis.annotate(p["model"], at, xytext=(5, 5), textcoords="offset points", parse_math=False)
-    axis.set(xlabel="diversity: CLIP distance among seeds", ylabel=f"gain: {first['what']} (95 %)")
+    axis.set(xlabel="diversity: CLIP distance among seeds (95 %)", ylabel=f"gain: {first['what']} (95 %)")
     axis.grid(alpha=0.3)
     publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
 
 
 def write_report(cfg, found, setting, note, tables, where):
     """report.md, results.json, report.html, grid.png, and frontier.png where diversity is measured."""
-    out, raw = Path(cfg.out), {m: {r: rounded(s) for r, s in of.items()} for m, of in found.scores.items()}
+    out, lines, models = Path(cfg.out), headlines(found.first), found.models
     record = dict(config=asdict(cfg), **where, prompts=[row["prompt"] for row in found.rows])
-    record.update(tags=found.tags, models=found.results, free_colours=found.colours, scores=raw)
-    record.update(left_out=found.left_out, headline=found.first, trained=found.trained)
-    write_text(out / "results.json", json.dumps(record))
-    lines, shown = headlines(found), [f"{out}/report.html", "report.md", "results.json", "grid.png"]
+    record.update(tags=found.tags, models=found.results, free_colours=found.colours, left_out=found.left_out)
+    record.update(scores={m: {r: rounded(s) for r, s in of.items()} for m, of in found.scores.items()})
+    write_text(out / "results.json", json.dumps(record | dict(headline=found.first, trained=found.trained)))
     parts = [*map(plain, lines), plain(setting), "".join(markdown(*table) for table in tables).strip()]
     write_text(out / "report.md", "\n\n".join([*parts, plain(note)]) + "\n")
-    head = dict(models=list(found.models), rewards=list(next(iter(found.scores.values()))), lines=lines)
-    head.update(headline=found.first, setting=setting, note=note, tables=tables)
-    head["sources"] = [[name, m.path or m.folder, sampling_of(cfg, m)] for name, m in found.models.items()]
-    head["same_noise"] = all(m.path for m in found.models.values())
-    write_html(out / "report.html", head, html_rows(found, cfg.seeds))
+    page = dict(models=list(models), rewards=list(next(iter(found.scores.values()))), lines=lines)
+    page.update(headline=found.first, setting=setting, note=note, tables=tables)
+    page["sources"] = [[name, m.path or m.folder, sampling_of(cfg, m)] for name, m in models.items()]
+    page["same_noise"] = all(m.path for m in models.values())
+    write_page(out / "report.html", "report.html", {**page, "rows": page_rows(found, cfg.seeds)})
     draw_grid(out / "grid.png", found)
     if all(point["diversity"] is not None for point in found.first["points"]):
         draw_frontier(out / "frontier.png", found.first)
-        shown.append("frontier.png")
-    print(f"{terminal_table(found.first)}\n{setting}\n{', '.join(shown)}")
+    print("\n".join([*lines, setting, f"{out}/report.html, and what lies beside it"]))
 
 
 def report_stage(cfg, models, rows, tags, device, of_bench):
@@ -690,25 +625,23 @@ def report_stage(cfg, models, rows, tags, device, of_bench):
 
 def make_study(cfg, models):
     """OUT/study, to be sent to people, and OUT/key.json, to be kept: who drew which picture of each pair."""
-    rng, (base, *others) = np.random.default_rng(cfg.seed), models
+    rng, (base, *others), chosen, key = np.random.default_rng(cfg.seed), models, [], []
     prompts = [prompt for prompt, _ in models[base].rows]
-    chosen, key, page = [], [], []
     for other in others:
         places = {prompts[i]: i for i in rng.permutation(len(prompts)).tolist()}  # a repeated prompt once
         chosen += [(other, i) for i in list(places.values())[: cfg.study]]
     for n, j in enumerate(rng.permutation(len(chosen))):
         sides, i = rng.permutation([base, chosen[j][0]]).tolist(), chosen[j][1]
-        s, files = rng.integers(cfg.seeds), []  # one seed: the same noise, where both were drawn here
-        for name in sides:
-            files.append(f"{models[name].folder}/{models[name].rows[i][1][s]}")
+        s = rng.integers(cfg.seeds)  # one seed: the same noise, where both were drawn here
+        files = [f"{models[name].folder}/{models[name].rows[i][1][s]}" for name in sides]
         key.append(dict(id=str(n), prompt=prompts[i], models=sides, files=files))
-        page.append(dict(id=str(n), prompt=prompts[i], pictures=[f"{n}_{side}.webp" for side in (1, 2)]))
-    shown = [picture_version(file) for pair in key for file in pair["files"]]
-    name = hashlib.sha256(json.dumps([key, shown]).encode()).hexdigest()[:12]
-    path = Path(cfg.out) / "key.json"
-    if path.is_file() and read_key(path)["study"] != name:
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for pair in key:
+        for file in pair["files"]:
+            digest.update(Path(file).read_bytes())
+    study, path = digest.hexdigest()[:12], Path(cfg.out) / "key.json"
+    if path.is_file() and read_key(path)["study"] != study:
         fail(f"{path}: another study is out; its answers need this key. Move key.json and study/ away first")
-    text = json.dumps({"study": name, "pairs": page}).replace("<", "\\u003c")
 
     def write(tmp):
         tmp.mkdir()
@@ -716,9 +649,10 @@ def make_study(cfg, models):
             for side, file in enumerate(pair["files"], 1):
                 image = read_image(file)
                 image.save(tmp / f"{pair['id']}_{side}.webp", lossless=max(image.size) <= 64, quality=92)
-        (tmp / "index.html").write_text(read_text(TEMPLATES / "study.html").replace("STUDY", text), "utf-8")
+        pairs = [{"id": pair["id"], "prompt": pair["prompt"]} for pair in key]
+        write_page(tmp / "index.html", "study.html", {"study": study, "pairs": pairs})
 
-    write_text(path, json.dumps({"study": name, "pairs": key}, indent=1))
+    write_text(path, json.dumps({"study": study, "pairs": key}, indent=1))
     publish(Path(cfg.out) / "study", write)
     print(f"{cfg.out}/study/index.html: {len(key)} pairs; send that folder, keep {path}")
 
@@ -757,21 +691,19 @@ def read_answers(cfg, key):
 
 def study_results(key, votes):
     """Per two models: votes and majorities of one, with Wilson intervals, and how far people agree."""
-    by_models = {}
+    by_models, results = {}, {}
     for pair in key["pairs"]:
         base, mine = sorted(pair["models"])
-        name_of = {"1": pair["models"][0], "2": pair["models"][1], "tie": "tie"}
-        said = Counter(name_of[vote] for vote in votes[pair["id"]])
-        by_models.setdefault((mine, base), []).append([said[mine], said["tie"], said[base]])
-    results = {}
-    for (mine, base), counts in by_models.items():
-        counts = np.array([c for c in counts if sum(c)] or np.zeros((0, 3), int))  # (N, win tie loss)
-        if len(counts):
-            result = {"votes": win_rate(*np.repeat([[1, 0, 0], [0, 0, 1]], counts.sum(0), axis=1))}
-            result["majority"] = win_rate(counts[:, 0], counts[:, 2])
-            if len(several := counts[counts.sum(1) > 1]):
-                result["agreement"], result["kappa"] = agreement(several)
-            results[f"{mine} over {base}"] = result
+        said = Counter({"1": pair["models"][0], "2": pair["models"][1]}.get(v) for v in votes[pair["id"]])
+        if said:
+            counts = [said[mine], said[None], said[base]]
+            by_models.setdefault(f"{mine} over {base}", []).append(counts)
+    for name, counts in by_models.items():
+        counts = np.array(counts)  # (N, win tie loss)
+        results[name] = {"votes": win_rate(*np.repeat([[1, 0, 0], [0, 0, 1]], counts.sum(0), axis=1))}
+        results[name]["majority"] = win_rate(counts[:, 0], counts[:, 2])
+        if len(several := counts[counts.sum(1) > 1]):
+            results[name]["agreement"], results[name]["kappa"] = agreement(several)
     return results
 
 
@@ -805,9 +737,8 @@ def main(argv=None):
     if cfg.bench:
         rows = benchmarks.read_bench(cfg.bench, cfg.prompts, cfg.limit, cfg.keep)
     else:
-        rows = common.read_prompts(
-            cfg.prompts, column=cfg.field, also=("tag", "category", "Category", cfg.tag)
-        )
+        also = ("tag", "category", "Category", cfg.tag)
+        rows = common.read_prompts(cfg.prompts, column=cfg.field, also=also)
         rows = benchmarks.kept_rows(rows, cfg.keep)[: cfg.limit or None]
     if cfg.tag and cfg.tag not in rows[0]:
         fail(f"--tag {cfg.tag}: {cfg.prompts} has no such column")
