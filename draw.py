@@ -12,10 +12,9 @@ precision, device, on_error. settings.json says what the pictures were made with
 import hashlib
 import json
 import os
-import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -149,16 +148,12 @@ def read_resolution(name, text):
 
 def is_whole(path):
     """Is this a PNG file with its end? A picture of ours is, unless a copy or a full disk tore it."""
-    try:
-        # plain system calls, since a finished folder may have 232 k files; a pipe must not be waited for
-        f = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        there = os.fstat(f)
-        return stat.S_ISREG(there.st_mode) and os.pread(f, 4, max(0, there.st_size - 8)) == b"IEND"
-    finally:
-        os.close(f)
+    with suppress(OSError):  # missing, or shorter than an end
+        if os.path.isfile(path):  # a pipe must not be waited for
+            with open(path, "rb", buffering=0) as f:
+                f.seek(-8, os.SEEK_END)
+                return f.read(4) == b"IEND"
+    return False
 
 
 @contextmanager
@@ -215,10 +210,9 @@ def check_settings(out, now, drawing=True):
             how = "choose another --out; rewards.py --score scores them, --stages label ranks them"
             fail(f"{out}/metadata.jsonl: holds lists that were not drawn here; {how}")
         return
-    (before, _), differs = read_settings(out), []
-    for key in ("prompts", "batch_size", "precision"):
-        if (key == "prompts" or drawing) and before.get(key) != now[key]:
-            differs.append(f"{key} (before: {before.get(key)}, now: {now[key]})")
+    before, keys = read_settings(out)[0], ["prompts", *["batch_size", "precision"] * drawing]
+    changed = [key for key in keys if before.get(key) != now[key]]
+    differs = [f"{key} (before: {before.get(key)}, now: {now[key]})" for key in changed]
     for name in before["models"] | now["models"]:
         old, new = before["models"].get(name), now["models"].get(name)
         if not old or not new:

@@ -420,9 +420,6 @@ CURVES = {
 }
 
 
-GROWTH = 0.01  # of the winner's error, from which the log warns; less is the noise of a row
-
-
 def check_report(report):
     """Fail before anything is computed where --report names what is not installed, or not logged in."""
     try:
@@ -473,16 +470,14 @@ class Log:
         path, head = Path(cfg.out) / "log.jsonl", {**head, **common.provenance(device)}
         there = start_step and path.is_file()
         rows = [row for _, row in common.read_jsonl(path, torn_end=True)] if there else []
-        numbers = ["step", *(key for lines in CURVES.values() for key in lines)]
-        if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
-            fail(f"{path}: not the log of this run; move it away")
         kept = [row for row in rows if row.get("step", -1) < start_step] or [{**head, "config": asdict(cfg)}]
         kept[0].setdefault("id", secrets.token_hex(4))
         if start_step:  # by another commit, perhaps, on another machine
             kept[0].setdefault("resumed", []).append({"step": start_step, **head})
         common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file, self.head, self.last, self.winners = open(path, "a"), head, {}, []
-        self.began, self.start_step, self.cfg, self.flops = time.time(), start_step, cfg, flops
+        self.cfg, self.head, self.flops = cfg, head, flops
+        self.began, self.start_step = time.time(), start_step
+        self.file, self.last, self.winners = open(path, "a"), {}, []
         self.report = open_report(cfg, kept[0], start_step)
         if cfg.sample_every and not start_step:
             self.report(0, {}, {"samples": path.with_name("samples") / "000000.png"})
@@ -505,12 +500,13 @@ class Log:
         return {name: f"{row[key]:.3g}" for name, key in shown.items()}
 
     def warn_of_growth(self, row):
-        """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls."""
+        """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls. An
+        error below .01 is the noise of a row."""
         self.winners.append(row["best_s"])
         winner, than = row.get("held_out_best_s"), "the base's on held-out lists"
         if winner is None and row["step"] % 50 == 49:
             winner, than = np.mean(self.winners[-25:]), "the reference's"
-        if winner is not None and winner > GROWTH:
+        if winner is not None and winner > 0.01:
             grows = f"step {row['step']}: the winner's error is {winner:.3f} above {than}"
             tqdm.write(f"{grows}; pictures may get worse although loss falls: lower --lr or raise --beta")
 
@@ -567,14 +563,13 @@ def write_samples(out, prompts, images, step):
     """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far."""
     if step == 0:  # of an earlier run
         common.remove(out / "samples")
-    w, gap = images.shape[2], images.shape[2] // 16
-    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=1)
-    row = Image.fromarray((np.concatenate(list(images), axis=1) * 255).round().astype(np.uint8))
+    w, rows = images.shape[2], []
+    images = np.pad(images, ((0, 0), (0, 0), (0, w // 16), (0, 0)), constant_values=1)  # a gap beside each
+    row = Image.fromarray((np.concatenate(images, axis=1) * 255).round().astype(np.uint8))
     common.publish(out / f"samples/{step:06d}.png", row.save)
-    rows = []
     for path in sorted((out / "samples").glob("??????.png")):
         if int(path.stem) <= step:  # a killed run may have been further
-            row, captions = Image.open(path), prompts if not rows else [""] * len(prompts)
-            cells = [row.crop((i * (w + gap), 0, i * (w + gap) + w, row.height)) for i in range(len(prompts))]
-            rows.append((f"step {int(path.stem)}", list(zip(cells, captions))))
+            row, lefts = Image.open(path), range(0, row.width, images.shape[2])
+            cells = [row.crop((left, 0, left + w, row.height)) for left in lefts]
+            rows.append((f"step {int(path.stem)}", list(zip(cells, [""] * len(cells) if rows else prompts))))
     common.picture_grid(rows, out / "samples.png")

@@ -53,9 +53,7 @@ class Config:
     field: str = option("", "its column of prompts (default: prompt, prompts, caption or text)")
     tag: str = option("", "its column of categories (default: tag or category)")
     keep: str = option("", "a file of prompts: the others of --prompts are left out")
-    bench: str = option(
-        "", "whose --prompts are: geneval, t2i-compbench, dpg, parti, hpdv2, pickapic, or none"
-    )
+    bench: str = option("", "whose --prompts are: geneval, t2i-compbench, dpg, parti, hpdv2 or pickapic")
     bench_models: tuple = option((), "what judges it, as role=source: detector=DIR colours=DIR vqa=NAME ...")
     limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
     rewards: tuple = option(
@@ -73,9 +71,7 @@ class Config:
     # how it is run
     out: str = option("outputs/evaluation", "folder to write")
     stages: tuple = option(STAGES, "which stages to run", STAGES)
-    on_error: str = option(
-        "stop", "prompts that a model cannot draw or score: stop, or skip", ("stop", "skip")
-    )
+    on_error: str = option("stop", "at a prompt that a model cannot draw or score", ("stop", "skip"))
     shard: str = option("0/1", "i/n: draw and score only part i of n; report when all are done")
     batch_size: int = option(64, "images a batch", at_least=1)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
@@ -112,9 +108,8 @@ def colours_of(pictures):
     colours = np.zeros((len(pictures.rows), len(COLORS)))
     for i, (_, files) in enumerate(pictures.rows):
         for file in files:
-            objects = find_objects(read_image(f"{pictures.folder}/{file}"))
-            counts = Counter(color for _, color, _, _ in objects)
-            colours[i] += [counts[color] / max(1, counts.total()) for color in COLORS]
+            found = [color for _, color, _, _ in find_objects(read_image(f"{pictures.folder}/{file}"))]
+            colours[i] += [found.count(color) / max(1, len(found)) for color in COLORS]
     return colours
 
 
@@ -132,18 +127,9 @@ def win_text(w):
 
 
 def gain_cells(result, base, metric):
-    """[gain with its interval, p] over the first model; empty in that model's own row."""
+    """[gain with its interval, p] over the model `base`; empty in that model's own row."""
     gain = result["against"].get(base, {}).get(metric, {}).get("gain")
     return [interval_text(gain), p_text(gain)] if gain else ["", ""]
-
-
-def accuracy_table(results, metric, title):
-    base, rows = next(iter(results)), []
-    for name, result in results.items():
-        cells = [f"{value:.2f}" for value in result["categories"][metric].values()]
-        overall = f"**{result['means'][metric]:.3f}**"
-        rows.append([name, overall, *cells, *gain_cells(result, base, metric)])
-    return [title, "overall", *result["categories"][metric], "gain (95 %)", "p"], rows
 
 
 def diversity_table(results, colours, trained):
@@ -156,47 +142,47 @@ def diversity_table(results, colours, trained):
         header += [f"bits of free colours (of {np.log2(len(COLORS)):.2f})", "change (95 %)", *COLORS]
     for name, result in results.items():
         mean = result["means"].get("diversity")
-        cells = ["" if mean is None else f"**{mean:.3f}**", *gain_cells(result, base, "diversity")]
+        cells = ["" if mean is None else f"{mean:.3f}", *gain_cells(result, base, "diversity")]
         if drift:
             cells.append(f"{drift[name]:+.4f}" if name in drift else "")
         if own := colours.get(name):
             change = "" if name == base else interval_text(own["change"], 2)
-            cells += [f"**{own['bits']:.2f}**", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
+            cells += [f"{own['bits']:.2f}", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
         rows.append([name, *cells])
     return header, rows
 
 
-def pair_table(name, other, pair, seeds):
-    """One model over another: BalancedDPO's table, with what it leaves out."""
-    best, mean = f"best of {seeds} wins (95 %); win : tie : loss; p", "mean of seeds wins; the same"
-    header = [f"{name} over {other}", "gain (95 %)", "p", "n", best, mean]
-    rows = []
-    for reward, tests in pair.items():
-        gain = tests["gain"]
-        wins = [win_text(tests[kind]) if kind in tests else "" for kind in ("best", "mean")]
-        rows.append([reward, interval_text(gain), p_text(gain), str(gain["n"]), *wins])
-    return header, rows
-
-
 def tables_of(results, colours, seeds, trained):
-    """[(header, rows)]: accuracy, diversity, means, every pair, spread."""
-    rewards, tables = list(next(iter(results.values()))["means"]), []
+    """[(header, rows)]: accuracy, diversity, means, every pair as in BalancedDPO's table, spread."""
+    base, tables, keys = next(iter(results)), [], ("mean", "min", "max", "std")
+    rewards = list(results[base]["means"])
     for metric, title in (("toyworld", "accuracy, exact checker"), ("geneval", "accuracy, GenEval")):
         if metric in rewards:
-            tables.append(accuracy_table(results, metric, title))
+            rows = []
+            for name, result in results.items():
+                cells = [result["means"][metric], *result["categories"][metric].values()]
+                rows.append([name, *(f"{value:.3f}" for value in cells), *gain_cells(result, base, metric)])
+            tags = results[base]["categories"][metric]
+            tables.append(([title, "overall", *tags, "gain (95 %)", "p"], rows))
     if "diversity" in rewards or colours or trained:
         tables.append(diversity_table(results, colours, trained))
     names = [reward for reward in rewards if reward not in ("toyworld", "diversity")]
     if names:
         rows = [[model, *(f"{result['means'][r]:.3f}" for r in names)] for model, result in results.items()]
         tables.append((["mean reward over categories", *names], rows))
+    header = ["gain (95 %)", "p", "n", f"best of {seeds} wins (95 %); win : tie : loss; p"]
+    header.append("mean of seeds wins; the same")
+    spreads = []
     for name, result in results.items():
-        tables += [pair_table(name, other, pair, seeds) for other, pair in result["against"].items()]
-    keys = ("mean", "min", "max", "std")
-    spreads = {f"{model}, {reward}": of for model, r in results.items() for reward, of in r["spread"].items()}
-    rows = [[title, *(f"{spread[key]:.4f}" for key in keys)] for title, spread in spreads.items()]
-    tables.append((["over all images", *keys], rows))
-    return tables
+        for other, pair in result["against"].items():
+            rows = []
+            for reward, tests in pair.items():
+                wins = [win_text(tests[kind]) if kind in tests else "" for kind in ("best", "mean")]
+                rows.append([reward, *gain_cells(result, other, reward), str(tests["gain"]["n"]), *wins])
+            tables.append(([f"{name} over {other}", *header], rows))
+        for reward, spread in result["spread"].items():
+            spreads.append([f"{name}, {reward}", *(f"{spread[key]:.4f}" for key in keys)])
+    return [*tables, (["over all images", *keys], spreads)]
 
 
 def plain(text):
@@ -206,9 +192,8 @@ def plain(text):
 
 
 def markdown(header, rows):
-    bold = lambda cell: f"**{plain(cell[2:-2])}**" if cell[:2] == cell[-2:] == "**" else plain(cell)
-    lines = [list(map(bold, header)), ["---"] * len(header), *(map(bold, row) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines) + "\n"
 
 
 def thumbnail(path, side=160):
@@ -265,7 +250,7 @@ def draw_grid(path, found):
 
 def named_paths(specs):
     """{name: (path, own sampling options)} of --models, at least two."""
-    models, taken = {}, set()
+    models = {}
     for spec in specs:
         head, *options = draw.split_options(spec)
         name, _, path = head.partition("=")
@@ -273,7 +258,7 @@ def named_paths(specs):
             fail(f"--models {head}: name=path is wanted; a name is made of letters, digits, -, ., _ and @")
         if name.lower() in map(str.lower, OURS):
             fail(f"--models {head}: {name} is a file of the report")
-        if name.lower() in taken:  # folders may not tell case apart
+        if name.lower() in map(str.lower, models):  # folders may not tell case apart
             fail(f"--models {head}: {name} is given twice; different names are wanted")
         local = path.startswith(("outputs/", ".", "/"))
         if local and not all(map(os.path.exists, split_spec(path))):  # base+adapters
@@ -281,7 +266,6 @@ def named_paths(specs):
         own = draw.read_options(spec, options)
         if "seed" in own:
             fail(f"--models {spec}: all models start from the same noise; --seed chooses it")
-        taken.add(name.lower())
         models[name] = path, own
     if len(models) < 2:
         fail("--models: two or more are needed, each as name=path")
@@ -330,7 +314,6 @@ def check_choices(cfg, prompts):
     if cfg.bench and not cfg.rewards and cfg.bench not in benchmarks.JUDGED:
         wanted = "name --rewards hpsv2.1 clip pickscore aesthetic"
         fail(f"--bench {cfg.bench}: has no metric of its own; {wanted}")
-    draw.read_resolution("--resolution", cfg.resolution)
     if cfg.study > (count := len(set(prompts))):
         fail(f"--study {cfg.study}: there are {count} prompts; each pair of models takes one once")
 
@@ -375,22 +358,16 @@ def drawings(cfg, models):
     return plans
 
 
-def with_places(rows):
-    """The rows, and of a repeated prompt its place among the repeats, which gives it a noise of its own."""
-    count, placed = Counter(), []
-    for prompt, files in rows:
-        placed.append((prompt, files, count[prompt]) if count[prompt] else (prompt, files))
-        count[prompt] += 1
-    return placed
-
-
 def draw_stage(plans, mine, device):
-    """The missing pictures of every model, by draw.py's stage: there, a seed is another model."""
+    """The missing pictures of every model, by draw.py's stage: there, a seed is another model. The place of a
+    repeated prompt among the repeats gives it a noise of its own."""
     todo = []
     for drawing, _, seeds, pictures in plans:
-        rows = with_places(pictures.rows)
-        batches = [[rows[i] for i in batch] for batch in mine]
-        todo.append(draw.to_draw(drawing, batches, seeds))
+        count, rows = Counter(), []
+        for prompt, files in pictures.rows:
+            rows.append((prompt, files, count[prompt]) if count[prompt] else (prompt, files))
+            count[prompt] += 1
+        todo.append(draw.to_draw(drawing, [[rows[i] for i in batch] for batch in mine], seeds))
     with draw.progress("draw", sum(todo, [])) as bar:
         for (drawing, settings, _, pictures), of_model in zip(plans, todo):
             draw.generate_stage(drawing, of_model, device, settings, bar)
@@ -466,6 +443,8 @@ def bench_stage(cfg, models, rows, device):
         files, how = [files for _, files in pictures.rows], (device, cfg.batch_size, sources)
         metrics[name], more = benchmarks.measure(cfg.bench, pictures.folder, rows, files, *how)
         notes.update(dict.fromkeys(more))  # each is said once
+        if pictures.path and common.process_rank()[0] == 0:  # drawn here
+            benchmarks.write_layout(cfg.bench, pictures.folder, rows, files)
     return metrics, list(notes)
 
 
@@ -525,23 +504,15 @@ def sampling_of(cfg, pictures):
     return f"{how['steps']} steps, guidance {how['guidance']:g}{size}"
 
 
-def headlines(first):
-    """A sentence a model: what was gained, and what it was paid with."""
-    lines = []
-    for point in first["points"]:
-        line = f"{point['model']}: {first['what']} {point['value']:.3f}"
-        if point["gain"]:
-            line += f", gain {interval_text(point['gain'])}"
-        if point["diversity"] is not None:
-            line += f"; diversity {point['diversity']:.3f}"
-        if point["change"]:
-            line += f", change {interval_text(point['change'])}"
-        lines.append(line)
-    return lines
-
-
-def phrase(cfg, found, where):
-    """(setting, notes, tables) of the report, as text."""
+def phrase(cfg, found, device):
+    """The report in words: lines, a sentence a model, what was gained and what it was paid with; setting;
+    note; tables."""
+    where, lines, what = common.provenance(device), [], found.first["what"]
+    for point in found.first["points"]:
+        line = f"{point['model']}: {what} {point['value']:.3f}"
+        line += f", gain {interval_text(point['gain'])}" if point["gain"] else ""
+        line += "" if point["diversity"] is None else f"; diversity {point['diversity']:.3f}"
+        lines.append(line + (f", change {interval_text(point['change'])}" if point["change"] else ""))
     each = {name: sampling_of(cfg, pictures) for name, pictures in found.models.items()}
     sampling = next(iter(each.values()))
     if len(set(each.values())) > 1:
@@ -558,29 +529,24 @@ def phrase(cfg, found, where):
         known = {n: {c: of[c] for c in ("Images", "GPU days") if c in of} for n, of in found.trained.items()}
         args = (found.results, found.rows, found.scores, found.notes, known)
         tables.insert(0, benchmarks.paper_table(cfg.bench, *args))
-    return setting, "; ".join([note, *found.notes]) + ".", tables
+    note = "; ".join([note, *found.notes]) + "."
+    return where, dict(lines=lines, setting=setting, note=note, tables=tables)
 
 
 def draw_frontier(path, first):
-    """frontier.png: gain against diversity, a point a model with its intervals; NAME@STEP of one NAME are
-    joined in the order of STEP."""
+    """frontier.png: gain against diversity, a point a model with its intervals; a run's steps are joined."""
     from matplotlib.figure import Figure
 
     figure, runs, none = Figure(figsize=(7, 5), layout="constrained"), {}, dict(gain=0, low=0, high=0)
+    arms = lambda of: [[e["gain"] - e["low"] for e in of], [e["high"] - e["gain"] for e in of]]
     axis = figure.subplots()
     axis.margins(0.12)  # for the names of points at the edge
     for point in first["points"]:
-        run, _, step = point["model"].partition("@")
-        runs.setdefault(run, []).append((int(step) if step.isdecimal() else 0, point))
+        runs.setdefault(point["model"].partition("@")[0], []).append(point)
     for points in runs.values():
-        points = [point for _, point in sorted(points, key=lambda pair: pair[0])]
         gains, changes = ([p[key] or none for p in points] for key in ("gain", "change"))
         x, y = [p["diversity"] for p in points], [gain["gain"] for gain in gains]
-        arms = [
-            [[e["gain"] - e["low"] for e in of], [e["high"] - e["gain"] for e in of]]
-            for of in (gains, changes)
-        ]
-        axis.errorbar(x, y, *arms, marker="o", capsize=2, elinewidth=0.8)
+        axis.errorbar(x, y, arms(gains), arms(changes), marker="o", capsize=2, elinewidth=0.8)
         for p, *at in zip(points, x, y):
             axis.annotate(p["model"], at, xytext=(5, 5), textcoords="offset points", parse_math=False)
     axis.set(xlabel="diversity: CLIP distance among seeds (95 %)", ylabel=f"gain: {first['what']} (95 %)")
@@ -588,36 +554,27 @@ def draw_frontier(path, first):
     publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
 
 
-def write_report(cfg, found, setting, note, tables, where):
+def report_stage(cfg, found, device):
     """report.md, results.json, report.html, grid.png, and frontier.png where diversity is measured."""
-    out, lines, models = Path(cfg.out), headlines(found.first), found.models
+    out, models, (where, words) = Path(cfg.out), found.models, phrase(cfg, found, device)
     record = dict(config=asdict(cfg), **where, prompts=[row["prompt"] for row in found.rows])
     record.update(tags=found.tags, models=found.results, free_colours=found.colours, left_out=found.left_out)
     record.update(scores={m: {r: rounded(s) for r, s in of.items()} for m, of in found.scores.items()})
     write_text(out / "results.json", json.dumps(record | dict(headline=found.first, trained=found.trained)))
-    parts = [*map(plain, lines), plain(setting), "".join(markdown(*table) for table in tables).strip()]
-    write_text(out / "report.md", "\n\n".join([*parts, plain(note)]) + "\n")
-    page = dict(models=list(models), rewards=list(next(iter(found.scores.values()))), lines=lines)
-    page.update(headline=found.first, setting=setting, note=note, tables=tables)
+    parts = [*map(plain, words["lines"]), plain(words["setting"])]
+    parts += ["".join(markdown(*table) for table in words["tables"]).strip(), plain(words["note"])]
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    page = dict(words, models=list(models), rewards=list(next(iter(found.scores.values()))))
     page["sources"] = [[name, m.path or m.folder, sampling_of(cfg, m)] for name, m in models.items()]
     page["same_noise"] = all(m.path for m in models.values())
-    write_page(out / "report.html", "report.html", {**page, "rows": page_rows(found, cfg.seeds)})
+    page.update(headline=found.first, rows=page_rows(found, cfg.seeds))
+    write_page(out / "report.html", "report.html", page)
     draw_grid(out / "grid.png", found)
     if all(point["diversity"] is not None for point in found.first["points"]):
         draw_frontier(out / "frontier.png", found.first)
-    print("\n".join([*lines, setting, f"{out}/report.html, and what lies beside it"]))
-
-
-def report_stage(cfg, models, rows, tags, device, of_bench):
-    """The report of what lies on disk: computed, put in words, written."""
-    found, where = compute(cfg, models, rows, tags, of_bench), common.provenance(device)
-    for pictures in models.values():
-        if cfg.bench and pictures.path:  # drawn here
-            files = [files for _, files in pictures.rows]
-            benchmarks.write_layout(cfg.bench, pictures.folder, rows, files)
-    write_report(cfg, found, *phrase(cfg, found, where), where)
+    print("\n".join([*words["lines"], words["setting"], f"{out}/report.html, and what lies beside it"]))
     if cfg.study:
-        make_study(cfg, found.models)
+        make_study(cfg, models)
 
 
 # ----------------------------------------------------------------------------- a blind study
@@ -767,7 +724,7 @@ def main(argv=None):
                 dist.barrier()
             of_bench = bench_stage(cfg, models, rows, device)
             if rank == 0:
-                report_stage(cfg, models, rows, tags, device, of_bench)
+                report_stage(cfg, compute(cfg, models, rows, tags, of_bench), device)
         elif rank == 0:
             print(f"{out}: {' and '.join(sorted(stages))} done, part {part} of {parts}; then --stages report")
 

@@ -313,9 +313,11 @@ def draw_summary(out, summary):
             axis.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
             axis.set_yticks(range(len(names)), names, parse_math=False)
             for (row, column), value in np.ndenumerate(summary[key]):
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                colour = "w" if value > 0.75 else "k"  # on dark ground
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     histogram = summary["phi_histogram"]
     axes[2].bar(histogram["edges"][:-1], histogram["counts"], width=0.1, align="edge", edgecolor="w")
+    axes[2].set_ylabel("images")
     titles = ("row above column (share of prompts)", "agreement of rewards (Kendall's tau)", "phi")
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=10)

