@@ -425,7 +425,7 @@ def check_report(report):
     try:
         if report == "tensorboard":
             importlib.import_module("torch.utils.tensorboard")
-        if report == "wandb":
+        if report == "wandb" and process_rank()[0] == 0:
             importlib.import_module("wandb").login()  # asks on a terminal
     except ImportError:
         fail(f"--report {report}: is not installed; pip install {report}")

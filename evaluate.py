@@ -29,7 +29,6 @@ import json
 import os
 import re
 from collections import Counter, namedtuple
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -56,11 +55,7 @@ class Config:
     bench: str = option("", "whose --prompts are: geneval, t2i-compbench, dpg, parti, hpdv2 or pickapic")
     bench_models: tuple = option((), "what judges it, as role=source: detector=DIR colours=DIR vqa=NAME ...")
     limit: int = option(0, "use the first that many prompts; 0 = all", at_least=0)
-    rewards: tuple = option(
-        None,
-        "scorers, name or name=source; clip brings diversity (default: the toy world's, toyworld is exact; "
-        "with --bench none but its own metric)",
-    )
+    rewards: tuple = option(None, "scorers, name or name=source (default: toyworld's, or --bench's metric)")
     seeds: int = option(4, "images a prompt and model", at_least=1)
     # how they draw
     steps: int = option(None, "sampling steps (default: what suits the first model)", at_least=1)
@@ -343,13 +338,12 @@ def suited(cfg, models):
 def drawings(cfg, models):
     """[(options, settings, a model a seed, pictures)] for draw.py's stage of all models that are to be
     drawn. What lies there must have been drawn like that, also where it is only reported."""
-    plans = []
+    plans, size = [], draw.read_resolution("--resolution", cfg.resolution)
     for name, pictures in models.items():
         if pictures.path:
             folder = common.writable_folder("out", pictures.folder)
-            how = dict(steps=cfg.steps, guidance=cfg.guidance, dtype="bf16")
-            how["resolution"] = draw.read_resolution("--resolution", cfg.resolution)
-            how.update(name=name, path=pictures.path, noise="", **pictures.own)
+            how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=size, dtype="bf16", noise="")
+            how.update(name=name, path=pictures.path, **pictures.own)
             seeds = [dict(how, seed=cfg.seed + s) for s in range(cfg.seeds)]
             drawing = replace(cfg, out=str(folder))
             settings = draw.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
@@ -382,26 +376,19 @@ def score_stage(cfg, models, mine, device, part):
         load = lru_cache(1)(load_reward)  # the last one is let go before the next is loaded
         for name, pictures in models.items():
             rows = [pictures.rows[i] for batch in mine for i in batch]
-            how = (device, cfg.batch_size, cfg.on_error, part)
-            score_rows(pictures.folder, spec, rows, *how, load=load)
-
-
-def is_readable(path):
-    """Is this a PNG with its end, or else a picture that can be read?"""
-    with suppress(ValueError):
-        return draw.is_whole(path) or bool(read_image(path))
-    return False
+            score_rows(pictures.folder, spec, rows, device, cfg.batch_size, cfg.on_error, part, load)
 
 
 def missing_pictures(models, indices):
     """{prompt index: what is wrong with its pictures}, of all models."""
     problems = {}
     for name, pictures in models.items():
-        for i in indices:
-            prompt, files = pictures.rows[i]
-            bad = [file for file in files if not is_readable(f"{pictures.folder}/{file}")]
-            if bad:
-                problems.setdefault(i, f"{name}: {pictures.folder}/{bad[0]} is missing or torn ({prompt!r})")
+        for i, file in ((i, f"{pictures.folder}/{file}") for i in indices for file in pictures.rows[i][1]):
+            try:
+                if not draw.is_whole(file):  # no PNG of ours
+                    read_image(file)
+            except ValueError:
+                problems.setdefault(i, f"{name}: {file} is missing or torn ({pictures.rows[i][0]!r})")
     return problems
 
 
@@ -419,19 +406,19 @@ def stop_or_skip(cfg, problems, count):
 def stored(cfg, models):
     """Scores from disk: ({model: {reward: (P, S)}} of the prompts of which nothing is missing, their indices,
     {index: what is missing} of the others)."""
-    count, found = len(next(iter(models.values())).rows), {}
-    problems = missing_pictures(models, range(count))
+    every, found = range(len(next(iter(models.values())).rows)), {name: {} for name in models}
+    problems = missing_pictures(models, every)
     for name, pictures in models.items():
         for spec in with_diversity(cfg):
-            found[name, spec] = read_scores(pictures.folder, spec, pictures.rows)
-            for i in set(range(count)) - found[name, spec].keys():
-                where = f"{pictures.folder}/scores/{reward_name(spec)}.jsonl"
+            reward, known = reward_name(spec), read_scores(pictures.folder, spec, pictures.rows)
+            found[name][reward] = known
+            for i in set(every) - known.keys():
+                where = f"{pictures.folder}/scores/{reward}.jsonl"
                 problems.setdefault(i, f"{name}: no scores of {pictures.rows[i][0]!r} in {where}")
-    stop_or_skip(cfg, problems, count)
-    complete = [i for i in range(count) if i not in problems]
-    scores = {name: {} for name in models}
-    for (name, spec), known in found.items():
-        scores[name][reward_name(spec)] = np.array([known[i] for i in complete])
+    stop_or_skip(cfg, problems, len(every))
+    complete = [i for i in every if i not in problems]
+    of_complete = lambda known: np.array([known[i] for i in complete])
+    scores = {name: {r: of_complete(known) for r, known in of.items()} for name, of in found.items()}
     return scores, complete, problems
 
 

@@ -154,8 +154,7 @@ def check_options(cfg):
         fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
     if cfg.loss == "dro" and cfg.sampler_refresh == 1 and process_rank()[0] == 0:
         print("--sampler_refresh 1: the negatives' gradient is exactly zero, they only gate the hinge")
-    if process_rank()[0] == 0:
-        engine.check_report(cfg.report)
+    engine.check_report(cfg.report)
 
 
 # ----------------------------------------------------------------------------- labels

@@ -22,11 +22,9 @@ def wilson(wins, n):
 
 def holm(p):
     """Holm's adjustment of all p values that were looked at: below .05 together, not each by itself."""
-    adjusted, largest = np.zeros(len(p)), 0.0
-    for rank, i in enumerate(np.argsort(p)):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted.tolist()
+    order = np.argsort(p)
+    scaled = np.asarray(p)[order] * np.arange(len(p), 0, -1)
+    return np.maximum.accumulate(np.minimum(scaled, 1))[np.argsort(order)].tolist()
 
 
 def category_mean(values, tags):
@@ -110,7 +108,7 @@ def compare(scores, tags, seed, prompts=None):
 
 
 def headline(scores, results, tags, seed, prompts=None):
-    """What a reader wants first: dict(what, accuracy, points), a point a model: its value, its gain over the
+    """What a reader wants first: dict(what, points), a point a model: its value, its gain over the
     first model with the interval, and its diversity with the change where that is measured.
 
     The value is accuracy where that is measured; else the mean over prompts of the share of rewards (each by
@@ -122,21 +120,18 @@ def headline(scores, results, tags, seed, prompts=None):
     places, found = distinct(list(zip(tags, range(len(tags)) if prompts is None else prompts)))
     tags = [tag for tag, _ in found]
     for name, result in results.items():
-        point = dict(model=name, gain=None, diversity=result["means"].get("diversity"), change=None)
+        against, means = result["against"].get(base, {}), result["means"]
         if metric:
-            point["value"] = result["means"][metric]
+            value, gain = means[metric], against.get(metric, {}).get("gain")
         else:
             won = [np.sign(scores[name][r].mean(1) - scores[base][r].mean(1)) for r in rewards]
             won = by_prompt((np.mean(won, axis=0)[:, None] + 1) / 2, places)[0]  # (P',)
-            point["value"] = float(category_mean(won, tags))
-        if name != base:
-            against = result["against"][base]
-            half = np.full(len(tags), 0.5)
-            point["gain"] = against[metric]["gain"] if metric else paired_gain(half, won, tags, seed)
-            point["change"] = against.get("diversity", {}).get("gain")
-        points.append(point)
+            value = float(category_mean(won, tags))
+            gain = paired_gain(np.full(len(tags), 0.5), won, tags, seed) if against else None
+        point = dict(model=name, value=value, gain=gain, diversity=means.get("diversity"))
+        points.append(point | dict(change=against.get("diversity", {}).get("gain")))
     what = "accuracy" if metric else f"preferred by {len(rewards)} reward{'s' * (len(rewards) > 1)}"
-    return dict(what=what, accuracy=bool(metric), points=points)
+    return dict(what=what, points=points)
 
 
 def agreement(counts):

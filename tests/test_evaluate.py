@@ -327,7 +327,7 @@ def test_steps_of_a_run_are_joined(tmp_path):
     gain = dict(gain=0.1, low=0.05, high=0.2)
     point = lambda name: dict(model=name, value=0.5, gain=gain, diversity=0.4, change=gain)
     points = [dict(point("base"), gain=None, change=None), *map(point, ("rank@200", "rank@50", "other"))]
-    evaluate.draw_frontier(tmp_path / "frontier.png", dict(what="accuracy", accuracy=True, points=points))
+    evaluate.draw_frontier(tmp_path / "frontier.png", dict(what="accuracy", points=points))
     assert common.read_image(tmp_path / "frontier.png").size == (840, 600)
 
 
@@ -335,7 +335,7 @@ def test_without_an_accuracy_the_rewards_vote():
     a, b = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[1.0, 2.0], [1.0, 1.0]])
     scores = {"a": {"clip": a, "pick": a}, "b": {"clip": b, "pick": -b}}
     first = stats.headline(scores, stats.compare(scores, ["x"] * 2, 0), ["x"] * 2, 0)
-    assert first["what"] == "preferred by 2 rewards" and not first["accuracy"]
+    assert first["what"] == "preferred by 2 rewards"
     values = [p["value"] for p in first["points"]]
     assert (
         values == [0.5, pytest.approx(((1 + 0) / 2 + (0.5 + 0) / 2) / 2)]
