@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 # CPU kernels round differently on another number of threads: here every run, in this process or another, has
@@ -19,6 +20,7 @@ sys.path.insert(0, str(HERE))
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import memory
 import rankdpo
@@ -26,6 +28,9 @@ import synpic
 from toy import build
 
 torch.set_num_threads(1)
+# tqdm's bars in forked processes share a lock, and a child that is killed while it holds that would stop its
+# parent for ever: each child has a lock of its own
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 PROMPTS = [
     "a red circle",
     "two squares",
