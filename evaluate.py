@@ -309,6 +309,7 @@ def check_choices(cfg, prompts):
     if cfg.bench and not cfg.rewards and cfg.bench not in benchmarks.JUDGED:
         wanted = "name --rewards hpsv2.1 clip pickscore aesthetic"
         fail(f"--bench {cfg.bench}: has no metric of its own; {wanted}")
+    draw.read_resolution("--resolution", cfg.resolution)
     if cfg.study > (count := len(set(prompts))):
         fail(f"--study {cfg.study}: there are {count} prompts; each pair of models takes one once")
 
