@@ -28,7 +28,17 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from common import IMAGE_FORMATS, fail, path_inside, process_rank, publish, read_jsonl, read_pixels, read_text
+from common import (
+    IMAGE_FORMATS,
+    ORIENTATION,
+    fail,
+    path_inside,
+    process_rank,
+    publish,
+    read_jsonl,
+    read_pixels,
+    read_text,
+)
 from losses import preference_labels, preference_rank
 
 # ----------------------------------------------------------------------------- metadata.jsonl
@@ -261,57 +271,89 @@ def read_cached(cache, n):
     return {**tensors, "latents": torch.randn(cache.k, *cache.shapes["latents"], generator=g)}
 
 
+def header_size(path):
+    """(height, width) of an image file as read_pixels gives it, from its header: nothing is decoded."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            turn = Image.Image.getexif(image).get(ORIENTATION)  # PNG's own method would decode
+            lying = turn in (5, 6, 7, 8) and image.format != "TIFF"  # which PIL turns by itself
+            return image.size if lying else image.size[::-1]
+    except Exception as e:  # besides OSError, each format of PIL has its own
+        fail(f"{path}: not a readable image ({e}); delete it and run synpic.py again")
+
+
+def read_sizes(cfg, rows):
+    """[(height, width)] in pixels of each list's images. A list of several sizes ends the run; what
+    --resolution crops is said."""
+    if cfg.data == "random":
+        return [(cfg.resolution, cfg.resolution)] * len(rows)
+    first, side, sizes, cuts = process_rank()[0] == 0, cfg.resolution, [], []
+    for n, row in enumerate(tqdm(rows, "headers", unit="list", delay=2, disable=not first)):
+        of_list = [header_size(f"{cfg.data}/{name}") for name in row["file_names"]]
+        if side:
+            cuts.append(max(1 - side / round(side * max(size) / min(size)) for size in of_list))
+        elif len(set(of_list)) > 1:
+            path, found = metadata_file(cfg.data), ", ".join(f"{w} x {h}" for h, w in of_list)
+            mend = "give --resolution, which crops all to one size, or delete that row"
+            fail(f"{path}, line {metadata_rows(path)[n][0]}: its images have {found} pixels; {mend}")
+        sizes.append((side, side) if side else of_list[0])
+    if first and any(cuts):
+        lost = f"{np.count_nonzero(cuts)} of {len(rows)} lists, by up to {100 * max(cuts):.0f} % of a picture"
+        print(f"--resolution {side}: crops {lost}")
+    return sizes
+
+
+def by_size(sizes, indices):
+    """These lists in buckets, [[list, ...], ...]: the images of a bucket have one size."""
+    buckets = {}
+    for n in indices:
+        buckets.setdefault(sizes[n], []).append(n)
+    return list(buckets.values())
+
+
 def list_pixels(cfg, row, size):
-    """(k, 3, H, W) of a list's images, each of `size` (3, H, W)."""
-    images = []
-    for name in row["file_names"]:
-        images.append(read_pixels(f"{cfg.data}/{name}", cfg.resolution))
-        if images[-1].shape != size:
-            differs = f"{images[-1].shape[2]} x {images[-1].shape[1]} pixels, not {size[2]} x {size[1]}"
-            fail(f"{cfg.data}/{name}: {differs} as the first image; give --resolution")
+    """(k, 3, H, W) of a list's images, whose `size` is (H, W)."""
+    images = [read_pixels(f"{cfg.data}/{name}", cfg.resolution) for name in row["file_names"]]
+    for name, image in zip(row["file_names"], images):
+        if image.shape[1:] != size:  # a turn that stands behind the pixels
+            fail(f"{cfg.data}/{name}: has another size than its header says; save it again")
     return torch.stack(images)
 
 
 @torch.no_grad()
-def encode(cfg, rows, pipe, device, dtype, cache, missing):
+def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
     """Latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file a list that
     all processes read. Threads decode the next lists' images meanwhile."""
     if not missing:
         return
     import pipelines  # diffusers takes seconds, which readers of lists do not need
 
-    family, first = pipelines.family_of(pipe), f"{cfg.data}/{rows[0]['file_names'][0]}"
-    size, factor = read_pixels(first, cfg.resolution).shape, pipe.vae_scale_factor * family.patch
-    if any(side % factor for side in size[1:]):
-        sides = f"{size[2]} x {size[1]} pixels, but sides must be multiples of {factor}"
-        fail(f"{first}: {sides}; give another --resolution")
+    family = pipelines.family_of(pipe)
+    factor = pipe.vae_scale_factor * family.patch
+    for row, (h, w) in zip(rows, sizes):
+        if h % factor or w % factor:
+            sides = f"{w} x {h} pixels, but sides must be multiples of {factor}"
+            fail(f"{cfg.data}/{row['file_names'][0]}: {sides}; give another --resolution")
     pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
     for encoder in pipelines.text_encoders_of(pipe).values():
         encoder.to(device, dtype)
-    images, chunk = common.ahead(lambda n: list_pixels(cfg, rows[n], size), missing, depth=8, threads=4), None
+    chunk_of = lambda n: (n // CHUNK, sizes[n])
+    missing, encoded = sorted(missing, key=chunk_of), None
+    images = common.ahead(lambda n: list_pixels(cfg, rows[n], sizes[n]), missing, depth=8, threads=4)
     for n in tqdm(missing, desc="encode", unit="list", disable=process_rank()[0] > 0):
-        if n // CHUNK != chunk:
-            chunk = n // CHUNK
-            prompts = [row["prompt"] for row in rows[chunk * CHUNK : (chunk + 1) * CHUNK]]
-            cond = family.encode_prompts(pipe, prompts, size[1:])
+        if chunk_of(n) != encoded:
+            encoded = chunk_of(n)
+            chunk = range(len(rows))[n // CHUNK * CHUNK :][:CHUNK]
+            chunk = [m for m in chunk if sizes[m] == sizes[n]]
+            cond = family.encode_prompts(pipe, [rows[m]["prompt"] for m in chunk], sizes[n])
         tensors = {"latents": family.encode_images(pipe.vae, next(images)).float()}
-        tensors.update({name: c[n % CHUNK] for name, c in cond.items()})
+        tensors.update({name: c[chunk.index(n)] for name, c in cond.items()})
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         if not all(t.isfinite().all() for t in tensors.values()):
             fail(f"{cfg.model}: encodes list {n}, {rows[n]['prompt']!r}, to numbers that are not finite")
         # several runs may write the same file; one torn by a power cut is noticed when it is read
         write = partial(save_file, tensors, metadata={"list": f"{cache.folder.name}/{n}"})
         publish(cache_file(cache, n), write, sync=False, unique=True)
-
-
-def encode_no_caption(cfg, pipe, item, device, dtype):
-    """{name: tensor}: what a list whose caption is dropped is conditioned on; `item` is a list as cached."""
-    if cfg.data == "random":
-        return {name: torch.zeros_like(t) for name, t in item.items() if name != "latents"}
-    import pipelines  # diffusers takes seconds, which readers of lists do not need
-
-    size = [side * pipe.vae_scale_factor for side in item["latents"].shape[-2:]]
-    return pipelines.encode_nothing(pipe, size, device, dtype)
 
 
 # ----------------------------------------------------------------------------- import

@@ -141,7 +141,7 @@ class StableDiffusionXL(StableDiffusion):
 class StableDiffusion3(StableDiffusion):
     """SD3 and SD3.5: a transformer that predicts the velocity of a rectified flow; T5 may be absent."""
 
-    flow = True
+    patch, flow = 2, True
 
     def text_length(self, pipe):
         """Tokens of T5's text: 256, the pipeline's default. The toy's tokenizer is shorter."""
@@ -183,7 +183,6 @@ class Flux(StableDiffusion3):
     """FLUX.1 [dev] and [schnell]; [dev] takes guidance as an input. Text is CLIP's pooled embedding and T5's
     tokens, whose padding is not masked. Latents enter as 2 x 2 patches with their positions."""
 
-    patch = 2
     encoders = StableDiffusionXL.encoders
 
     def text_length(self, pipe):
@@ -785,20 +784,21 @@ def generate_each(pipe, prompts, seeds, settings):
 
 
 @torch.no_grad()
-def encode_nothing(pipe, size, device, dtype):
-    """Conditioning of the negative prompt, {name: tensor} of one image, as sampling has it: SDXL's is 0."""
+def encode_nothing(pipe, device, dtype):
+    """Conditioning of the negative prompt, {name: tensor} of one image, as sampling has it: SDXL's is 0. The
+    size of a picture is no part of it: it stays when the caption goes."""
     for encoder in text_encoders_of(pipe).values():
         encoder.to(device, dtype)
     family = family_of(pipe)
-    cond = family.encode_prompts(pipe, [family.negative_prompt], size)
+    cond = family.encode_prompts(pipe, [family.negative_prompt], (0, 0))
     zero = pipe.config.get("force_zeros_for_empty_prompt", False)
-    return {name: (c[0] * (not zero or name == "time_ids")).cpu() for name, c in cond.items()}
+    return {name: (c[0] * (not zero)).cpu() for name, c in cond.items() if name != "time_ids"}
 
 
 @torch.no_grad()
 def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
     """N prompts -> the arguments with which `pipe` draws them, (N, ...) each. Drops its text encoders."""
-    family, negative = family_of(pipe), encode_nothing(pipe, size, device, dtype)  # moves the encoders too
+    family, negative = family_of(pipe), encode_nothing(pipe, device, dtype)  # moves the encoders too
     arguments = family.prompt_arguments(family.encode_prompts(pipe, prompts, size), negative)
     for name in [*text_encoders_of(pipe), "safety_checker"]:
         if hasattr(pipe, name):

@@ -22,6 +22,7 @@ timestep depend on (seed, step, list) alone.
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from itertools import chain, count, islice
 from pathlib import Path
 
 import common
@@ -142,11 +143,8 @@ def check_options(cfg):
     lists.check_label(cfg.label, (*lists.STORED, *losses.LABELS))
     if cfg.loss in lists.VOTES and cfg.label in SCORES:
         fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
-    if (
-        cfg.label_rewards
-        and cfg.label not in SCORES
-        and not (cfg.loss in lists.VOTES and cfg.label in lists.STORED)
-    ):
+    counted = cfg.label in SCORES or (cfg.loss in lists.VOTES and cfg.label in lists.STORED)
+    if cfg.label_rewards and not counted:
         fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
     if cfg.label == "reversed" and cfg.loss == "weighted":
         fail("--label reversed: turns scores negative, and those cannot weigh an error; take another --loss")
@@ -245,25 +243,26 @@ def draw_noise(cfg, position, n, shape):
     return u, noise.expand(shape)
 
 
-def epoch_order(cfg, train_lists, epoch):
-    return np.random.default_rng([cfg.seed, epoch]).permutation(train_lists)
+def draw_order(cfg, buckets):
+    """The lists of all steps, (steps, G). A step takes lists of one bucket: of that which is furthest behind
+    its share, so that all lists are visited equally often. A bucket is gone through again and again, each
+    time in another order."""
+    lengths, taken, order = np.array([len(bucket) for bucket in buckets]), np.zeros(len(buckets)), []
+    epochs = lambda bucket: (np.random.default_rng([cfg.seed, e]).permutation(bucket) for e in count())
+    streams = [chain.from_iterable(epochs(bucket)) for bucket in buckets]
+    for _ in range(cfg.steps):
+        turn = np.argmin((taken + 0.5) / lengths)  # at first the largest bucket
+        taken[turn] += 1
+        order.append(np.fromiter(islice(streams[turn], cfg.global_batch_size), int))
+    return np.stack(order)
 
 
-def micro_batches(cfg, train_lists, step):
+def micro_batches(cfg, order, step):
     """The lists of a step on this process, [[(position, list), ...], ...]: a pass each."""
     rank, world = process_rank()
-    local, L = cfg.global_batch_size // world, len(train_lists)
-    first = step * cfg.global_batch_size + rank * local
-    positions = range(first, first + local)
-    order = {e: epoch_order(cfg, train_lists, e) for e in {p // L for p in positions}}
-    mine = [(p, int(order[p // L][p % L])) for p in positions]
+    local = cfg.global_batch_size // world
+    mine = list(enumerate(order[step].tolist(), step * cfg.global_batch_size))[rank * local :][:local]
     return [mine[i : i + cfg.device_batch_size] for i in range(0, local, cfg.device_batch_size)]
-
-
-def visited(cfg, train_lists):
-    """The lists of all steps, a set."""
-    left, L = cfg.steps * cfg.global_batch_size, len(train_lists)
-    return set(epoch_order(cfg, train_lists, 0)[:left].tolist()) if left < L else set(train_lists)
 
 
 def load_batch(cfg, data, positions):
@@ -297,10 +296,10 @@ def load_batch(cfg, data, positions):
     return Batch(x_t, t, target, cond, move(mask), move(weights), u, time)
 
 
-def read_ahead(cfg, data, train_lists, first_step):
+def read_ahead(cfg, data, order, first_step):
     """Yield (positions, Batch) of all micro-batches from a step on; a thread loads the next one meanwhile."""
     steps = range(first_step, cfg.steps)
-    passes = (positions for step in steps for positions in micro_batches(cfg, train_lists, step))
+    passes = (positions for step in steps for positions in micro_batches(cfg, order, step))
     return common.ahead(lambda positions: (positions, load_batch(cfg, data, positions)), passes, depth=1)
 
 
@@ -411,38 +410,34 @@ def add_negatives(cfg, family, scheduler, sampler, batch, positions):
 # ----------------------------------------------------------------------------- held-out lists
 
 
-def held_out_passes(cfg, held_out):
-    """[(position, list)] of each pass of this process, and which of them count: every process takes equally
-    many lists, so a few are taken twice."""
-    (rank, world), size = process_rank(), cfg.device_batch_size
-    share = range(rank, -(-len(held_out) // world) * world, world)
-    for i in range(0, len(share), size):
-        places = share[i : i + size]
-        positions = [(HELD_OUT, held_out[place % len(held_out)]) for place in places]
-        yield positions, torch.tensor([place < len(held_out) for place in places])
+@torch.no_grad()
+def held_out_passes(cfg, family, data, buckets, base):
+    """[(positions and lists of a pass, which are there twice, their errors (B, K) under the base)]: every
+    process takes equally many lists of each bucket, so a few are taken twice."""
+    (rank, world), size, passes = process_rank(), cfg.device_batch_size, []
+    for bucket in buckets:
+        share = range(rank, -(-len(bucket) // world) * world, world)
+        for places in (share[i : i + size] for i in range(0, len(share), size)):
+            positions = [(HELD_OUT, bucket[place % len(bucket)]) for place in places]
+            twice = torch.tensor([place >= len(bucket) for place in places])
+            base_err = errors(family, base, load_batch(cfg, data, positions), cfg.images_per_forward)
+            passes.append((positions, twice.to(data.device), base_err))
+    return passes
 
 
 @torch.no_grad()
-def base_errors(cfg, family, data, held_out, base):
-    """[(B, K)] of the held-out passes under the base: the reference, before its first refresh."""
-    batches = (load_batch(cfg, data, positions) for positions, _ in held_out_passes(cfg, held_out))
-    return [errors(family, base, batch, cfg.images_per_forward) for batch in batches]
-
-
-@torch.no_grad()
-def measure_held_out(cfg, family, data, held_out, policy, networks, base_err):
+def measure_held_out(cfg, family, data, passes, policy, networks):
     """Implicit accuracy on the held-out lists against the reference, at noise and timesteps that stay the
     same. s of the winner and of the loser is against the BASE, which is what pictures are compared with."""
     accuracy, against_base = [], []
-    for base, (positions, counts) in zip(base_err, held_out_passes(cfg, held_out)):
+    for positions, twice, base_err in passes:
         batch = load_batch(cfg, data, positions)
         if networks.sampler:
             batch = add_negatives(cfg, family, data.scheduler, networks.sampler, batch, positions)
         ref_err = errors(family, networks.reference, batch, cfg.images_per_forward)
         policy_err = errors(family, policy, batch, cfg.images_per_forward)
-        for found, err in ((accuracy, ref_err), (against_base, base)):
+        for found, err in ((accuracy, ref_err), (against_base, base_err)):
             metrics = list_loss(cfg, policy_err, err, batch)[1]
-            twice = ~counts.to(err.device)
             found.append({name: value.masked_fill(twice, float("nan")) for name, value in metrics.items()})
     accuracy, drift = summarise(accuracy)["accuracy"], summarise(against_base)
     row = {"held_out_accuracy": accuracy, "held_out_best_s": drift["best_s"]}
@@ -488,11 +483,14 @@ def main(argv=None):
     rows = lists.read_lists(cfg)
     rows = expert_rows(cfg, rows) if cfg.loss == "dro" else rows
     labels = stack_labels(cfg, rows)
+    sizes = lists.read_sizes(cfg, rows)
     train_lists, held_out = lists.split(rows, cfg.holdout, cfg.seed)
+    order = draw_order(cfg, lists.by_size(sizes, train_lists))
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
-    wanted = visited(cfg, train_lists) | set(held_out)
+    wanted = {*order.flatten().tolist(), *held_out}
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)
-    encoders = bool(missing or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))
+    dropout = cfg.caption_dropout and cfg.data != "random"
+    encoders = bool(missing or cfg.sample_every or dropout)
     pipe, family = engine.load_base(cfg, device, dtype, encoders)
     part, denoiser = pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
@@ -500,12 +498,13 @@ def main(argv=None):
     checkpoint_folder, start_step = engine.find_checkpoint(cfg, identity)
     if cfg.data == "random":
         cache = lists.Cache(None, pipelines.shapes_at(pipe, cfg.resolution), k=1 if cfg.loss == "dro" else 4)
-    lists.encode(cfg, rows, pipe, device, dtype, cache, missing)
+    lists.encode(cfg, rows, sizes, pipe, device, dtype, cache, missing)
     common.wait_for_all(slow=True)
-    item, K = lists.read_cached(cache, min(wanted)), labels.mask.shape[1]
+    item, K = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n]))), labels.mask.shape[1]
     cfg, flops = memory.choose(cfg, family, denoiser, item, K, dtype, device, free)
-    no_caption = lists.encode_no_caption(cfg, pipe, item, device, dtype) if cfg.caption_dropout else {}
-    samples = engine.prepare_samples(cfg, pipe, part, rows, item, device, dtype)
+    no_caption = pipelines.encode_nothing(pipe, device, dtype) if dropout else {}
+    usual = lists.read_cached(cache, int(order[0, 0]))  # the first step takes the most frequent size
+    samples = engine.prepare_samples(cfg, pipe, part, rows, usual, device, dtype)
     data = Data(cache, labels, pipe.scheduler, no_caption, device, dtype)
     pipe = None  # VAE and text encoders have done their work, but for the samples
 
@@ -515,7 +514,7 @@ def main(argv=None):
     parameters = [p for p in engine.weights(policy).values() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     with autocast:
-        base_err = base_errors(cfg, family, data, held_out, reference)
+        exam = held_out_passes(cfg, family, data, lists.by_size(sizes, held_out), reference)
     if checkpoint_folder:
         engine.load_checkpoint(checkpoint_folder, engine.training_state(cfg, networks, optimizer))
     common.check_finite(parameters, device, f"{cfg.model}: holds weights that are not finite")
@@ -527,7 +526,7 @@ def main(argv=None):
         log = engine.Log(cfg, {**head, "identity": identity}, start_step, flops / world, device)
 
     # ---- the training loop
-    stop, batches = engine.signals(), read_ahead(cfg, data, train_lists, start_step)
+    stop, batches = engine.signals(), read_ahead(cfg, data, order, start_step)
     passes = -(-cfg.global_batch_size // world // cfg.device_batch_size)  # of a step: gradient accumulation
     average_of = world if engine.is_sharded(cfg) else 1  # FSDP2 averages gradients over processes
     steps = range(start_step, cfg.steps)
@@ -571,7 +570,7 @@ def main(argv=None):
         tuned = average or policy  # what will be saved
         if held_out and due(cfg.eval_every, step):
             with autocast:
-                row.update(measure_held_out(cfg, family, data, held_out, tuned, networks, base_err))
+                row.update(measure_held_out(cfg, family, data, exam, tuned, networks))
         if samples and due(cfg.sample_every, step):
             row["samples"] = engine.draw_samples(cfg, samples, tuned, autocast, step + 1)
         if due(cfg.export_every, step):

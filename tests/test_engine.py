@@ -76,11 +76,10 @@ def test_only_lists_that_the_steps_visit_are_encoded(lists, tiny, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(lists, data, ignore=shutil.ignore_patterns(".cache"))
     log = train(data, tiny, tmp_path / "a", "--steps", 1)
-    cfg = rankdpo.Config(steps=1, global_batch_size=4)
-    first = rankdpo.visited(cfg, range(10))
+    cfg = rankdpo.Config(steps=1, global_batch_size=4, device_batch_size=4)
+    order = rankdpo.draw_order(cfg, [range(10)])
+    first = {n for _, n in rankdpo.micro_batches(cfg, order, 0)[0]}
     assert {int(name[:7]) for name in cache_of(data)} == first and len(first) == 4
-    cfg.device_batch_size = 4
-    assert first == {n for _, n in rankdpo.micro_batches(cfg, range(10), 0)[0]}
     train(data, tiny, tmp_path / "b", "--steps", 1, "--holdout", 0.5)
     assert len(first) < len(cache_of(data)) < 10
     train(data, tiny, tmp_path / "c")

@@ -36,7 +36,7 @@ def test_every_objective_begins_where_its_weights_say(lists, tiny, tmp_path):
         else:  # position p holds the p-th list of the first epoch, and one drawn reward orders it
             cfg = config(global_batch_size=10, device_batch_size=10)
             total = 0
-            for p, n in rankdpo.micro_batches(cfg, range(10), 0)[0]:
+            for p, n in rankdpo.micro_batches(cfg, rankdpo.draw_order(cfg, [range(10)]), 0)[0]:
                 coin = torch.rand(2, generator=rankdpo.generator_of(config(), p, n, 1))[1].item()
                 phi = losses.preference_probability(scores[n][int(coin * 3)][:, None])
                 total += losses.dpo_weights(phi[None]).sum().item()
@@ -77,17 +77,18 @@ def test_a_literal_vote_gives_every_pair_a_side(lists, tiny, tmp_path):
 def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny, monkeypatch):
     """From (seed, position, list) alone, about p of them, never on held-out lists."""
     pipe = pipelines.load_pipeline(tiny / "sdxl")
-    nothing = pipelines.encode_nothing(pipe, (32, 32), "cpu", torch.float32)
-    assert not nothing["embeds"].any() and nothing["time_ids"].any()  # SDXL's guidance has zeros
-    item = {name: torch.ones_like(t) for name, t in nothing.items()}
+    nothing = pipelines.encode_nothing(pipe, "cpu", torch.float32)
+    assert not nothing["embeds"].any() and not nothing["pooled"].any()  # SDXL's guidance has zeros
+    item = {name: torch.ones_like(t) for name, t in nothing.items()} | {"time_ids": torch.ones(6)}
     monkeypatch.setattr("lists.read_cached", lambda _, n: dict(item, latents=torch.zeros(4, 4, 8, 8)))
     labels = rankdpo.Labels(torch.zeros(1, 4, 4), torch.ones(1, 4, dtype=torch.bool))
 
     def dropped(positions, p):
         cfg = config(caption_dropout=p)
         data = rankdpo.Data(None, labels, pipe.scheduler, nothing, "cpu", torch.float32)
-        embeds = rankdpo.load_batch(cfg, data, [(position, 0) for position in positions]).cond["embeds"]
-        assert all((image == image.flatten()[0]).all() for image in embeds)
+        cond = rankdpo.load_batch(cfg, data, [(position, 0) for position in positions]).cond
+        embeds = cond["embeds"]
+        assert cond["time_ids"].all() and all((image == image.flatten()[0]).all() for image in embeds)
         return embeds.flatten(1)[:, 0].view(-1, 4) == 0  # (B, K)
 
     some = dropped(range(200), 0.2)
@@ -95,7 +96,7 @@ def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny, monkeyp
     assert torch.equal(dropped(range(100, 200), 0.2), some[100:]) and not dropped(range(50), None).any()
     assert not dropped([rankdpo.HELD_OUT] * 3, 0.99).any()
     sd15 = pipelines.load_pipeline(tiny / "sd15")
-    assert pipelines.encode_nothing(sd15, (32, 32), "cpu", torch.float32)["embeds"].any()  # an encoded ""
+    assert pipelines.encode_nothing(sd15, "cpu", torch.float32)["embeds"].any()  # an encoded ""
 
 
 # ----------------------------------------------------------------------------- what is measured
