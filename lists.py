@@ -1,12 +1,11 @@
 """Ranked lists on disk: metadata.jsonl, a row a list of images; what is encoded once; people's data sets.
 
-    rows = read_metadata(folder, lists=True)                # prompt, file_names, scores, phi
-    names, rewards = stored_rewards(folder, rows, label)    # of R scores, a tensor (K, R) a list
-    train, held_out = split(rows, holdout, seed)            # indices; no prompt is in both
-    cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, a file a list
-    import_stage(cfg)                                       # Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB
-
-A bad row ends the run with its file, its line and what to do.
+rows = read_metadata(folder, lists=True)                # prompt, file_names, scores, phi
+names, rewards = stored_rewards(folder, rows, label)    # of R scores, a tensor (K, R) a list
+train, held_out = split(rows, holdout, seed)            # indices; no prompt is in both
+sizes = read_sizes(cfg, rows)                           # [(height, width)], from the files' headers
+cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, a file a list
+import_stage(cfg)                                       # Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB
 """
 
 import csv
@@ -28,17 +27,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from common import (
-    IMAGE_FORMATS,
-    ORIENTATION,
-    fail,
-    path_inside,
-    process_rank,
-    publish,
-    read_jsonl,
-    read_pixels,
-    read_text,
-)
+from common import fail, path_inside, process_rank, publish, read_jsonl, read_pixels, read_text
 from losses import preference_labels, preference_rank
 
 # ----------------------------------------------------------------------------- metadata.jsonl
@@ -67,7 +56,7 @@ def read_metadata(folder, lists=False, labelled=False):
     """Rows of a folder's metadata file, one a list of images: prompt, file_names; scores and phi if there.
 
     Rows of other programs may say caption or text, and file_name. With `lists`, every row must have at least
-    two images, which are there; with `labelled`, also a phi in [0, 1] for each, so that it can be trained on.
+    two images, which are there; with `labelled`, a phi in [0, 1] for each, so that it can be trained on.
     A bad row ends the run with file, line and what to do."""
     path, rows, lines, real = metadata_file(folder), [], {}, os.path.realpath(folder)
     if not path:
@@ -107,7 +96,7 @@ def checked_row(folder, row, lists, labelled):
     for name, values in scores.items():
         if not isinstance(values, list) or len(values) != k or not all(map(is_number, values)):
             raise ValueError(f"scores of {name}: as many finite numbers as file_names are wanted")
-    if (lists or labelled) and k < 2:
+    if lists and k < 2:
         raise ValueError("needs at least two file_names")
     if labelled:
         phi = row.get("phi")
@@ -115,9 +104,8 @@ def checked_row(folder, row, lists, labelled):
             raise ValueError("needs as many phi as file_names")
         if not all(is_number(p) and 0 <= p <= 1 for p in phi):
             raise ValueError("phi must lie in [0, 1]")
-    if lists or labelled:
-        if missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]:
-            raise ValueError(f"image {missing[0]} is not in the folder")
+    if lists and (missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]):
+        raise ValueError(f"image {missing[0]} is not in the folder")
     scores = {name: values for name, values in scores.items() if name not in EVALUATION_ONLY}
     return {**row, "prompt": prompt, "file_names": files, "scores": scores}
 
@@ -137,10 +125,8 @@ def stored_rewards(folder, rows, label, wanted=()):
     lacking = [name for name in wanted if name not in there]
     if lacking or (not names and label != "random"):
         found = f"no such scores: {', '.join(lacking)} (there are {', '.join(there) or 'none'})"
-        first = (
-            f"score first: python rewards.py --score {folder} --rewards NAME, then synpic.py --stages label"
-        )
-        fail(f"--label {label}: {folder}/metadata.jsonl: {found}; {first}")
+        first = f"rewards.py --score {folder} --rewards NAME, then synpic.py --stages label"
+        fail(f"--label {label}: {folder}/metadata.jsonl: {found}; score first: {first}")
     if label == "random":  # it looks at none
         names = [name for name in names if all(name in row["scores"] for row in rows)]
     for n, row in enumerate(rows, 1):
@@ -175,17 +161,13 @@ def read_lists(cfg):
     if not stored:
         every_phi = preference_labels(cfg.label, rewards, cfg.seed)
         rows = [dict(row, phi=phi.tolist()) for row, phi in zip(rows, every_phi)]
-    rows = [control(row, cfg.label) for row in rows]
+    if cfg.label == "reversed":  # a control, which must not help: all that a loss looks at
+        negated = lambda row: {name: [-x for x in values] for name, values in row["scores"].items()}
+        rows = [dict(row, phi=[1 - p for p in row["phi"]], scores=negated(row)) for row in rows]
+    if cfg.label == "random":  # another control
+        rows = [dict(row, scores={"random": row["phi"]}) for row in rows]
     check_scores(cfg, rows)
     return rows
-
-
-def control(row, label):
-    """The row of a control, which must not help: all that a loss looks at is reversed, or random."""
-    if label == "reversed":
-        scores = {name: [-x for x in values] for name, values in row["scores"].items()}
-        return dict(row, phi=[1 - p for p in row["phi"]], scores=scores)
-    return dict(row, scores={"random": row["phi"]}) if label == "random" else row
 
 
 def check_scores(cfg, rows):
@@ -193,9 +175,7 @@ def check_scores(cfg, rows):
     names = {frozenset(row["scores"]) for row in rows}
     there = ", ".join(sorted(frozenset.intersection(*names))) or "none"
     if cfg.loss in VOTES and (len(names) > 1 or not rows[0]["scores"]):
-        fail(
-            f"--loss {cfg.loss} needs the scores of every reward for every list: run synpic.py's score stage"
-        )
+        fail(f"--loss {cfg.loss} needs scores of every reward for every list: run synpic.py's score stage")
     wanted = {"weighted": ("weight_by", cfg.weight_by), "dro": ("expert_by", cfg.expert_by)}.get(cfg.loss)
     if not wanted or wanted[1] in (None, "phi") or cfg.data == "random":
         return
@@ -210,8 +190,7 @@ def check_scores(cfg, rows):
 
 
 def split(rows, holdout, seed):
-    """(train, held out): indices of the lists that are trained on, and of those kept to measure on. No prompt
-    is in both."""
+    """(train, held out): indices of lists to train on, and of those to measure on. No prompt is in both."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     shuffled = np.random.default_rng([seed, 2**32 - 1]).permutation(len(prompts))
     kept = {prompts[i] for i in shuffled[: round(holdout * len(prompts))]}
@@ -225,7 +204,6 @@ def split(rows, holdout, seed):
 # ----------------------------------------------------------------------------- latents and text, encoded once
 
 CHUNK = 16  # lists whose prompts are encoded together: by their place, so whoever does it gets the same
-
 DENOISING = ("unet", "transformer", "scheduler")  # parts of a model that encode nothing
 
 # `folder` has a file a list; without one, lists of k images are random, of the `shapes` {tensor: shape}
@@ -256,9 +234,8 @@ def cache_file(cache, n):
 
 def is_list(cache, n):
     """Is the file of list n there, whole, and not that of another list?"""
-    with suppress(OSError, SafetensorError):
-        with safe_open(cache_file(cache, n), "pt") as f:
-            return f.metadata() == {"list": f"{cache.folder.name}/{n}"}
+    with suppress(OSError, SafetensorError), safe_open(cache_file(cache, n), "pt") as f:
+        return f.metadata() == {"list": f"{cache.folder.name}/{n}"}
     return False
 
 
@@ -274,8 +251,8 @@ def read_cached(cache, n):
 def header_size(path):
     """(height, width) of an image file as read_pixels gives it, from its header: nothing is decoded."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            turn = Image.Image.getexif(image).get(ORIENTATION)  # PNG's own method would decode
+        with Image.open(path, formats=common.IMAGE_FORMATS) as image:
+            turn = Image.Image.getexif(image).get(common.ORIENTATION)  # PNG's own method would decode
             lying = turn in (5, 6, 7, 8) and image.format != "TIFF"  # which PIL turns by itself
             return image.size if lying else image.size[::-1]
     except Exception as e:  # besides OSError, each format of PIL has its own
@@ -283,24 +260,25 @@ def header_size(path):
 
 
 def read_sizes(cfg, rows):
-    """[(height, width)] in pixels of each list's images. A list of several sizes ends the run; what
-    --resolution crops is said."""
+    """[(height, width)] in pixels of each list's images as they are encoded. What --resolution crops is said;
+    without it a list of several sizes ends the run."""
     if cfg.data == "random":
         return [(cfg.resolution, cfg.resolution)] * len(rows)
-    first, side, sizes, cuts = process_rank()[0] == 0, cfg.resolution, [], []
-    for n, row in enumerate(tqdm(rows, "headers", unit="list", delay=2, disable=not first)):
-        of_list = [header_size(f"{cfg.data}/{name}") for name in row["file_names"]]
-        if side:
-            cuts.append(max(1 - side / round(side * max(size) / min(size)) for size in of_list))
-        elif len(set(of_list)) > 1:
+    side, bar = cfg.resolution, dict(unit="list", delay=2, disable=process_rank()[0] > 0)
+    size_of = lambda name: header_size(f"{cfg.data}/{name}")
+    every = [list(map(size_of, row["file_names"])) for row in tqdm(rows, "headers", **bar)]
+    if side:
+        cuts = [max(1 - side / round(side * max(size) / min(size)) for size in of_list) for of_list in every]
+        if any(cuts) and process_rank()[0] == 0:
+            share = f"{np.count_nonzero(cuts)} of {len(rows)} lists, by up to {100 * max(cuts):.0f} %"
+            print(f"--resolution {side}: crops {share} of a picture")
+        return [(side, side)] * len(rows)
+    for n, of_list in enumerate(every):
+        if len(set(of_list)) > 1:
             path, found = metadata_file(cfg.data), ", ".join(f"{w} x {h}" for h, w in of_list)
             mend = "give --resolution, which crops all to one size, or delete that row"
             fail(f"{path}, line {metadata_rows(path)[n][0]}: its images have {found} pixels; {mend}")
-        sizes.append((side, side) if side else of_list[0])
-    if first and any(cuts):
-        lost = f"{np.count_nonzero(cuts)} of {len(rows)} lists, by up to {100 * max(cuts):.0f} % of a picture"
-        print(f"--resolution {side}: crops {lost}")
-    return sizes
+    return [of_list[0] for of_list in every]
 
 
 def by_size(sizes, indices):
@@ -360,92 +338,77 @@ def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
 
 LARGEST = 1 << 28  # bytes of a picture: a larger member of a zip is a bomb or no picture
 
-
-def ranked_rows(record):
-    """ImageRewardDB has a row a picture; its record is a prompt_id, of which each field is a list."""
-    if len(set(record["prompt"])) > 1:
-        raise ValueError(f"{len(set(record['prompt']))} prompts under one prompt_id")
-    return record["prompt"][0], record["image_path"], [-rank for rank in record["rank"]]
-
-
-# Published choices of people: the fields that a format is known by, and what a record of it says as (prompt,
-# pictures as bytes or names, a number a picture, higher is better).
-RANKED = lambda r: (r["prompt"], r["image_path"], [-rank for rank in r["rank"]])
-PICKED = lambda r: (r["caption"], [r["jpg_0"], r["jpg_1"]], [r["label_0"], r["label_1"]])
+# Published choices of people: the fields of a prompt, of its pictures and of a number a picture, and 1 where
+# higher is better, -1 for ranks. One field alone holds a list. Without numbers the first picture is better.
 FORMATS = {
-    "Pick-a-Pic v2": (("caption", "jpg_0", "jpg_1", "label_0", "label_1"), PICKED),
-    "ImageRewardDB": (("prompt_id", "prompt", "image_path", "rank"), ranked_rows),
-    "ImageReward test": (
-        ("prompt", "generations", "ranking"),
-        lambda r: (r["prompt"], r["generations"], [-rank for rank in r["ranking"]]),
-    ),
-    "HPDv2 test": (("prompt", "image_path", "rank"), RANKED),
-    "HPDv2": (
-        ("prompt", "file_path", "human_preference"),
-        lambda r: (r["prompt"], r["file_path"], r["human_preference"]),
-    ),
-    "HPDv3": (("prompt", "path1", "path2"), lambda r: (r["prompt"], [r["path1"], r["path2"]], [1, 0])),
+    "Pick-a-Pic v2": ("caption", ["jpg_0", "jpg_1"], ["label_0", "label_1"], 1),
+    "ImageRewardDB": ("prompt", ["image_path"], ["rank"], -1),
+    "ImageReward test": ("prompt", ["generations"], ["ranking"], -1),
+    "HPDv2 test": ("prompt", ["image_path"], ["rank"], -1),
+    "HPDv2": ("prompt", ["file_path"], ["human_preference"], 1),
+    "HPDv3": ("prompt", ["path1", "path2"], [], 1),
 }
+FIELDS = {name: [prompt, *pictures, *labels] for name, (prompt, pictures, labels, _) in FORMATS.items()}
+FIELDS["ImageRewardDB"].append("prompt_id")  # a row is a picture, and this is its list
 
 
 def format_of(path, fields):
     """The name in FORMATS of a file with these fields."""
-    for name, (wanted, _) in FORMATS.items():
+    for name, wanted in FIELDS.items():
         if set(wanted) <= set(fields):
             return name
-    known = "; ".join(f"{name} has {', '.join(wanted)}" for name, (wanted, _) in FORMATS.items())
+    known = "; ".join(f"{name} has {', '.join(wanted)}" for name, wanted in FIELDS.items())
     found = ", ".join(map(str, fields)) or "no fields"
     fail(f"--from {path}: has {found}, which is no known format. {known}")
 
 
-def read_rows(path):
-    """(format, rows as dicts) of a file; those of a parquet come one row group after the other."""
-    if path.suffix != ".parquet":
-        lines = path.suffix == ".jsonl"
-        rows = [row for _, row in read_jsonl(path)] if lines else common.parse_json(read_text(path))
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("not a list of objects")
-        return format_of(path, rows[0] if rows else ()), rows
-    from pyarrow.parquet import ParquetFile
-
-    file = ParquetFile(path)
-    kind = format_of(path, file.schema_arrow.names)
-    columns = [c for c in file.schema_arrow.names if c in (*FORMATS[kind][0], "has_label")]
-    groups = (file.read_row_group(n, columns) for n in range(file.num_row_groups))  # iter_batches keeps all
-    return kind, (row for group in groups for batch in group.to_batches(64) for row in batch.to_pylist())
-
-
 def read_records(path):
-    """Yield (file, place in it, format, record) of a file."""
+    """Yield (file, place in it, format, record) of a file; a parquet is read one row group after the other.
+    Of ImageRewardDB the rows of a prompt_id are one record."""
     try:
-        kind, rows = read_rows(path)
-        if kind != "ImageRewardDB":
-            yield from ((path, f"row {n}", kind, row) for n, row in enumerate(rows, 1))
-            return
-        lists = {}  # a row an image, without its pixels
-        for row in rows:
-            lists.setdefault(row["prompt_id"], []).append(row)
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            file = ParquetFile(path)
+            kind = format_of(path, file.schema_arrow.names)
+            columns = [c for c in file.schema_arrow.names if c in (*FIELDS[kind], "has_label")]
+            groups = (file.read_row_group(n, columns) for n in range(file.num_row_groups))
+            batches = (batch for group in groups for batch in group.to_batches(64))  # iter_batches keeps all
+            rows = (row for batch in batches for row in batch.to_pylist())
+        else:
+            lines = path.suffix == ".jsonl"
+            rows = [row for _, row in read_jsonl(path)] if lines else common.parse_json(read_text(path))
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise ValueError("not a list of objects")
+            kind = format_of(path, rows[0] if rows else ())
+        what = "list" if kind == "ImageRewardDB" else "row"
+        if what == "list":
+            lists = {}
+            for row in rows:
+                empty = {"prompt": row["prompt"], "image_path": [], "rank": []}
+                of_list = lists.setdefault((row["prompt_id"], row["prompt"]), empty)
+                of_list["image_path"].append(row["image_path"])
+                of_list["rank"].append(row["rank"])
+            rows = lists.values()
+        yield from ((path, f"{what} {n}", kind, row) for n, row in enumerate(rows, 1))
     except Exception as e:  # pyarrow has its own errors
         fail(f"--from {path}: not a readable file ({' '.join(str(e).split())[:200]})")
-    for name, rows in lists.items():
-        columns = {key: [row[key] for row in rows] for key in ("prompt", "image_path", "rank")}
-        yield path, f"prompt_id {name}", kind, columns
 
 
 @lru_cache(maxsize=None)
 def zipped(folder):
-    """{file name: [(zip, member), ...]} of all zips in a folder, and the zips that cannot be read. Members go
-    by their last name, since publishers cut the paths before it differently."""
-    members, torn = {}, []
+    """{file name: [(zip, member), ...]} of all zips in a folder. Members go by their last name, since
+    publishers cut the paths before it differently."""
+    members = {}
     for path in sorted(folder.rglob("*.zip")):
         try:
             archive = ZipFile(path)
         except Exception as e:  # zipfile has several kinds
-            torn.append(f"{path.name}: {e}")
+            print(f"{path}: cannot be read ({e})")
             continue
         for member in archive.infolist():
             members.setdefault(Path(member.filename).name, []).append((archive, member))
-    return members, torn
+    return members
 
 
 def picture_bytes(picture, folder):
@@ -457,40 +420,34 @@ def picture_bytes(picture, folder):
         return picture
     path = path_inside(folder, picture)
     if os.path.isfile(path):
-        if os.path.getsize(path) > LARGEST:
-            raise ValueError(f"{picture}: larger than {LARGEST >> 20} MB")
-        return Path(path).read_bytes()
-    members, torn = zipped(folder)
-    found = members.get(Path(picture).name, [])
-    if len(found) != 1:
-        what = f"{picture} is {'twice' if found else 'not'} in {folder} and its zips"
-        raise ValueError(
-            what + (f" (of which these cannot be read: {', '.join(torn)[:200]})" if torn else "")
-        )
-    archive, member = found[0]
-    if member.file_size > LARGEST:
-        raise ValueError(f"{picture} in {archive.filename}: larger than {LARGEST >> 20} MB")
+        size, read = os.path.getsize(path), Path(path).read_bytes
+    else:
+        found = zipped(folder).get(Path(picture).name, [])
+        if len(found) != 1:
+            raise ValueError(f"{picture} is {'twice' if found else 'not'} in {folder} and its zips")
+        archive, member = found[0]
+        size, read = member.file_size, partial(archive.read, member)
+        picture = f"{picture} in {archive.filename}"
+    if size > LARGEST:
+        raise ValueError(f"{picture}: larger than {LARGEST >> 20} MB")
     try:
-        return archive.read(member)
+        return read()
     except Exception as e:  # a password, an unknown method, torn data: each method has its own errors
-        raise ValueError(f"{picture} in {archive.filename}: {e}") from None
+        raise ValueError(f"{picture}: {e}") from None
 
 
 def keep_picture(out, data):
     """The name of a picture in the folder, made of its bytes: rows share it, and a second run finds it."""
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)  # its head alone
+        image = Image.open(io.BytesIO(data), formats=common.IMAGE_FORMATS)  # its head alone
     except Exception as e:  # besides OSError, each format of PIL has its own
         raise ValueError(f"not a readable image ({e})") from None
     digest = hashlib.sha256(data).hexdigest()[:32]
     name = f"images/{digest[:2]}/{digest}.{image.format.lower()}"
-    try:
-        whole = os.stat(f"{out}/{name}").st_size == len(data)
-    except FileNotFoundError:
-        whole = False
-    if not whole:
+    path = Path(out) / name
+    if not path.is_file() or path.stat().st_size != len(data):
         common.open_image(image)
-        publish(f"{out}/{name}", lambda tmp: tmp.write_bytes(data), sync=False)
+        publish(path, lambda tmp: tmp.write_bytes(data), sync=False)
     return name
 
 
@@ -499,9 +456,12 @@ def imported_row(out, kind, record, folder):
     with what is wrong with the record."""
     if record.get("has_label") is False:
         return None
+    prompt, *fields, sign = FORMATS[kind]
+    values = lambda names: record[names[0]] if len(names) == 1 else [record[name] for name in names]
     try:
-        prompt, pictures, scores = FORMATS[kind][1](record)
-        prompt = " ".join(prompt.split())
+        prompt = " ".join(record[prompt].split())
+        pictures, labels = map(values, fields)
+        scores = [sign * label for label in labels] or [1, 0]
         fits = prompt and len(pictures) == len(scores) and all(map(is_number, scores))
     except (KeyError, TypeError, AttributeError):
         fits = False
@@ -523,7 +483,7 @@ def imported_row(out, kind, record, folder):
 
 
 def import_lists(cfg, paths, metadata):
-    """Write the lists of all files to `metadata`. Returns how many of which kind, as text."""
+    """Write the lists of all files to `metadata`, and print how many of which kind."""
     counts, problems, seen = Counter(lists=0), [], set()
     records = (record for path in paths for record in read_records(path))
     with open(metadata, "w", encoding="utf-8") as f:
@@ -547,16 +507,14 @@ def import_lists(cfg, paths, metadata):
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
     if not counts["lists"]:
         fail(f"--from {cfg.from_}: {said}, so nothing was imported")
-    return said
+    print(f"{cfg.out}/metadata.jsonl: {said}")
 
 
 def import_stage(cfg):
     """metadata.jsonl and images/ from what people chose. The pictures are there first, under names that
     follow from their bytes, so that a run that was killed writes what is missing, and the same rows.
-
-    import.json says what was imported. Until metadata.jsonl is there, another file may take its place: what
-    is left of an import that failed is pictures that no row names."""
-    source, out, said = Path(cfg.from_), Path(cfg.out), []
+    import.json says what was imported. Until metadata.jsonl is there, another file may take its place."""
+    source, out = Path(cfg.from_), Path(cfg.out)
     paths = common.shards(source) if source.is_dir() else [source]
     if not cfg.from_ or not paths or not all(path.is_file() for path in paths):
         fail(f"--from {source}: name a .parquet, .json or .jsonl file, or a folder of .parquet files")
@@ -572,5 +530,4 @@ def import_stage(cfg):
         print(f"{out}: was imported already; delete its metadata.jsonl to do it again")
         return
     common.write_text(begun, now)
-    publish(out / "metadata.jsonl", lambda tmp: said.append(import_lists(cfg, paths, tmp)))
-    print(f"{out}/metadata.jsonl: {said[0]}")
+    publish(out / "metadata.jsonl", lambda tmp: import_lists(cfg, paths, tmp))

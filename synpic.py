@@ -17,7 +17,7 @@ images and rewards) ranks the k images of a prompt, in three stages:
     generate   images/00000/sdxl_0.png ...    a picture is written whole or not at all
     score      scores/pickscore.jsonl ...     a row of scores a prompt, appended as they come
     label      metadata.jsonl, preview.png    a row a prompt: its images, models, seeds, scores, phi, rank
-               summary.json, summary.png      wins, agreement of the rewards, ties, speed, cost
+               summary.json               wins, agreement of the rewards, ties, speed, cost
 
 After a kill the same command goes on: the first two stages skip what is done, and labels are always made anew
 from the stored scores. rankdpo.py trains on the folder; datasets.load_dataset("imagefolder", data_dir=...)
@@ -55,32 +55,21 @@ STAGES = ("generate", "score", "label")
 
 @dataclass
 class Config:
-    # what is drawn
-    prompts: str = option(
-        f"{HERE}/toy/prompts.txt", ".txt, .json, .jsonl, .csv, .tsv, .parquet, or a folder of .parquet shards"
-    )
+    # what is drawn; without --models and --rewards, and for the toy's prompts only, it is the toy's
+    prompts: str = option(f"{HERE}/toy/prompts.txt", ".txt, .json, .jsonl, .csv, .tsv, .parquet, or a folder")
     field: str = option("", "the column of prompts in such a file; empty = prompt, prompts, caption or text")
     limit: int = option(0, "use that many prompts; 0 = all", at_least=0)
     offset: int = option(0, "skip that many prompts first", at_least=0)
-    models: tuple = option(
-        (),
-        "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]... (default, for the toy's prompts only: "
-        "the toy's)",
-    )
+    models: tuple = option((), "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]...")
     from_: str = option(
-        "",
-        "import: .parquet, .json or .jsonl of Pick-a-Pic, HPDv2, HPDv3, ImageReward, or a folder of shards",
+        "", "import: a file of Pick-a-Pic, HPDv2, HPDv3 or ImageReward, or a folder of shards"
     )
     pictures: str = option("", "import: folder of its pictures or zips of them; empty = where the file lies")
     # how it is scored and ranked
     rewards: tuple = option(
-        (),
-        "reward models, name or name=source; see rewards.py (default, for the toy's prompts only: the toy's; "
-        "to label lists that are there: all that scored them)",
+        (), "name or name=source, see rewards.py; to label lists, empty = all that scored"
     )
-    label: str = option(
-        "phi", "what ranks a list: phi, sum, normalized_sum, majority, random or single:REWARD"
-    )
+    label: str = option("phi", "phi, sum, normalized_sum, majority, random or single:REWARD ranks a list")
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
     # how it is run
     out: str = option("outputs/synpic", "folder to write")
@@ -90,7 +79,7 @@ class Config:
     on_error: str = option("stop", "images that cannot be drawn or scored: stop, or skip", ("stop", "skip"))
     gpu_price: float = option(0.0, "USD a GPU hour, for the cost in the summary; 0 = no cost", at_least=0)
     precision: str = option(
-        "auto", "of the generators: its own on a GPU, else fp32", ("auto", "fp32", "bf16", "fp16")
+        "auto", "auto: the generator's own, fp32 on a CPU", ("auto", "fp32", "bf16", "fp16")
     )
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
@@ -98,13 +87,12 @@ class Config:
 if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
     parse(Config, __doc__)
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import draw
 import rewards
-from draw import check_settings, folder_lock, generate_stage, note_time, progress, read_settings, settings_of
+from draw import check_settings, folder_lock, generate_stage, note_time, progress, settings_of
 from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
 from losses import LABELS, preference_labels, preference_rank
 from rewards import LOADERS, TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows, stored_lines
@@ -120,11 +108,11 @@ def parse_model(spec):
         fail(f"unknown model {name!r}: use one of {', '.join(MODELS)}, or {name}=folder_or_hub_id")
     if not name or not all(c.isalnum() or c in "-." for c in name):  # it becomes a part of file names
         fail(f"model {spec!r}: a name is made of letters, digits, - and .")
-    hub, steps, guidance, resolution, dtype = MODELS.get(name, ("", 30, 5.0, 0, "bf16"))
-    model = dict(name=name, path=path or hub, steps=steps, guidance=guidance, dtype=dtype, seed=0)
-    model["resolution"] = 0 if path else resolution
-    model.update(draw.read_options(spec, options))
-    return model
+    keys = ("path", "steps", "guidance", "resolution", "dtype")
+    model = dict(zip(keys, MODELS.get(name, ("", 30, 5.0, 0, "bf16"))), name=name, seed=0)
+    if path:
+        model.update(path=path, resolution=0)
+    return {**model, **draw.read_options(spec, options)}
 
 
 def parse_models(specs):
@@ -140,7 +128,7 @@ def file_name(i, model):
     return f"images/{i:05d}/{model['name']}_{model['seed']}.png"
 
 
-# ----------------------------------------------------------------------------- stage 2: score
+# ----------------------------------------------------------------------------- scores and labels
 
 
 def score_stage(cfg, batches, device, part):
@@ -153,17 +141,14 @@ def score_stage(cfg, batches, device, part):
             note_time(cfg.out, "score", reward_name(spec), scored * len(rows[0][1]), time.time() - began)
 
 
-# ----------------------------------------------------------------------------- stage 3: label
-
-
 def lists_drawn_here(cfg, rows, models):
     """What metadata.jsonl will hold, without labels, from what the first two stages left."""
     stored = {reward_name(spec): read_scores(cfg.out, spec, rows) for spec in cfg.rewards}
     complete = [i for i in range(len(rows)) if all(i in scores for scores in stored.values())]
     if len(complete) < len(rows):
         name = min(stored, key=lambda n: len(stored[n]))
-        lacking = f"scores of {len(rows) - len(stored[name])} of {len(rows)} prompts are missing"
-        message = f"{cfg.out}/scores/{name}.jsonl: {lacking}"
+        lacking = f"of {len(rows) - len(stored[name])} of {len(rows)} prompts are missing"
+        message = f"{cfg.out}/scores/{name}.jsonl: scores {lacking}"
         if cfg.on_error == "stop" or not complete:
             fail(f"{message}; run --stages score first, or leave such prompts out with --on_error skip")
         print(f"{message}; {len(rows) - len(complete)} prompts are left out")
@@ -184,10 +169,6 @@ def lists_from_elsewhere(cfg):
     """Rows of the metadata.jsonl that is there, with the scores that rewards.py --score added since. Where
     several versions of a reward scored, --rewards says whose scores count."""
     lists, out = read_metadata(cfg.out, lists=True), Path(cfg.out)
-    drawn = read_settings(out)[1] if (out / "settings.json").is_file() else 0
-    if len(lists) < drawn:
-        again = "the command that drew them, without --stages, brings the others back"
-        print(f"{out}/metadata.jsonl has {len(lists)} rows of {drawn} prompts; {again}")
     rows = [(row["prompt"], row["file_names"]) for row in lists]
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
     specs = {reward_name(spec): spec for spec in cfg.rewards if is_known(spec)}
@@ -210,9 +191,9 @@ def label_stage(cfg, lists):
         row.update(phi=phi.tolist(), rank=preference_rank(phi).tolist())
     write_text(out / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in lists))
     draw_preview(out, lists)
-    summary = {"label": cfg.label, "rewards": names, **summarise(lists, names), **speed_and_cost(cfg, lists)}
+    summary = {"label": cfg.label, "rewards": names, **summarise(lists, names)}
+    summary.update(speed_and_cost(cfg, summary["images"]))
     write_text(out / "summary.json", json.dumps(summary, indent=1))
-    draw_summary(out, summary)
     print_summary(out, summary)
 
 
@@ -221,37 +202,28 @@ def label_stage(cfg, lists):
 
 def made_by(row):
     """(K,) names of who drew the images; None for a list from elsewhere that does not say."""
-    models, seeds = row.get("models"), row.get("seeds")
-    if not isinstance(models, list) or not isinstance(seeds, list):
-        return None
-    if not len(models) == len(seeds) == len(row["file_names"]):
-        return None
-    return [f"{model}_{seed}" for model, seed in zip(models, seeds)]
+    who = [row.get("models"), row.get("seeds")]
+    if all(isinstance(names, list) and len(names) == len(row["file_names"]) for names in who):
+        return [f"{model}_{seed}" for model, seed in zip(*who)]
 
 
 def draw_preview(out, lists):
     """preview.png: six lists, best to worst."""
     grid = []
-    for i in np.linspace(0, len(lists) - 1, min(6, len(lists))).astype(int):
-        row = lists[i]
-        K = len(row["file_names"])
-        names, cells = made_by(row) or [f"image {j}" for j in range(K)], []
-        for j in sorted(range(K), key=lambda j: -row["phi"][j]):
-            path = out / row["file_names"][j]
+    for row in lists[:: len(lists) // 6 or 1][:6]:
+        names, cells = made_by(row) or [f"image {j}" for j in range(len(row["phi"]))], []
+        for phi, name, file in sorted(zip(row["phi"], names, row["file_names"]), key=lambda x: -x[0]):
             try:
-                cells.append((common.read_image(path), f"{names[j]}  phi {row['phi'][j]:.2f}"))
+                cells.append((common.read_image(out / file), f"{name}  phi {phi:.2f}"))
             except ValueError as e:
-                fail(f"{path}: {e}")
+                fail(f"{out / file}: {e}")
         grid.append((row["prompt"], cells))
     common.picture_grid(grid, out / "preview.png")
 
 
 def summarise(lists, names):
     """Who wins against whom, how far the rewards agree, ties, phi."""
-    every_phi = np.concatenate([row["phi"] for row in lists])
-    counts, edges = np.histogram(every_phi, bins=10, range=(0, 1))
-    summary = {"lists": len(lists), "images": len(every_phi)}
-    summary["phi_histogram"] = {"edges": edges.round(1).tolist(), "counts": counts.tolist()}
+    summary = {"lists": len(lists), "images": sum(len(row["phi"]) for row in lists)}
     generators = made_by(lists[0])
     if not generators or any(made_by(row) != generators for row in lists):
         return summary
@@ -268,60 +240,31 @@ def summarise(lists, names):
         unit = order / order.norm(dim=-1, keepdim=True)  # Kendall's tau-b is the cosine of these signs
         tau = torch.einsum("nap,nbp->nab", unit, unit).nanmean(0)
         summary["kendall_tau"] = tau.nan_to_num(0).tolist()  # a reward that ties everywhere agrees with none
-        summary["reward_ties"] = dict(zip(names, (order == 0).double().mean((0, 2)).tolist()))
     return summary
 
 
-def speed_and_cost(cfg, lists):
+def speed_and_cost(cfg, images):
     """Images a second of one process, hours a stage and, with --gpu_price, the cost, from timings.jsonl."""
     path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, {}
     for line in common.whole_lines(path):
         try:
             t = parse_json(line.decode())
-            stage, name, images = str(t["stage"]), str(t["name"]), int(t["images"])
+            stage, name, count = str(t["stage"]), str(t["name"]), int(t["images"])
             seconds = in_range("seconds", float(t["seconds"]), (None, 0, None))
         except (ValueError, TypeError, KeyError, OverflowError):
             print(f"{path}: a damaged line is left out of speed and cost")
             continue
         entry = speed.setdefault(stage, {}).setdefault(name, {"images": 0, "seconds": 0.0})
-        entry["images"] += images
-        entry["seconds"] = round(entry["seconds"] + seconds, 3)
-        entry["images_per_s"] = round(entry["images"] / max(entry["seconds"], 1e-9), 3)
+        entry["images"] += count
+        entry["seconds"] += seconds
+        entry["images_per_s"] = entry["images"] / max(entry["seconds"], 1e-9)
         hours[stage] = hours.get(stage, 0.0) + seconds / 3600
-    total = sum(hours.values())
-    if not cfg.gpu_price or not total:
-        return {"speed": speed, "hours": hours}
-    cost = {"usd_per_gpu_hour": cfg.gpu_price, "gpu_hours": total, "usd": total * cfg.gpu_price}
-    cost["usd_by_stage"] = {stage: taken * cfg.gpu_price for stage, taken in hours.items()}
-    cost["usd_for_232k_images"] = cost["usd"] * 232_000 / sum(len(row["file_names"]) for row in lists)
-    cost["paper_usd_for_232k_images"] = "< 206"
-    return {"speed": speed, "hours": hours, "cost": cost}
-
-
-def draw_summary(out, summary):
-    """summary.png: two matrices and the histogram of phi."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, key, names, least, colours in (
-        (axes[0], "win_matrix", summary.get("generators"), 0, "YlGn"),
-        (axes[1], "kendall_tau", summary["rewards"], -1, "coolwarm"),
-    ):
-        if key in summary:
-            axis.imshow(summary[key], vmin=least, vmax=1, cmap=colours)
-            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
-            axis.set_yticks(range(len(names)), names, parse_math=False)
-            for (row, column), value in np.ndenumerate(summary[key]):
-                colour = "w" if value > 0.75 else "k"  # on dark ground
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    histogram = summary["phi_histogram"]
-    axes[2].bar(histogram["edges"][:-1], histogram["counts"], width=0.1, align="edge", edgecolor="w")
-    axes[2].set_ylabel("images")
-    titles = ("row above column (share of prompts)", "agreement of rewards (Kendall's tau)", "phi")
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, fontsize=10)
-    common.publish(out / "summary.png", lambda tmp: figure.savefig(tmp, dpi=100))
+    found = {"speed": speed, "hours": hours}
+    if cfg.gpu_price and any(hours.values()):
+        by_stage = {stage: taken * cfg.gpu_price for stage, taken in hours.items()}
+        usd = sum(by_stage.values())
+        found["cost"] = {"usd": usd, "usd_by_stage": by_stage, "usd_for_232k_images": usd * 232_000 / images}
+    return found
 
 
 def print_summary(out, summary):
@@ -331,13 +274,10 @@ def print_summary(out, summary):
     for stage, entries in summary["speed"].items():
         each = [f"{name} {entry['images_per_s']:.1f} images/s" for name, entry in entries.items()]
         print(f"{stage}: {', '.join(each)}")
-    if "cost" in summary:
-        cost = summary["cost"]
+    if cost := summary.get("cost"):
+        each = ", ".join(f"{stage} {usd:.2f}" for stage, usd in cost["usd_by_stage"].items())
         paper = f"{cost['usd_for_232k_images']:.0f} USD for the paper's 232 k images (the paper: under 206)"
-        names = {"generate": "drawing", "score": "scoring"}
-        parts = [f"{names.get(stage, stage)} {usd:.2f}" for stage, usd in cost["usd_by_stage"].items()]
-        price = f"cost at {cost['usd_per_gpu_hour']} USD a GPU hour"
-        print(f"{price}: {cost['usd']:.2f} USD ({', '.join(parts)}), so {paper}")
+        print(f"cost: {cost['usd']:.2f} USD ({each}), so {paper}")
     print(f"{summary['lists']} lists in {out}/metadata.jsonl; look at {out}/preview.png (best to worst)")
 
 
@@ -382,17 +322,15 @@ def main(argv=None):
     check_choices(cfg, stored)
     part, parts, index, count = draw.share_of(cfg.shard)
     common.writable_folder("out", out)
-    if "import" in stages:
-        if len(stages) > 1:
-            fail("--stages import: stands alone; then rewards.py --score and --stages label")
+    if "import" in stages and len(stages) > 1:
+        fail("--stages import: stands alone; then rewards.py --score and --stages label")
+    if "import" in stages or stored:
         if process_rank()[0] == 0:
             with folder_lock(out, 0, 1):
-                import_stage(cfg)
-        return
-    if stored:
-        if process_rank()[0] == 0:
-            with folder_lock(out, 0, 1):
-                label_stage(cfg, lists_from_elsewhere(cfg))
+                if stored:
+                    label_stage(cfg, lists_from_elsewhere(cfg))
+                else:
+                    import_stage(cfg)
         return
 
     if parts > 1 and stages == set(STAGES):
@@ -419,9 +357,10 @@ def main(argv=None):
         if rank == 0 and "label" in stages:
             label_stage(cfg, lists_drawn_here(cfg, rows, models))
         elif rank == 0:
-            print(f"{out}: {' and '.join(sorted(stages))} done for part {part} of {parts}")
-            if parts > 1:
-                print("when all parts are done: the same command with --stages label, without --shard")
+            then = "; when all are done: the same command with --stages label, without --shard"
+            print(
+                f"{out}: {' and '.join(sorted(stages))} done for part {part} of {parts}{then * (parts > 1)}"
+            )
 
 
 if __name__ == "__main__":
