@@ -175,7 +175,7 @@ def check_scores(cfg, rows):
     names = {frozenset(row["scores"]) for row in rows}
     there = ", ".join(sorted(frozenset.intersection(*names))) or "none"
     if cfg.loss in VOTES and (len(names) > 1 or not rows[0]["scores"]):
-        fail(f"--loss {cfg.loss} needs scores of every reward for every list: run synpic.py's score stage")
+        fail(f"--loss {cfg.loss} needs the scores of every reward for every list: run synpic.py --stages score")
     wanted = {"weighted": ("weight_by", cfg.weight_by), "dro": ("expert_by", cfg.expert_by)}.get(cfg.loss)
     if not wanted or wanted[1] in (None, "phi") or cfg.data == "random":
         return
@@ -207,14 +207,14 @@ CHUNK = 16  # lists whose prompts are encoded together: by their place, so whoev
 DENOISING = ("unet", "transformer", "scheduler")  # parts of a model that encode nothing
 
 # `folder` has a file a list; without one, lists of k images are random, of the `shapes` {tensor: shape}
-Cache = namedtuple("Cache", "folder shapes k", defaults=(None, None, None))
+Cache = namedtuple("Cache", "folder shapes k", defaults=(None, None))
 
 
 def find_cache(cfg, rows, dtype, wanted):
     """(Cache, missing): the folder data/.cache/HASH, and the lists among `wanted` that are not there, of the
     chunks that fall to this process. The hash is of all that goes into the cache: images, prompts, models."""
     if cfg.data == "random":
-        return Cache(), []
+        return None, []
     import pipelines  # diffusers takes seconds, which readers of lists do not need
 
     data = Path(cfg.data)
@@ -301,11 +301,13 @@ def list_pixels(cfg, row, size):
 @torch.no_grad()
 def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
     """Latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file a list that
-    all processes read. Threads decode the next lists' images meanwhile."""
-    if not missing:
-        return
+    all processes read. Threads decode the next lists' images meanwhile. Returns the Cache to read from."""
     import pipelines  # diffusers takes seconds, which readers of lists do not need
 
+    if cfg.data == "random":
+        return Cache(None, pipelines.shapes_at(pipe, cfg.resolution), k=1 if cfg.loss == "dro" else 4)
+    if not missing:
+        return cache
     family = pipelines.family_of(pipe)
     factor = pipe.vae_scale_factor * family.patch
     for row, (h, w) in zip(rows, sizes):
@@ -332,6 +334,7 @@ def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
         # several runs may write the same file; one torn by a power cut is noticed when it is read
         write = partial(save_file, tensors, metadata={"list": f"{cache.folder.name}/{n}"})
         publish(cache_file(cache, n), write, sync=False, unique=True)
+    return cache
 
 
 # ----------------------------------------------------------------------------- import

@@ -482,28 +482,24 @@ def main(argv=None):
     # ---- lists, the base, latents and text encoded once
     rows = lists.read_lists(cfg)
     rows = expert_rows(cfg, rows) if cfg.loss == "dro" else rows
-    labels = stack_labels(cfg, rows)
-    sizes = lists.read_sizes(cfg, rows)
+    labels, sizes = stack_labels(cfg, rows), lists.read_sizes(cfg, rows)
     train_lists, held_out = lists.split(rows, cfg.holdout, cfg.seed)
     order = draw_order(cfg, lists.by_size(sizes, train_lists))
     out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
     wanted = {*order.flatten().tolist(), *held_out}
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)
-    dropout = cfg.caption_dropout and cfg.data != "random"
-    encoders = bool(missing or cfg.sample_every or dropout)
+    encoders = bool(missing or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))
     pipe, family = engine.load_base(cfg, device, dtype, encoders)
     part, denoiser = pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
     identity = engine.identity_of(cfg, fields(Method), rows, denoiser)
     checkpoint_folder, start_step = engine.find_checkpoint(cfg, identity)
-    if cfg.data == "random":
-        cache = lists.Cache(None, pipelines.shapes_at(pipe, cfg.resolution), k=1 if cfg.loss == "dro" else 4)
-    lists.encode(cfg, rows, sizes, pipe, device, dtype, cache, missing)
+    cache = lists.encode(cfg, rows, sizes, pipe, device, dtype, cache, missing)
     common.wait_for_all(slow=True)
-    item, K = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n]))), labels.mask.shape[1]
-    cfg, flops = memory.choose(cfg, family, denoiser, item, K, dtype, device, free)
-    no_caption = pipelines.encode_nothing(pipe, device, dtype) if dropout else {}
+    largest = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n])))
     usual = lists.read_cached(cache, int(order[0, 0]))  # the first step takes the most frequent size
+    cfg, flops = memory.choose(cfg, family, denoiser, largest, labels.mask.shape[1], dtype, device, free)
+    no_caption = pipelines.encode_nothing(pipe, device, dtype) if cfg.caption_dropout and encoders else {}
     samples = engine.prepare_samples(cfg, pipe, part, rows, usual, device, dtype)
     data = Data(cache, labels, pipe.scheduler, no_caption, device, dtype)
     pipe = None  # VAE and text encoders have done their work, but for the samples

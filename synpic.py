@@ -160,18 +160,13 @@ def lists_drawn_here(cfg, rows, models):
     return lists
 
 
-def is_known(spec):
-    """False for a name that rewards.py cannot load: it can only be that of stored scores."""
-    return "=" in spec or spec in LOADERS
-
-
 def lists_from_elsewhere(cfg):
     """Rows of the metadata.jsonl that is there, with the scores that rewards.py --score added since. Where
     several versions of a reward scored, --rewards says whose scores count."""
     lists, out = read_metadata(cfg.out, lists=True), Path(cfg.out)
     rows = [(row["prompt"], row["file_names"]) for row in lists]
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
-    specs = {reward_name(spec): spec for spec in cfg.rewards if is_known(spec)}
+    specs = {reward_name(spec): spec for spec in cfg.rewards if "=" in spec or spec in LOADERS}
     for name in sorted(names - set(EVALUATION_ONLY)):
         lines = list(stored_lines(out, name))
         version = rewards.version_there(out, name, lines, specs.get(name))
@@ -302,7 +297,7 @@ def with_toy_models(cfg):
 def check_choices(cfg, stored):
     """Wrong names of rewards and labels fail now, not after hours of drawing. `stored` lists may hold scores
     of a function or of another program: their name is enough."""
-    check_rewards([spec for spec in cfg.rewards if not stored or is_known(spec)])
+    check_rewards([spec for spec in cfg.rewards if not stored or "=" in spec or spec in LOADERS])
     names = [reward_name(spec) for spec in cfg.rewards]
     if only := [name for name in names if name in EVALUATION_ONLY]:
         fail(f"--rewards {only[0]}: is for evaluation only, labels come from reward models")
