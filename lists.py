@@ -175,7 +175,7 @@ def check_scores(cfg, rows):
     names = {frozenset(row["scores"]) for row in rows}
     there = ", ".join(sorted(frozenset.intersection(*names))) or "none"
     if cfg.loss in VOTES and (len(names) > 1 or not rows[0]["scores"]):
-        fail(f"--loss {cfg.loss} needs the scores of every reward for every list: run synpic.py --stages score")
+        fail(f"--loss {cfg.loss} needs the scores of every reward for every list; synpic.py makes them")
     wanted = {"weighted": ("weight_by", cfg.weight_by), "dro": ("expert_by", cfg.expert_by)}.get(cfg.loss)
     if not wanted or wanted[1] in (None, "phi") or cfg.data == "random":
         return
