@@ -17,7 +17,7 @@ images and rewards) ranks the k images of a prompt, in three stages:
     generate   images/00000/sdxl_0.png ...    a picture is written whole or not at all
     score      scores/pickscore.jsonl ...     a row of scores a prompt, appended as they come
     label      metadata.jsonl, preview.png    a row a prompt: its images, models, seeds, scores, phi, rank
-               summary.json               wins, agreement of the rewards, ties, speed, cost
+               summary.json, summary.png  wins, agreement of the rewards, ties, speed, cost
 
 After a kill the same command goes on: the first two stages skip what is done, and labels are always made anew
 from the stored scores. rankdpo.py trains on the folder; datasets.load_dataset("imagefolder", data_dir=...)
@@ -87,6 +87,7 @@ class Config:
 if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
     parse(Config, __doc__)
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -189,6 +190,7 @@ def label_stage(cfg, lists):
     summary = {"label": cfg.label, "rewards": names, **summarise(lists, names)}
     summary.update(speed_and_cost(cfg, summary["images"]))
     write_text(out / "summary.json", json.dumps(summary, indent=1))
+    draw_summary(out, summary)
     print_summary(out, summary)
 
 
@@ -218,7 +220,10 @@ def draw_preview(out, lists):
 
 def summarise(lists, names):
     """Who wins against whom, how far the rewards agree, ties, phi."""
-    summary = {"lists": len(lists), "images": sum(len(row["phi"]) for row in lists)}
+    every_phi = np.concatenate([row["phi"] for row in lists])
+    counts, edges = np.histogram(every_phi, bins=10, range=(0, 1))
+    summary = {"lists": len(lists), "images": len(every_phi)}
+    summary["phi_histogram"] = {"edges": edges.round(1).tolist(), "counts": counts.tolist()}
     generators = made_by(lists[0])
     if not generators or any(made_by(row) != generators for row in lists):
         return summary
@@ -260,6 +265,32 @@ def speed_and_cost(cfg, images):
         usd = sum(by_stage.values())
         found["cost"] = {"usd": usd, "usd_by_stage": by_stage, "usd_for_232k_images": usd * 232_000 / images}
     return found
+
+
+def draw_summary(out, summary):
+    """summary.png: two matrices and the histogram of phi."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, key, names, least, colours in (
+        (axes[0], "win_matrix", summary.get("generators"), 0, "YlGn"),
+        (axes[1], "kendall_tau", summary["rewards"], -1, "coolwarm"),
+    ):
+        if key in summary:
+            axis.imshow(summary[key], vmin=least, vmax=1, cmap=colours)
+            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+            axis.set_yticks(range(len(names)), names, parse_math=False)
+            for (row, column), value in np.ndenumerate(summary[key]):
+                colour = "w" if value > 0.75 else "k"  # on dark ground
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    histogram = summary["phi_histogram"]
+    axes[2].bar(histogram["edges"][:-1], histogram["counts"], width=0.1, align="edge", edgecolor="w")
+    axes[2].set_ylabel("images")
+    titles = ("row above column (share of prompts)", "agreement of rewards (Kendall's tau)", "phi")
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=10)
+    common.publish(out / "summary.png", lambda tmp: figure.savefig(tmp, dpi=100))
 
 
 def print_summary(out, summary):

@@ -500,7 +500,8 @@ def test_the_trainer_makes_the_labels_that_synpic_writes(uneven, tmp_path, monke
     """One folder, several labels: the trainer's rows are those of a folder that was labelled anew."""
     out, rows = (tmp_path / "copy", lambda *more: read_lists(rankdpo.Config(data=str(out), **dict(more))))
     shutil.copytree(uneven, out, ignore=shutil.ignore_patterns(".cache"))
-    monkeypatch.setattr(synpic, "draw_preview", lambda *_: None)  # half a second
+    for name in ("draw_preview", "draw_summary"):  # half a second each
+        monkeypatch.setattr(synpic, name, lambda *_: None)
     for label in (*LABELS, "single:clip"):
         for chosen in ((), ("clip", "pickscore")):
             mine = rows(("label", label), ("label_rewards", chosen))
@@ -620,7 +621,9 @@ def test_another_base_of_the_same_adapters_is_another_model(tiny, tmp_path):
 def test_the_summary_counts_what_is_there(lists):
     s, rows = json.loads((lists / "summary.json").read_text()), rows_of(lists)
     assert (
-        s["generators"] == ["sdxl_0", "sdxl_1", "sd3_0", "sd15_0"] and s["lists"] == 10 and s["images"] == 40
+        s["generators"] == ["sdxl_0", "sdxl_1", "sd3_0", "sd15_0"]
+        and s["lists"] == 10
+        and s["images"] == sum(s["phi_histogram"]["counts"]) == 40
     )
     assert s["win_matrix"][0][2] == pytest.approx(np.mean([r["phi"][0] > r["phi"][2] for r in rows]))
     taus = [kendalltau(r["scores"]["clip"], r["scores"]["pickscore"]).statistic for r in rows]
@@ -628,7 +631,7 @@ def test_the_summary_counts_what_is_there(lists):
         1
     )
     assert s["speed"]["generate"]["sd3_0"]["images"] == 10 and s["speed"]["score"]["clip"]["images"] == 40
-    assert "cost" not in s
+    assert (lists / "summary.png").is_file() and "cost" not in s
 
 
 def test_the_cost_is_that_of_the_time_taken(lists, tmp_path, capsys):
