@@ -145,8 +145,9 @@ def conflict_lists(cfg):
             lines.append(json.dumps(dict(row, scores=scores, phi=phi)))
         (tmp / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
-    if not folder.is_dir():
-        common.publish(folder, write, unique=True)  # two may be at work side by side
+    with common.lock(Path(cfg.out) / ".conflict.lock", wait=True):  # two may be at work side by side
+        if not folder.is_dir():
+            common.publish(folder, write)
     return str(folder)
 
 
