@@ -15,6 +15,7 @@ import json
 import os
 from collections import Counter, namedtuple
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from zipfile import ZipFile
@@ -29,6 +30,7 @@ from tqdm import tqdm
 import common
 from common import fail, path_inside, process_rank, publish, read_jsonl, read_pixels, read_text
 from losses import preference_labels, preference_rank
+from toy import world
 
 # ----------------------------------------------------------------------------- metadata.jsonl
 
@@ -113,6 +115,16 @@ def checked_row(folder, row, lists, labelled):
 def check_label(label, known):
     if label not in known and not label.startswith("single:"):
         fail(f"--label {label}: there are {', '.join(known)} and single:REWARD")
+
+
+def with_model(cfg):
+    """The trainer's options, with the toy's model where none is named and the lists are of the toy world."""
+    if cfg.model is None:
+        rows = [] if cfg.data == "random" else read_metadata(cfg.data)
+        if not rows or not world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
+            fail("--model: must be named; the default, toy/models/sdxl, knows lists of the toy world alone")
+        cfg = replace(cfg, model=f"{common.HERE}/toy/models/sdxl")
+    return cfg
 
 
 def stored_rewards(folder, rows, label, wanted=()):

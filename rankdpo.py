@@ -26,7 +26,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 
 import common
-from common import HERE, fail, option, process_rank
+from common import fail, option, process_rank
 
 LOSSES = ("rankdpo", "dpo", "gain", "balanced", "direct", "random_scorer", "sft", "weighted", "dro")
 SUITS = {  # (--beta, --lr, --lr of adapters, --loser_weight) by the scale of the model
@@ -43,7 +43,9 @@ class Method:
 
     # data
     data: str = option("outputs/synpic", "folder that synpic.py wrote, or random")
-    model: str = option(f"{HERE}/toy/models/sdxl", "folder, hub id, base+adapters or random:sdxl")
+    model: str = option(
+        None, "folder, hub id, base+adapters or random:sdxl (default for toy lists: the toy's)"
+    )
     resolution: int = option(0, "resize and crop images to this side in pixels; 0 = as they are", at_least=0)
     label: str = option("given", "phi as stored, reversed, or phi, sum, normalized_sum, majority, random")
     label_rewards: tuple = option((), "which scores --label and --loss balanced count (default: all)")
@@ -470,7 +472,7 @@ def complete(cfg, pipe):
 
 @common.one_line_errors
 def main(argv=None):
-    cfg = common.parse(Config, __doc__, argv)
+    cfg = lists.with_model(common.parse(Config, __doc__, argv))
     check_options(cfg)
     cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     memory.use_expandable_segments()
@@ -581,7 +583,7 @@ def main(argv=None):
             common.check_finite(parameters, device, f"step {step}: weights not finite, not saved; lower --lr")
             engine.save_checkpoint(cfg, engine.training_state(cfg, networks, optimizer), identity, step + 1)
         if stopping:
-            fail(f"stopped after step {step}; the same command goes on from there", stop[0] if stop else 143)
+            fail(f"stopped after {step + 1} steps; the same command goes on there", stop[0] if stop else 143)
 
     common.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
     about = log.close() if rank == 0 else {}

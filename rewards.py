@@ -40,14 +40,14 @@ import re
 import runpy
 import sys
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import common
-from common import HERE, appending, ends_of, fail, one_line_errors, open_image, option, parse, pick_device
+from common import HERE, appending, ends_of, fail, one_line_errors, option, parse, pick_device
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
@@ -457,6 +457,8 @@ def read_folder(folder):
     file_name), or of pictures with their caption in a .txt of the same name: those that lie in it or are
     linked there, wherever the link leads. Folders in it, also linked ones, are not searched."""
     folder = Path(folder)
+    if not folder.is_dir():
+        fail(f"{folder}: no such folder")
     if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
     suffixes = (".png", ".jpg", ".jpeg", ".webp")
@@ -468,17 +470,6 @@ def read_folder(folder):
         what = f"{len(bare)} of {len(pictures)} pictures have no .txt caption and are left out"
         print(f"{folder}: {what} (the first: {bare[0].name})", file=sys.stderr)
     return [(common.read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
-
-
-def toy_rewards_fit(folder, rows):
-    """May the toy world's scorers be the default for the rows [(prompt, file_names)] of a folder? They judge
-    32 x 32 pixels and few sentences: every prompt must be one of those, and the first picture that small."""
-    from toy import world
-
-    small = True
-    with suppress(ValueError):  # where it cannot be read, scoring says so
-        small = open_image(Path(folder) / rows[0][1][0]).size == (world.SIZE, world.SIZE)
-    return small and all(prompt in world.grammar() for prompt, _ in rows)
 
 
 def score_folder(cfg, rows):
@@ -500,7 +491,9 @@ def main(argv=None):
         fail(f"rewards.py: {what} (--help shows examples)")
     rows = read_folder(cfg.score) if cfg.score else [(cfg.prompt, [cfg.image])]
     if cfg.rewards is None:
-        if not toy_rewards_fit(cfg.score, rows):
+        from toy import world
+
+        if not world.knows(cfg.score or ".", rows):
             what = f"{cfg.score or cfg.image} is not of the toy world, whose scorers are the default"
             fail(f"{what}; name --rewards, for instance --rewards hpsv2.1 clip (--help lists them)")
         cfg = replace(cfg, rewards=TOY_REWARDS)

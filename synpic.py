@@ -208,7 +208,7 @@ def draw_preview(out, lists):
     """preview.png: six lists, best to worst."""
     grid = []
     for row in lists[:: len(lists) // 6 or 1][:6]:
-        names, cells = made_by(row) or [f"image {j}" for j in range(len(row["phi"]))], []
+        names, cells = made_by(row) or row["file_names"], []
         for phi, name, file in sorted(zip(row["phi"], names, row["file_names"]), key=lambda x: -x[0]):
             try:
                 cells.append((common.read_image(out / file), f"{name}  phi {phi:.2f}"))
@@ -304,7 +304,10 @@ def print_summary(out, summary):
         each = ", ".join(f"{stage} {usd:.2f}" for stage, usd in cost["usd_by_stage"].items())
         paper = f"{cost['usd_for_232k_images']:.0f} USD for the paper's 232 k images (the paper: under 206)"
         print(f"cost: {cost['usd']:.2f} USD ({each}), so {paper}")
-    print(f"{summary['lists']} lists in {out}/metadata.jsonl; look at {out}/preview.png (best to worst)")
+    by = f"ranked by {summary['label']} of {', '.join(summary['rewards'])}"
+    print(
+        f"{summary['lists']} lists in {out}/metadata.jsonl, {by}; look at {out}/preview.png (best to worst)"
+    )
 
 
 # ----------------------------------------------------------------------------- main

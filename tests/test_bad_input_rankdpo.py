@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import common
 import pipelines
 import rankdpo
-from lists import read_metadata, split
+from lists import read_metadata, split, with_model
 
 OPTIONS = """
 --lr nan | --lr inf | --lr 0 | --lr -1 | --lr fast | --beta nan | --beta inf | --beta 0 | --beta -5
@@ -265,10 +265,26 @@ def test_a_finished_run_is_not_replaced_by_another(save_every, lists, tiny, tmp_
     assert log_of(tmp_path)[0]["config"]["beta"] == 7
 
 
+def test_the_toys_model_is_the_default_for_the_toys_lists_alone(lists, data, capsys):
+    """It trained the toy's SDXL on anybody's pictures where --model was forgotten."""
+    assert with_model(rankdpo.Config(data=str(lists))).model.endswith("toy/models/sdxl")
+    named = rankdpo.Config(data=str(data), model="mine")
+    rows = [dict(row, prompt="a cat on a sofa") for row in rows_of(data)[:1]]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert with_model(named) is named
+    for folder in (data, "random"):
+        fails(rankdpo.main, ["--data", folder], "--model: must be named", capsys=capsys)
+
+
 def test_random_lists_have_no_labels_to_choose_from(tmp_path, capsys):
     dro = ["--loss", "dro", "--expert_by", "clip"]
     for option in (["--label", "single:clip"], ["--label_rewards", "clip"], dro):
-        fails(rankdpo.main, ["--data", "random", "--out", tmp_path, *option], option[-2], capsys=capsys)
+        fails(
+            rankdpo.main,
+            ["--data", "random", "--model", "random:sdxl", "--out", tmp_path, *option],
+            option[-2],
+            capsys=capsys,
+        )
 
 
 def test_a_vote_wants_the_same_rewards_for_every_list(data, tiny, tmp_path, capsys):

@@ -10,6 +10,7 @@ toy/ holds tiny models of this world in the formats of the real ones, and toy/bu
 
 import itertools
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +32,16 @@ NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction (dx, dy)
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's tags
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}")
+
+
+def knows(folder, rows):
+    """Are the rows [(prompt, file_names)] of a folder of this world? Every prompt must be one of grammar()
+    and the first picture 32 x 32. For such rows alone the toy's models and rewards may be a default."""
+    small = True
+    with suppress(OSError):  # where it cannot be read, its reader says so
+        small = Image.open(f"{folder}/{rows[0][1][0]}").size == (SIZE, SIZE)
+    return small and all(prompt in grammar() for prompt, _ in rows)
+
 
 # ----------------------------------------------------------------------------- prompts
 
