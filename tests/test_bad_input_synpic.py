@@ -35,8 +35,6 @@ BAD_OPTIONS = [  # (options, what the line says)
     ("--batch_size 1.5", "--batch_size", "whole number"),
     ("--limit -1", "--limit", "negative"),
     ("--limit ten", "--limit", "ten"),
-    ("--offset -1", "--offset", "negative"),
-    ("--offset 99", "after --offset 99"),
     ("--seed -1", "--seed", "negative"),
     ("--gpu_price -2", "--gpu_price", "negative"),
     ("--gpu_price nan", "--gpu_price", "finite"),

@@ -106,8 +106,8 @@ def start(args):
         (dict(RANK="1"), "RANK=1: not what torchrun sets"),
         (dict(RANK="-1", WORLD_SIZE="2"), "RANK=-1"),
         (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
-        (dict(RANK="0", WORLD_SIZE="2"), "without MASTER_ADDR, MASTER_PORT"),
-        (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "without RANK"),
+        (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR expected, but not set); start with torchrun"),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK expected, but not set"),
         (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="many"), "127.0.0.1:many"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_taken_port_ends_in_one_line(tmp_path):
         process.join(60)
     # a child prints torch's own warning of the port, then our line
     assert process.exitcode == 1
-    assert f"127.0.0.1:{port}: the processes cannot meet there" in (tmp_path / "said").read_text()
+    assert f"127.0.0.1:{port}: 2 processes cannot meet there" in (tmp_path / "said").read_text()
 
 
 # ----------------------------------------------------------------------------- files
