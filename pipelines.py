@@ -29,7 +29,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import ends_of, fail, parse_json, process_rank, publish, read_text
+from common import ends_of, fail, parse_json, process_rank, publish
 from formats import find_addition, load_adapters, load_denoiser, split_spec, stored_as
 
 # ----------------------------------------------------------------------------- families
@@ -483,24 +483,18 @@ def file_digest(file):
 def check_pipeline(path):
     """Fail early, before hours of work with another model, if `path` names no pipeline here or on the hub."""
     base, *additions = split_spec(path)
-    index = Path(base) / "model_index.json"
-    if index.is_file():
-        try:
-            parts = parse_json(read_text(index))
-            names = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
-        except (ValueError, AttributeError, IndexError):
-            fail(f"{index}: damaged; it is no list of a pipeline's parts")
-        if missing := [name for name in names if not (Path(base) / name).is_dir()]:
-            fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
-    elif Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1:
+    local = Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1
+    if local and not Path(base, "model_index.json").is_file():
         what = "not a diffusers pipeline folder (no model_index.json in it)"
         fail(f"{path}: {what}; adapters or a denoiser alone are named BASE+{base}")
-    else:
-        try:
-            parts = DiffusionPipeline.load_config(base)
-        except Exception as e:  # the hub has many errors: not found, no licence agreed to, no network
-            reason = " ".join(str(e).split())[:200]
-            fail(f"{path}: no such folder, and the hub does not give such a pipeline ({reason})")
+    try:
+        parts = DiffusionPipeline.load_config(base)
+        names = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
+    except Exception as e:  # damaged; the hub has many errors: not found, no licence agreed to, no network
+        where = f"{base}/model_index.json: damaged" if local else f"{path}: no such folder, nor on the hub"
+        fail(f"{where} ({' '.join(str(e).split())[:200]})")
+    if local and (missing := [name for name in names if not Path(base, name).is_dir()]):
+        fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
     if [None, None] in (parts.get("unet"), parts.get("transformer")):
         fail(f"{path}: has no denoiser: unet or transformer is null in model_index.json")
     for added in additions:
@@ -676,8 +670,8 @@ def model_card(base, adapters, about):
         card = ModelCard.load(source / "README.md" if source.is_dir() else str(source))
         licence = {k: v for k, v in card.data.to_dict().items() if k.startswith("license")}
     tags = ["text-to-image", "preference-alignment", *(["lora"] if adapters else [])]
-    hub = {} if source.is_dir() else dict(base_model=str(source))
-    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **hub, **licence)
+    more = dict(base_model=None if source.is_dir() else str(source), tags=tags, **licence)
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", **more)
     lines = ["---", data.to_yaml(), "---", f"# {source.name}, tuned by rankdpo.py", ""]
     how = "pipe.load_lora_weights(FOLDER)" if adapters else "DiffusionPipeline.from_pretrained(FOLDER)"
     lines += [f"Base: {base}. Load with `{how}`.", ""]
