@@ -183,6 +183,19 @@ def test_a_file_does_not_replace_a_folder_of_our_own(tmp_path):
     assert (tmp_path / "model/a").is_file() and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_kill_between_the_two_renames_of_a_folder_leaves_both_on_the_disk(tmp_path, monkeypatch):
+    publish(tmp_path / "model", write_folder("a"))
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", lambda *_: os._exit(9))
+        process = child(lambda args: publish(tmp_path / "model", write_folder("b")), [], tmp_path / "said")
+        process.join(60)
+    assert process.exitcode == 9
+    assert (tmp_path / ".old.model/a").is_file() and (tmp_path / ".tmp.model/b").is_file()
+    publish(tmp_path / "model", write_folder("c"))
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"c", MARKER}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "said"]
+
+
 @pytest.mark.parametrize("linked", ["scores/clip.jsonl", "scores"])
 def test_no_line_is_appended_through_a_link(linked, tmp_path):
     there = tmp_path / "elsewhere"
