@@ -12,16 +12,14 @@ picture_grid, plot_curves    captioned pictures in rows; the curves of a log
 
 import argparse
 import csv
-import ctypes
+import fcntl
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
 import re
-import reprlib
 import shutil
 import signal
 import subprocess
@@ -29,7 +27,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -71,10 +68,8 @@ def print_problems(problems, what):
 
 
 def quoted(value):
-    """repr for a message, at most 80 characters of a text: a damaged file may hold megabytes of it."""
-    shortener = reprlib.Repr()
-    shortener.maxstring = shortener.maxother = 80
-    return shortener.repr(value)
+    """The first 80 characters of repr, for a message: a damaged file may hold megabytes of text."""
+    return repr(value)[:80]
 
 
 cleanup = ExitStack()  # closed when a script ends, also by an error: locks, the process group
@@ -119,15 +114,14 @@ def in_range(name, value, limits):
     above, at_least, below = limits
     if isinstance(value, int) and below is None:
         below = 2**31
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value}")
-    if above is not None and value <= above:
-        raise ValueError(f"{name} must be {f'above {above}' if above else 'positive'}, got {value}")
-    if at_least is not None and value < at_least:
-        wanted = f"be at least {at_least}" if at_least else "not be negative"
-        raise ValueError(f"{name} must {wanted}, got {value}")
-    if below is not None and value >= below:
-        raise ValueError(f"{name} must be below {below}, got {value}")
+    checks = {
+        "be a finite number": abs(value) < math.inf,
+        f"be above {above}": above is None or value > above,
+        f"be at least {at_least}" if at_least else "not be negative": at_least is None or value >= at_least,
+        f"be below {below}": below is None or value < below,
+    }
+    if wrong := [wanted for wanted, right in checks.items() if not right]:
+        raise ValueError(f"{name} must {wrong[0]}, got {value}")
     return value
 
 
@@ -206,11 +200,10 @@ def fill_in(cfg, values, why):
 
 def process_rank():
     """(rank, world size) as torchrun sets them; (0, 1) without torchrun."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    numbers = rank.isdecimal() and world.isdecimal() and os.environ.get("LOCAL_RANK", "0").isdecimal()
-    if not numbers or int(rank) >= int(world):
-        names = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
-        found = " ".join(f"{name}={os.environ[name]}" for name in names)
+    given = {n: os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if n in os.environ}
+    rank, world = given.get("RANK", "0"), given.get("WORLD_SIZE", "1")
+    if not all(map(str.isdecimal, given.values())) or int(rank) >= int(world):
+        found = " ".join(f"{name}={value}" for name, value in given.items())
         raise SystemExit(f"{found}: not what torchrun sets; unset them, or start with torchrun")
     return int(rank), int(world)
 
@@ -248,15 +241,13 @@ def start_processes(device_name, minutes=10):
     if world > 1:
         import torch.distributed as dist
 
-        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in needed if not os.environ.get(name)]:
-            fail(f"WORLD_SIZE={world} without {', '.join(missing)}; start with torchrun, or unset WORLD_SIZE")
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         except (dist.DistError, ValueError) as e:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            fail(f"{place}: the processes cannot meet there ({str(e).splitlines()[0][:200]})")
+            place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            why = f"{world} processes cannot meet there ({str(e).splitlines()[0][:200]})"
+            fail(f"{place}: {why}; start with torchrun, or unset WORLD_SIZE")
         slow_group.append(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
         cleanup.callback(slow_group.clear)
         cleanup.callback(dist.destroy_process_group)
@@ -359,20 +350,15 @@ def provenance(device):
 MARKER = ".replaceable"  # publish() puts this file into its folders, and replaces only folders that have it
 
 
-def check_replaceable(path):
-    """Refuse to replace a folder that publish() did not write: call this before hours of work."""
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
-        fail(f"{path}: would replace a folder that was not written here; move it away or choose another name")
-
-
 def publish(path, write, sync=True, unique=False):
     """Replace a file, or a folder of its own, as a whole: write(temporary path), then rename.
 
     The temporary name is always the same, so that a run overwrites what a killed run left. `unique` adds the
-    process id, for files that several runs may write at once. `sync` waits until a file is on the disk."""
+    process id, for files that several runs may write at once. `sync` waits until a file is on the disk. A
+    folder takes two renames: a kill between them leaves the old one as .old.NAME."""
     path = Path(path)
-    check_replaceable(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+        fail(f"{path}: would replace a folder that was not written here; move it away or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     tag = f".{os.getpid()}" if unique else ""
     tmp = path.with_name(f".tmp{tag}.{path.name}")  # the suffix stays: it names the format
@@ -387,23 +373,13 @@ def publish(path, write, sync=True, unique=False):
         elif sync:
             with open(tmp, "rb") as f:
                 os.fsync(f.fileno())
-        if path.is_dir() and not swap_paths(tmp, path):  # without that system call it takes two renames
+        if path.is_dir():
             remove(old)
             os.rename(path, old)
-        if not path.is_dir():
-            os.replace(tmp, path)
-    finally:  # the old content, or what was not finished
-        remove(tmp)
+        os.replace(tmp, path)
         remove(old)
-
-
-def swap_paths(a, b):
-    """Swap two paths in one system call, so that a folder is never missing; False where it fails (macOS)."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):
-        return False
-    return renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+    finally:
+        remove(tmp)  # what was not finished
 
 
 def remove(path):
@@ -434,14 +410,12 @@ def writable_folder(name, path):
 def path_inside(folder, name):
     """The path of `name` in the folder, as text. `name` comes from a file that anybody may have written, so
     ValueError unless it is a relative path that stays in the folder, links followed."""
-    parts = name.split("/") if isinstance(name, str) else []
-    if not name or not parts or "\0" in name or os.path.isabs(name) or ".." in parts:
+    text = name if isinstance(name, str) else ""
+    if not text or "\0" in text or os.path.isabs(text) or ".." in text.split("/"):
         raise ValueError(f"{quoted(name)}: must be a path inside the folder")
-    path = f"{folder}/{name}"
-    if any(os.path.islink("/".join([str(folder), *parts[:n]])) for n in range(1, len(parts) + 1)):
-        if not os.path.realpath(path).startswith(f"{os.path.realpath(folder)}/"):
-            raise ValueError(f"{quoted(name)}: a link out of the folder; copy what it links to")
-    return path
+    if not os.path.realpath(f"{folder}/{name}").startswith(f"{os.path.realpath(folder)}/"):
+        raise ValueError(f"{quoted(name)}: a link out of the folder; copy what it links to")
+    return f"{folder}/{name}"
 
 
 def own_folder(name, path, busy):
@@ -455,12 +429,7 @@ def own_folder(name, path, busy):
 @contextmanager
 def lock(path, message="", shared=False, wait=False):
     """Hold the lock of a file or folder. If another process holds it, fail with the message, or wait.
-    The system frees the locks of a process that ends. Windows has no such locks: nothing is locked there."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
+    The system frees the locks of a process that ends."""
     how = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     f = os.open(path, how, 0o644)
     try:
@@ -622,7 +591,7 @@ def prompt_rows(path, column="", also=()):
     fail(f"--prompts {path}: a file of prompts ends in .txt, .json, .jsonl, .csv, .tsv or .parquet")
 
 
-def read_prompts(path, limit=0, offset=0, column="", also=("tag",)):
+def read_prompts(path, limit=0, column="", also=("tag",)):
     """Rows of a prompt file: dicts with a text under "prompt". Blank and repeated prompts are dropped.
 
     .txt: a prompt a line. .json: a list of strings or objects (HPDv2), or an object of objects. .jsonl, .csv,
@@ -631,7 +600,7 @@ def read_prompts(path, limit=0, offset=0, column="", also=("tag",)):
     files = [Path(path)] if Path(path).is_file() else shards(path)
     if not files:
         fail(f"--prompts {path}: no such file, and no folder of .parquet shards")
-    kept, blank, total = {}, 0, 0
+    kept, total = {}, 0
     for file in files:
         rows = prompt_rows(file, column, also)
         name = prompt_column(rows[0] if rows else (), column)
@@ -641,18 +610,14 @@ def read_prompts(path, limit=0, offset=0, column="", also=("tag",)):
                 wanted = f"a column {', '.join(TEXT)} is wanted, or what --field names"
                 fail(f"--prompts {file}, row {n}: no text under {name!r}; {wanted}")
             text = " ".join((text or "").split())
-            blank += not text
             if text:
                 kept.setdefault(text, {**row, "prompt": text})
         total += len(rows)
-    repeated = total - blank - len(kept)
-    if repeated or blank:
-        dropped = f"{blank} blank and {repeated} repeated ones dropped"
-        print(f"{path}: {total} rows, {dropped}, {len(kept)} prompts kept")
-    chosen = list(kept.values())[offset : offset + limit if limit else None]
-    if not chosen:
-        fail(f"--prompts {path}: holds no prompt" + (f" after --offset {offset}" if offset else ""))
-    return chosen
+    if dropped := total - len(kept):
+        print(f"{path}: {total} rows, {dropped} blank or repeated ones dropped, {len(kept)} prompts kept")
+    if not kept:
+        fail(f"--prompts {path}: holds no prompt")
+    return list(kept.values())[: limit or None]
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -675,8 +640,7 @@ def open_image(image):
         opened = isinstance(image, Image.Image)
         with nullcontext(image) if opened else Image.open(image, formats=IMAGE_FORMATS) as image:
             image.load()
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             deep = np.asarray(image)
             if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:
@@ -698,12 +662,8 @@ def read_pixels(path, resolution):
         image = read_image(path)
     except ValueError as e:
         fail(f"{path}: {e}; delete it and run synpic.py again")
-    if resolution and image.size != (resolution, resolution):
-        scale = resolution / min(image.size)
-        w, h = (max(resolution, round(side * scale)) for side in image.size)
-        left, top = (w - resolution) // 2, (h - resolution) // 2
-        box = (left, top, left + resolution, top + resolution)
-        image = image.resize((w, h), Image.Resampling.LANCZOS).crop(box)
+    if resolution:
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
     import torch
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -738,24 +698,14 @@ def grid_font():
     return ImageFont.truetype(path, 10, layout_engine=ImageFont.Layout.BASIC)  # raqm raises for lone marks
 
 
-def in_font(text):
-    """The text on one line; what the font of picture_grid cannot draw is counted and named, as in [3 CJK]."""
-    box, parts = bytes(grid_font().getmask("\uffff")), []
-    for lacking, group in itertools.groupby(text[:500], lambda c: bytes(grid_font().getmask(c)) == box):
-        part = "".join(group)
-        kind = unicodedata.name(part[0], "CHARACTERS").split()[0]
-        parts.append(f"[{len(part)} {kind}]" if lacking else part)
-    return " ".join("".join(parts).split())
-
-
 def picture_grid(rows, path, side=128):
     """Draw [(title, [(image, caption), ...]), ...] as a PNG: a row of pictures under each title, which has at
     most four lines. A picture fits into `side` pixels, its proportions kept; a caption has at most three."""
     columns = max(len(cells) for _, cells in rows)
     width, canvas, top = max(columns * (side + 8) + 8, 420), [], 6
     for title, cells in rows:
-        lines = textwrap.wrap(in_font(title), width // 6)[:4]
-        captions = [textwrap.wrap(in_font(caption), side // 6)[:3] for _, caption in cells]
+        lines = textwrap.wrap(title[:500], width // 6)[:4]
+        captions = [textwrap.wrap(caption[:500], side // 6)[:3] for _, caption in cells]
         canvas.append((lines, captions, top))
         top += 13 * len(lines) + side + 13 * max(map(len, captions), default=0) + 16
     page = Image.new("RGB", (width, top), "white")
@@ -764,10 +714,8 @@ def picture_grid(rows, path, side=128):
         pen.text((8, top), "\n".join(lines), fill="black", font=grid_font(), spacing=2)
         top += 13 * len(lines) + 4
         for c, ((image, _), caption) in enumerate(zip(cells, captions)):
-            scale, left = side / max(image.size), 8 + c * (side + 8)
-            w, h = (max(1, round(n * scale)) for n in image.size)
-            smooth = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-            picture = image.convert("RGB").resize((w, h), smooth)
-            page.paste(picture, (left + (side - w) // 2, top + (side - h) // 2))
+            left, smaller = 8 + c * (side + 8), max(image.size) < side
+            how = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
+            page.paste(ImageOps.pad(image.convert("RGB"), (side, side), how, "white"), (left, top))
             pen.text((left, top + side + 2), "\n".join(caption), fill="black", font=grid_font(), spacing=1)
     publish(path, page.save)

@@ -59,14 +59,8 @@ def stored_as(path, part):
 
 # ----------------------------------------------------------------------------- what is added to a base
 
-OTHERS = {  # keys of adapters that are not LoRA
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon",
-}
+# in keys of adapters that are not LoRA: LoHa, LoKr, OFT, DoRA twice, LoCon
+OTHERS = ("hada_", "lokr_", "oft_", "dora_scale", "lora_magnitude_vector", "lora_mid")
 
 
 def read_weights(file):
@@ -100,9 +94,8 @@ def find_addition(path):
         raise ValueError(f"{path}: one file of adapters is wanted, there are {names}; name it, BASE+FILE")
     with safe_open(files[0], "pt") if files[0].suffix == ".safetensors" else nullcontext() as f:
         names = list((f or read_weights(files[0])).keys())
-    for mark, kind in OTHERS.items():
-        if any(mark in name for name in names):
-            raise ValueError(f"{files[0]}: {kind} adapters are not supported, LoRA alone is")
+    if other := [name for name in names if any(mark in name for mark in OTHERS)]:
+        raise ValueError(f"{files[0]}: holds {other[0]}; LoHa, LoKr, OFT, DoRA and LoCon are not supported")
     return "adapters" if any("lora" in name for name in names) else "denoiser", files
 
 

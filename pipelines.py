@@ -29,7 +29,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import ends_of, fail, parse_json, process_rank, publish, read_text
+from common import ends_of, fail, parse_json, process_rank, publish
 from formats import find_addition, load_adapters, load_denoiser, split_spec, stored_as
 
 # ----------------------------------------------------------------------------- families
@@ -170,11 +170,7 @@ class StableDiffusion3(StableDiffusion):
 
     def random_parts(self):
         transformer = diffusers.SD3Transformer2DModel(
-            num_layers=24,
-            num_attention_heads=24,
-            pos_embed_max_size=192,
-            pooled_projection_dim=2048,
-            caption_projection_dim=1536,
+            num_layers=24, num_attention_heads=24, pos_embed_max_size=192, caption_projection_dim=1536
         )
         return dict(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
@@ -309,7 +305,9 @@ def size_arguments(resolution):
 
 
 class PixArt(StableDiffusion):
-    """PixArt-Sigma; it is sampled and not trained."""
+    """PixArt-Alpha and -Sigma; they are sampled and not trained."""
+
+    pipeline = (diffusers.PixArtAlphaPipeline, diffusers.PixArtSigmaPipeline)
 
     def sampling(self, pipe, steps, guidance, resolution=0):
         # diffusers needs optional packages to clean captions
@@ -318,6 +316,8 @@ class PixArt(StableDiffusion):
 
 class StableCascade(StableDiffusion):
     """Stable Cascade; it is sampled and not trained. Steps and guidance are the prior's."""
+
+    pipeline = diffusers.StableCascadeCombinedPipeline
 
     def suits(self, pipe):
         return dict(steps=20, guidance=4.0)
@@ -340,24 +340,16 @@ SUITS = {  # default steps and guidance of sampling; rankdpo.py has the defaults
     "noise": dict(steps=40, guidance=5.0),
     "flow": dict(steps=28, guidance=7.0),
 }
-FAMILIES = {  # the first entry that the name of the pipeline's class begins with
-    "StableDiffusionXL": TRAINABLE["sdxl"],
-    "StableDiffusion3": TRAINABLE["sd3"],
-    "StableDiffusion": TRAINABLE["sd15"],
-    "FluxPipeline": TRAINABLE["flux"],  # not FluxKontextPipeline or Flux2Pipeline
-    "QwenImagePipeline": TRAINABLE["qwen"],
-    "PixArt": PixArt(),
-    "StableCascade": StableCascade(),
-}
+FAMILIES = (*TRAINABLE.values(), PixArt(), StableCascade())
 
 
 def family_of(pipe, trainable=False):
     """The family of a pipeline. An unknown class is sampled like Stable Diffusion, and refused if it is to be
     trained, as is a scheduler that add_noise does not fit."""
-    kind = type(pipe).__name__
-    family = next((f for name, f in FAMILIES.items() if kind.startswith(name)), StableDiffusion())
+    family = next((f for f in FAMILIES if isinstance(pipe, f.pipeline)), StableDiffusion())
     if trainable and family not in TRAINABLE.values():
-        fail(f"{kind}: the trainer knows Stable Diffusion 1.x / 2.x, SDXL, SD3, FLUX.1 and Qwen-Image")
+        known = "Stable Diffusion 1.x / 2.x, SDXL, SD3, FLUX.1 and Qwen-Image"
+        fail(f"{type(pipe).__name__}: the trainer knows {known}")
     if trainable:
         check_scheduler(pipe.name_or_path, pipe.scheduler, family)
     return family
@@ -385,9 +377,7 @@ def check_scheduler(path, scheduler, family):
     levels = getattr(scheduler, "alphas_cumprod", getattr(scheduler, "sigmas", torch.zeros(0)))
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 0)
     if len(levels) != steps or not levels.any() or not ((0 <= levels) & (levels <= 1)).all():
-        fail(
-            f"{path}/scheduler: no level of noise from 0 to 1 for each of {steps} timesteps; mend its config"
-        )
+        fail(f"{path}/scheduler: no noise level from 0 to 1 for each of {steps} timesteps; mend its config")
     kind = scheduler.config.get("prediction_type", "flow")
     if kind not in ("epsilon", "v_prediction", "flow"):
         fail(f"{path}/scheduler: predicts {kind!r}; only epsilon, v_prediction and rectified flow are known")
@@ -493,24 +483,18 @@ def file_digest(file):
 def check_pipeline(path):
     """Fail early, before hours of work with another model, if `path` names no pipeline here or on the hub."""
     base, *additions = split_spec(path)
-    index = Path(base) / "model_index.json"
-    if index.is_file():
-        try:
-            parts = parse_json(read_text(index))
-            names = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
-        except (ValueError, AttributeError, IndexError):
-            fail(f"{index}: damaged; it is no list of a pipeline's parts")
-        if missing := [name for name in names if not (Path(base) / name).is_dir()]:
-            fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
-    elif Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1:
+    local = Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1
+    if local and not Path(base, "model_index.json").is_file():
         what = "not a diffusers pipeline folder (no model_index.json in it)"
         fail(f"{path}: {what}; adapters or a denoiser alone are named BASE+{base}")
-    else:
-        try:
-            parts = DiffusionPipeline.load_config(base)
-        except Exception as e:  # the hub has many errors: not found, no licence agreed to, no network
-            reason = " ".join(str(e).split())[:200]
-            fail(f"{path}: no such folder, and the hub does not give such a pipeline ({reason})")
+    try:
+        parts = DiffusionPipeline.load_config(base)
+        names = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
+    except Exception as e:  # damaged; the hub has many errors: not found, no licence agreed to, no network
+        where = f"{base}/model_index.json: damaged" if local else f"{path}: no such folder, nor on the hub"
+        fail(f"{where} ({' '.join(str(e).split())[:200]})")
+    if local and (missing := [name for name in names if not Path(base, name).is_dir()]):
+        fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
     if [None, None] in (parts.get("unet"), parts.get("transformer")):
         fail(f"{path}: has no denoiser: unet or transformer is null in model_index.json")
     for added in additions:
@@ -572,19 +556,16 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, denoiser=True, encode
 def quiet():
     """Hide the libraries' warnings and loading bars meanwhile: one line of ours says what is wrong. Bars of
     downloads stay."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for library, logger in zip((diffusers, transformers), loggers):
-        logger.setLevel(logging.CRITICAL)
+    for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             huggingface_hub.utils.enable_progress_bars()  # transformers has disabled them too
             yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def load_parts(path, dtype, denoiser, encoders):
@@ -623,14 +604,14 @@ def check_tokenizers(path, pipe):
     """Fail where a tokenizer does not fit its encoder. If its files are missing, transformers raises no error
     and returns a tokenizer of 2 to 5 words."""
     for name, encoder in text_encoders_of(pipe).items():
-        tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
+        folder = name.replace("text_encoder", "tokenizer")
+        tokenizer = pipe.components.get(folder)
         words, wanted = len(tokenizer or ()), encoder.get_input_embeddings().num_embeddings
         if not 0.99 * wanted <= words <= wanted:  # T5's embedding is padded to a multiple of 128
-            folder, sizes = name.replace("text_encoder", "tokenizer"), f"{words} words, not {wanted}"
-            fail(f"{path}/{folder}: {sizes} as {name} wants; put the model's tokenizer files there")
+            sizes = f"{words} words, not {wanted} as {name} wants"
+            fail(f"{path}/{folder}: {sizes}; put the model's tokenizer files there")
         if "clip" in encoder.config.model_type:
             if tokenizer.model_max_length > encoder.config.max_position_embeddings:  # 10**30 if not given
-                folder = name.replace("text_encoder", "tokenizer")
                 fail(f"{path}/{folder}: tokenizer_config.json lacks model_max_length; put the model's there")
 
 
@@ -664,17 +645,6 @@ def text_encoders_of(pipe):
     return {n: m for n, m in pipe.components.items() if n.startswith("text_encoder") and m is not None}
 
 
-def save_pipeline(pipe, folder, card=""):
-    """Save a pipeline, and the model card as its README.md, in one step: `folder` is never half written."""
-
-    def write(tmp):
-        pipe.save_pretrained(tmp, safe_serialization=True)
-        if card:
-            (tmp / "README.md").write_text(card, encoding="utf-8")
-
-    publish(folder, write)
-
-
 def add_adapters(model, rank, dtype, name="default"):
     """Add a set of LoRA of this rank to the attention projections and freeze the rest. Adapters are at least
     fp32; the frozen weights keep the compute type `dtype`. At first the model predicts as without them."""
@@ -700,8 +670,8 @@ def model_card(base, adapters, about):
         card = ModelCard.load(source / "README.md" if source.is_dir() else str(source))
         licence = {k: v for k, v in card.data.to_dict().items() if k.startswith("license")}
     tags = ["text-to-image", "preference-alignment", *(["lora"] if adapters else [])]
-    hub = {} if source.is_dir() else dict(base_model=str(source))
-    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **hub, **licence)
+    more = dict(base_model=None if source.is_dir() else str(source), tags=tags, **licence)
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", **more)
     lines = ["---", data.to_yaml(), "---", f"# {source.name}, tuned by rankdpo.py", ""]
     how = "pipe.load_lora_weights(FOLDER)" if adapters else "DiffusionPipeline.from_pretrained(FOLDER)"
     lines += [f"Base: {base}. Load with `{how}`.", ""]
@@ -715,6 +685,8 @@ def model_card(base, adapters, about):
 def save_tuned(folder, base, model, part, adapters, about):
     """Save the pipeline `base` with the trained `model` as its `part`, or the set of adapters of `model` that
     is called `adapters`, with a model card. Every process must call it; `about` counts on the first alone."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if base.startswith("random:"):
@@ -723,22 +695,20 @@ def save_tuned(folder, base, model, part, adapters, about):
     if not adapters:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)  # by all processes
-        if process_rank()[0] == 0:
+
+    def write(tmp):
+        if adapters:
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, adapter_name=adapters))
+            weights = {f"{part}.{n}": p.float().cpu().contiguous() for n, p in layers.items()}
+            tmp.mkdir()  # pipe.load_lora_weights looks for this file name
+            save_file(weights, tmp / "pytorch_lora_weights.safetensors", {"format": "pt"})
+        else:
             pipe = load_pipeline(base, denoiser=False)
             getattr(pipe, part).load_state_dict({n: t.float() for n, t in state.items()}, assign=True)
-            save_pipeline(pipe, folder, model_card(base, bool(adapters), about))
-    elif process_rank()[0] == 0:
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft.utils import get_peft_model_state_dict
+            pipe.save_pretrained(tmp)
+        (tmp / "README.md").write_text(model_card(base, bool(adapters), about), encoding="utf-8")
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, adapter_name=adapters))
-        state = {f"{part}.{n}": p.float().cpu().contiguous() for n, p in layers.items()}
-
-        def write(tmp):  # pipe.load_lora_weights looks for this file name
-            tmp.mkdir()
-            save_file(state, tmp / "pytorch_lora_weights.safetensors", {"format": "pt"})
-            (tmp / "README.md").write_text(model_card(base, bool(adapters), about), encoding="utf-8")
-
+    if process_rank()[0] == 0:
         publish(folder, write)
 
 
@@ -803,25 +773,6 @@ def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
     for name in [*text_encoders_of(pipe), "safety_checker"]:
         if hasattr(pipe, name):
             setattr(pipe, name, None)
-    decode_in_tiles_where_needed(pipe.vae)
     pipe.vae.enable_slicing()  # one image at a time: decoding 1024 px takes gigabytes each
     wide = torch.promote_types(dtype, torch.float32)
     return {"height": size[0], "width": size[1], **{k: v.to(wide) for k, v in arguments.items()}}
-
-
-def decode_in_tiles_where_needed(vae):
-    """Let a VAE decode in tiles, and say so, once a whole picture does not fit in the GPU's memory."""
-    whole = vae.decode
-
-    def decode(z, *args, **kwargs):
-        try:
-            return whole(z, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            if vae.use_tiling:
-                raise
-        torch.cuda.empty_cache()
-        vae.enable_tiling()
-        print("samples are decoded in tiles, since a whole picture does not fit in the GPU's memory")
-        return whole(z, *args, **kwargs)
-
-    vae.decode = decode

@@ -59,7 +59,6 @@ class Config:
     prompts: str = option(f"{HERE}/toy/prompts.txt", ".txt, .json, .jsonl, .csv, .tsv, .parquet, or a folder")
     field: str = option("", "the column of prompts in such a file; empty = prompt, prompts, caption or text")
     limit: int = option(0, "use that many prompts; 0 = all", at_least=0)
-    offset: int = option(0, "skip that many prompts first", at_least=0)
     models: tuple = option((), "generators: name[=path][,steps=28][,guidance=4.5][,seed=1]...")
     from_: str = option(
         "", "import: a file of Pick-a-Pic, HPDv2, HPDv3 or ImageReward, or a folder of shards"
@@ -366,7 +365,7 @@ def main(argv=None):
         stages.remove("label")  # the parts do not wait for each other
     rank, world = process_rank()
     models = parse_models(cfg.models)
-    prompts = [row["prompt"] for row in common.read_prompts(cfg.prompts, cfg.limit, cfg.offset, cfg.field)]
+    prompts = [row["prompt"] for row in common.read_prompts(cfg.prompts, cfg.limit, cfg.field)]
     rows = [(prompt, [file_name(i, m) for m in models]) for i, prompt in enumerate(prompts)]
     batches = [rows[start : start + cfg.batch_size] for start in range(0, len(rows), cfg.batch_size)]
     mine = batches[index::count]  # a batch belongs to one process, by its place

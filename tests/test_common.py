@@ -106,8 +106,8 @@ def start(args):
         (dict(RANK="1"), "RANK=1: not what torchrun sets"),
         (dict(RANK="-1", WORLD_SIZE="2"), "RANK=-1"),
         (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
-        (dict(RANK="0", WORLD_SIZE="2"), "without MASTER_ADDR, MASTER_PORT"),
-        (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "without RANK"),
+        (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR expected, but not set); start with torchrun"),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK expected, but not set"),
         (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="many"), "127.0.0.1:many"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_taken_port_ends_in_one_line(tmp_path):
         process.join(60)
     # a child prints torch's own warning of the port, then our line
     assert process.exitcode == 1
-    assert f"127.0.0.1:{port}: the processes cannot meet there" in (tmp_path / "said").read_text()
+    assert f"127.0.0.1:{port}: 2 processes cannot meet there" in (tmp_path / "said").read_text()
 
 
 # ----------------------------------------------------------------------------- files
@@ -181,6 +181,19 @@ def test_a_file_does_not_replace_a_folder_of_our_own(tmp_path):
     with pytest.raises(SystemExit, match="a file would replace this folder"):
         write_text(tmp_path / "model", "text")
     assert (tmp_path / "model/a").is_file() and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_kill_between_the_two_renames_of_a_folder_leaves_both_on_the_disk(tmp_path, monkeypatch):
+    publish(tmp_path / "model", write_folder("a"))
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", lambda *_: os._exit(9))
+        process = child(lambda args: publish(tmp_path / "model", write_folder("b")), [], tmp_path / "said")
+        process.join(60)
+    assert process.exitcode == 9
+    assert (tmp_path / ".old.model/a").is_file() and (tmp_path / ".tmp.model/b").is_file()
+    publish(tmp_path / "model", write_folder("c"))
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"c", MARKER}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "said"]
 
 
 @pytest.mark.parametrize("linked", ["scores/clip.jsonl", "scores"])

@@ -47,7 +47,6 @@ from pipelines import (
     generate,
     load_pipeline,
     noise_seed,
-    save_pipeline,
     text_encoders_of,
 )
 from rewards import TOY_REWARDS, load_reward
@@ -564,7 +563,7 @@ def build_stage(stage, steps, device, folder, vae_folder):
     if stage == "prompts":
         return write_prompts()
     if stage == "vae":
-        return save_pipeline(train_vae(device, steps).to("cpu"), folder)
+        return publish(folder, train_vae(device, steps).to("cpu").save_pretrained)
     if not vae_folder.exists():  # a machine that never built the VAE takes the one that is shipped
         vae_folder = TOY / "models/sdxl/vae"
     if not vae_folder.exists():
@@ -575,7 +574,7 @@ def build_stage(stage, steps, device, folder, vae_folder):
         return save_reward(stage, *train_blip(vae, device, steps), folder)
     if stage in HARD:
         return save_reward(stage, *train_reward(stage, vae, device, steps), folder)
-    save_pipeline(train_generator(stage, vae, device, steps).to("cpu", torch.float16), folder)
+    publish(folder, train_generator(stage, vae, device, steps).to("cpu", torch.float16).save_pretrained)
     for file in folder.glob("text_encoder*/config.json"):  # else from_pretrained alone reads them as fp16
         write_text(file, read_text(file).replace('"float16"', '"float32"'))
 
