@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -698,14 +700,25 @@ def grid_font():
     return ImageFont.truetype(path, 10, layout_engine=ImageFont.Layout.BASIC)  # raqm raises for lone marks
 
 
+def in_font(text):
+    """The text on one line; what the font of picture_grid cannot draw is counted and named, as in [3 CJK]."""
+    box, parts = bytes(grid_font().getmask("\uffff")), []
+    for lacking, group in itertools.groupby(text[:500], lambda c: bytes(grid_font().getmask(c)) == box):
+        part = "".join(group)
+        symbol = unicodedata.category(part[0]) == "So"  # an emoji
+        kind = "SYMBOL" if symbol else unicodedata.name(part[0], "CHARACTERS").split()[0]
+        parts.append(f"[{len(part)} {kind}]" if lacking else part)
+    return " ".join("".join(parts).split())
+
+
 def picture_grid(rows, path, side=128):
     """Draw [(title, [(image, caption), ...]), ...] as a PNG: a row of pictures under each title, which has at
     most four lines. A picture fits into `side` pixels, its proportions kept; a caption has at most three."""
     columns = max(len(cells) for _, cells in rows)
     width, canvas, top = max(columns * (side + 8) + 8, 420), [], 6
     for title, cells in rows:
-        lines = textwrap.wrap(title[:500], width // 6)[:4]
-        captions = [textwrap.wrap(caption[:500], side // 6)[:3] for _, caption in cells]
+        lines = textwrap.wrap(in_font(title), width // 6)[:4]
+        captions = [textwrap.wrap(in_font(caption), side // 6)[:3] for _, caption in cells]
         canvas.append((lines, captions, top))
         top += 13 * len(lines) + side + 13 * max(map(len, captions), default=0) + 16
     page = Image.new("RGB", (width, top), "white")

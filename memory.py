@@ -9,10 +9,12 @@ Nothing is computed and no weight is read: FLOPs are counted on the meta device,
 trainer calls choose(). docs/memory.md has these figures beside those of PyTorch's own allocator.
 """
 
+import ctypes
 import math
 import os
 import weakref
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -187,6 +189,18 @@ LIBRARIES = 2e9
 FRAGMENTS_OF_WEIGHTS, FRAGMENTS = 0.06, {False: 0.15, True: 0.4}  # docs/memory.md has the table behind them
 
 
+def use_expandable_segments():
+    """Let PyTorch's allocator extend its segments, so that hardly any fragments are left. Call it before the
+    first use of a GPU. What the environment says stays; a GPU without virtual memory cannot."""
+    name = "PYTORCH_ALLOC_CONF" if torch.__version__ >= "2.9" else "PYTORCH_CUDA_ALLOC_CONF"
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        with suppress(OSError, AttributeError):  # there is no driver
+            driver, has_it = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+            driver.cuInit(0)
+            driver.cuDeviceGetAttribute(ctypes.byref(has_it), 102, 0)  # VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+            os.environ.update({name: "expandable_segments:True"} if has_it.value else {})
+
+
 def free_bytes(device):
     """What PyTorch's allocator may reserve on a GPU, the least of all processes. Infinite elsewhere."""
     if device.type != "cuda":
@@ -319,7 +333,7 @@ def plan_training(cfg, family, denoiser, item, K, dtype, text):
     _, decoded, _ = count_vae(family, latents, "decode")
     encoding = 4 * vae + dtype.itemsize * text + K * encoded
     print(f"encoding lists of {K}: {encoding / 1e9:.1f} GB, before anything else lies on the GPU")
-    print(f"a sample: {decoded / 1e9:.1f} GB to decode beside the weights; a checkpoint: 0")
+    print(f"a sample: {decoded / 1e9:.1f} GB to decode beside the weights, or less in tiles; a checkpoint: 0")
     for gpus, gb in cards(cfg):
         print(f"{gpus} x {gb:g} GB:", describe(setting := setting_in(gb * 1e9 - LIBRARIES, gpus)))
         if gb == cfg.gb:

@@ -773,6 +773,28 @@ def encode_and_drop_encoders(pipe, prompts, size, device, dtype):
     for name in [*text_encoders_of(pipe), "safety_checker"]:
         if hasattr(pipe, name):
             setattr(pipe, name, None)
+    decode_in_tiles_where_needed(pipe.vae)
     pipe.vae.enable_slicing()  # one image at a time: decoding 1024 px takes gigabytes each
     wide = torch.promote_types(dtype, torch.float32)
     return {"height": size[0], "width": size[1], **{k: v.to(wide) for k, v in arguments.items()}}
+
+
+def decode_in_tiles_where_needed(vae):
+    """Let a VAE decode in tiles, and say so, once a whole picture does not fit in the GPU's memory."""
+    whole = vae.decode
+
+    def decode(z, *args, **kwargs):
+        try:
+            return whole(z, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            if vae.use_tiling:
+                raise
+        torch.cuda.empty_cache()
+        vae.enable_tiling()
+        if hasattr(vae, "tile_latent_min_size"):  # a tile of AutoencoderKL is as large as its own pictures
+            vae.tile_latent_min_size //= 2
+            vae.tile_sample_min_size //= 2
+        print("samples are decoded in tiles, since a whole picture does not fit in the GPU's memory")
+        return whole(z, *args, **kwargs)
+
+    vae.decode = decode

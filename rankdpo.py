@@ -475,6 +475,7 @@ def main(argv=None):
     cfg = lists.with_model(common.parse(Config, __doc__, argv))
     check_options(cfg)
     cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
+    memory.use_expandable_segments()
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
     free = memory.free_bytes(device)  # before anything lies there
     dtype = common.pick_dtype(cfg.precision, device)

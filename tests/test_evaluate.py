@@ -392,7 +392,7 @@ def test_markdown_shows_any_text_as_it_is():
     assert "line break \\`x\\` \\[y\\](z) \\*i\\*" in table and table.count("\n") == 4
 
 
-def test_a_grid_keeps_proportions(tmp_path):
+def test_a_grid_keeps_proportions_and_says_what_it_cannot_write(tmp_path):
     wide = Image.new("RGB", (64, 32), "red")
     common.picture_grid(
         [("a prompt " * 40 + "\u4e2d\u6587", [(wide, "rankdpo right")] * 3)], tmp_path / "g.png", side=96
@@ -400,6 +400,8 @@ def test_a_grid_keeps_proportions(tmp_path):
     pixels = np.array(Image.open(tmp_path / "g.png"))
     red = (pixels == (255, 0, 0)).all(-1)
     assert red.any(0).sum() == 3 * 96 and red.any(1).sum() == 48  # 2 to 1, as it is
+    assert common.in_font("red \u4e2d\u6587 circle") == "red [2 CJK] circle" and common.in_font("Ёж") == "Ёж"
+    assert common.in_font("a \U0001f53a") == "a [1 SYMBOL]"
 
 
 # ----------------------------------------------------------------------------- what goes wrong

@@ -3,6 +3,7 @@
 pytest -q tests/test_memory.py
 """
 
+import os
 import re
 
 import pytest
@@ -112,6 +113,34 @@ def test_hours_of_the_papers_run(capsys):
     """RankDPO's 400 steps of 1024 lists of SDXL took 16 hours on 8 A100 (arXiv 2410.18013, Sec. 4)."""
     memory.print_hours("training", 400 * 1024 * 108.0e12, 8)
     assert "training on 8 GPUs: 15.4 on an A100 at 100 TFLOP/s, 7.7 on" in capsys.readouterr().out
+
+
+def test_segments_expand_unless_the_environment_says_otherwise(monkeypatch):
+    """Where the driver has virtual memory; this driver is a stand-in."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+    class Driver:
+        has_it = 0
+
+        def cuInit(self, flags):
+            pass
+
+        def cuDeviceGetAttribute(self, out, attribute, device):
+            assert attribute == 102 and device == 0
+            out._obj.value = self.has_it
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Driver())
+    settings = lambda: [os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("", "CUDA_")]
+    memory.use_expandable_segments()
+    assert settings() == [None, None]
+    Driver.has_it = 1
+    memory.use_expandable_segments()
+    assert "expandable_segments:True" in settings()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    memory.use_expandable_segments()
+    assert settings() == [None, "max_split_size_mb:512"]
 
 
 def test_the_card_that_is_asked_for_stands_between_its_neighbours():

@@ -330,3 +330,22 @@ def test_a_size_may_have_two_sides(base):
 def test_random_models_are_made_in_the_type_in_which_they_stay(name):
     kinds = {p.dtype for p in weights(load_pipeline(f"random:{name}", "meta", torch.bfloat16)).values()}
     assert kinds == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
+
+
+def test_samples_are_decoded_in_tiles_once_a_whole_picture_does_not_fit(base, capsys, monkeypatch):
+    pipe, tried = load_pipeline(base), []
+    decode = type(pipe.vae).decode
+
+    def small(vae, *args, **kwargs):
+        tried.append(vae.use_tiling)
+        if not vae.use_tiling:
+            raise torch.OutOfMemoryError("4.5 GiB")
+        return decode(vae, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", small)
+    arguments = pipelines.encode_and_drop_encoders(pipe, ["a red circle"], (32, 32), "cpu", torch.float32)
+    for _ in range(2):
+        images = pipe(**arguments, num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 32, 32, 3) and tried == [False, True, True]
+    assert pipe.vae.tile_latent_min_size < images.shape[1] // pipe.vae_scale_factor  # else it decodes whole
+    assert capsys.readouterr().out.count("in tiles") == 1
