@@ -470,6 +470,9 @@ class Log:
         path, head = Path(cfg.out) / "log.jsonl", {**head, **common.provenance(device)}
         there = start_step and path.is_file()
         rows = [row for _, row in common.read_jsonl(path, torn_end=True)] if there else []
+        numbers = ["step", *(key for lines in CURVES.values() for key in lines)]
+        if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
+            fail(f"{path}: not the log of this run; move it away")
         kept = [row for row in rows if row.get("step", -1) < start_step] or [{**head, "config": asdict(cfg)}]
         kept[0].setdefault("id", secrets.token_hex(4))
         if start_step:  # by another commit, perhaps, on another machine

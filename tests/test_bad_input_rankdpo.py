@@ -190,7 +190,7 @@ MODELS = {  # damage to a copy of a pipeline -> what the message says
     "scale not finite": (lambda m: edit(m / "vae/config.json", scaling_factor=float("nan")), "encodes"),
     "noise not finite": (
         lambda m: edit(m / "scheduler/scheduler_config.json", beta_start=float("nan")),
-        "level of noise",
+        "no noise level",
     ),
     "no vae": (lambda m: edit(m / "model_index.json", vae=[None, None]), "has no vae"),
     "no second text encoder": (
