@@ -30,7 +30,6 @@ from tqdm import tqdm
 import common
 from common import fail, path_inside, process_rank, publish, read_jsonl, read_pixels, read_text
 from losses import preference_labels, preference_rank
-from toy import world
 
 # ----------------------------------------------------------------------------- metadata.jsonl
 
@@ -119,6 +118,8 @@ def check_label(label, known):
 
 def with_model(cfg):
     """The trainer's options, with the toy's model where none is named and the lists are of the toy world."""
+    from toy import world
+
     if cfg.model is None:
         rows = [] if cfg.data == "random" else read_metadata(cfg.data)
         if not rows or not world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):

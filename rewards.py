@@ -493,7 +493,7 @@ def main(argv=None):
     if cfg.rewards is None:
         from toy import world
 
-        if not world.knows(cfg.score or ".", rows):
+        if not world.knows(cfg.score, rows):
             what = f"{cfg.score or cfg.image} is not of the toy world, whose scorers are the default"
             fail(f"{what}; name --rewards, for instance --rewards hpsv2.1 clip (--help lists them)")
         cfg = replace(cfg, rewards=TOY_REWARDS)

@@ -285,7 +285,7 @@ def test_tensorboard_gets_the_same_numbers(lists, tiny, tmp_path, monkeypatch):
 
 def test_what_is_not_installed_is_said_before_anything_is_computed(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is missing
-    args = ["--data", tmp_path / "none", "--report", "wandb"]
+    args = ["--data", tmp_path / "none", "--model", "none", "--report", "wandb"]
     fails(rankdpo.main, args, "--report wandb", "pip install wandb")
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda: 1 / 0))
     fails(rankdpo.main, args, "--report wandb", "division", "WANDB_MODE=offline")

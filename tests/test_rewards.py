@@ -1696,7 +1696,7 @@ def test_errors_are_one_clear_line(folders, tmp_path):
     )
     for args, says in (
         (["--score", tmp_path], "metadata.jsonl, line 2"),
-        (["--score", tmp_path / "none"], "neither metadata.jsonl nor pictures"),
+        (["--score", tmp_path / "none"], "none: no such folder"),
         (["--image", "nowhere.png", "--prompt", "a"], "nowhere.png"),
         (["--score", tmp_path, "--rewards", "beauty"], "unknown reward 'beauty'"),
         (["--score", tmp_path, "--rewards", "clip", f"clip={folders['clip']}"], "clip is named twice"),

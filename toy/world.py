@@ -12,6 +12,7 @@ import itertools
 import zlib
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -38,8 +39,8 @@ def knows(folder, rows):
     """Are the rows [(prompt, file_names)] of a folder of this world? Every prompt must be one of grammar()
     and the first picture 32 x 32. For such rows alone the toy's models and rewards may be a default."""
     small = True
-    with suppress(OSError):  # where it cannot be read, its reader says so
-        small = Image.open(f"{folder}/{rows[0][1][0]}").size == (SIZE, SIZE)
+    with suppress(OSError), Image.open(Path(folder, rows[0][1][0])) as image:
+        small = image.size == (SIZE, SIZE)  # where it cannot be read, its reader says so
     return small and all(prompt in grammar() for prompt, _ in rows)
 
 
