@@ -432,7 +432,7 @@ def contrast_table(chosen):
         if len(difference) > 1:
             rows.append([f"{a} - {b}", str(len(difference)), show(mean_interval(difference), "+")])
             p.append(float(stats.ttest_1samp(difference, 0).pvalue))
-    rows = [[*row, f"{one:.3f}", f"{all_of:.3f}"] for row, one, all_of in zip(rows, p, holm(p))]
+    rows = [[*row, f"{one:.2g}", f"{all_of:.2g}"] for row, one, all_of in zip(rows, p, holm(p))]
     header = ["contrast", "seeds", "difference in accuracy (95 %)", "p", "p, Holm"]
     return markdown(header, rows) if rows else ""
 
