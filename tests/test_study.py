@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import fails
 
+from lists import read_metadata
 from toy import study
 from toy.world import CATEGORIES, grammar, held_out, render
 
@@ -35,6 +36,15 @@ def test_the_exact_rewards_disagree_where_they_should():
     more = study.exact_rewards("a red circle", render("four circles", np.random.default_rng(0)))
     assert more["count"] == -3 and more["ink"] > right["ink"]
     assert study.exact_rewards("two circles", render("two circles", np.random.default_rng(1)))["colours"] == 0
+
+
+def test_conflicting_lists_can_be_trained_on(lists, tmp_path):
+    """They linked the pictures, out of their folder, which readers of lists refuse."""
+    cfg = study.Config(data=str(lists), out=str(tmp_path))
+    rows = read_metadata(study.conflict_lists(cfg), lists=True, labelled=True)
+    assert rows and all(set(row["scores"]) == set(study.CONFLICT) for row in rows)
+    made = (tmp_path / "conflict").stat().st_mtime_ns
+    assert study.conflict_lists(cfg) and (tmp_path / "conflict").stat().st_mtime_ns == made
 
 
 def test_intervals_are_students():
@@ -90,13 +100,12 @@ def small(lists, tiny, tmp_path, monkeypatch):
     (tmp_path / "study.md").write_text(f"above\n{study.MARK}\nold\n")
     monkeypatch.setattr(study, "SEEDS", (1, 2))
     monkeypatch.setattr(study, "POINTS", 2)
-    ink = study.Row(f"{study.ALONE}ink", ("--lr 1e-4",), 1, ("ink",))
     monkeypatch.setattr(
-        study, "ROWS", {"base": study.Row(""), "gain": study.Row("--loss gain", ("--lr 1e-4",)), "ink": ink}
+        study, "ROWS", {"base": study.Row(""), "gain": study.Row("--loss gain", ("--lr 1e-4",))}
     )
     monkeypatch.setattr(study, "CONTRASTS", (("gain", "base"),))
     out = ["--data", lists, "--out", tmp_path / "out", "--results", tmp_path / "study.jsonl"]
-    return [str(a) for a in ("--only", "gain", "ink", "--steps", 2, "--lists", 4, *out)], tmp_path
+    return [str(a) for a in ("--only", "gain", "--steps", 2, "--lists", 4, *out)], tmp_path
 
 
 def test_a_study_runs_resumes_and_reports(small):
@@ -104,8 +113,8 @@ def test_a_study_runs_resumes_and_reports(small):
     study.main(args)
     lines = [json.loads(text) for text in (folder / "study.jsonl").read_text().splitlines()]
     ran = [(line["row"], line["seed"]) for line in lines]
-    assert ran == [("base", 0), ("gain", 0), ("ink", 0), ("base", 1), ("gain", 1)]
-    assert [("choice" in line["at"][step]) for line in lines for step in line["at"]] == [1] * 5 + [0] * 3
+    assert ran == [("base", 0), ("gain", 0), ("base", 1), ("gain", 1)]
+    assert [("choice" in line["at"][step]) for line in lines for step in line["at"]] == [1] * 3 + [0] * 3
     assert list(lines[1]["at"]) == ["1", "2"] and set(lines[1]["held_out"]) == {"1", "2"}
     assert all(len(line["at"]["1"]["study"]["wins"]["ink"]) == 6 for line in lines if line["row"] != "base")
     torn = (folder / "study.jsonl").read_text()[:-20]  # killed while it wrote the last line: that run again
@@ -116,5 +125,5 @@ def test_a_study_runs_resumes_and_reports(small):
     study.main([*args, "--report"])
     text = (folder / "study.md").read_text()
     assert text.startswith("above\n") and "old" not in text and (folder / "study.png").is_file()
-    assert "| gain | 2 |" in text and "| ink | 1 |" in text and "| gain - base | 2 |" in text
+    assert "| gain | 2 |" in text and "| gain - base | 2 |" in text
     fails(study.main, [*args[:-1], folder / "none.jsonl", "--report"], "none.jsonl")

@@ -304,7 +304,7 @@ def test_another_batch_size_draws_the_same_pictures(lists, tiny, tmp_path):
         assert difference.max() <= 2
 
 
-def test_twenty_kills_at_random_moments_change_nothing(lists, tiny, tmp_path):
+def test_ten_kills_at_random_moments_change_nothing(lists, tiny, tmp_path):
     """kill -9 while it draws, scores and labels, then start again."""
 
     def command(out):
@@ -330,7 +330,7 @@ def test_twenty_kills_at_random_moments_change_nothing(lists, tiny, tmp_path):
     process.join()
     assert process.exitcode == 0
     length, rng, kills = time.time() - began, random.Random(0), 0
-    while kills < 20:
+    while kills < 10:
         process = child(synpic.main, command(out))
         process.join(rng.uniform(0.05, 0.9) * length)
         if process.is_alive():
