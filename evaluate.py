@@ -22,8 +22,6 @@ docs/evaluation.md defines gain, win rate, diversity, their intervals and p valu
 """
 
 import base64
-import hashlib
-import html
 import io
 import json
 import os
@@ -33,8 +31,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import common
-from common import HERE, fail, fill_in, option, parse, parse_json, publish, read_image, read_text, write_text
+from lib import common
+from lib.common import HERE, fail, fill_in, option, parse
 
 STAGES = ("draw", "score", "report")
 OURS = "report.html report.md results.json grid.png frontier.png study study.json key.json".split()
@@ -82,12 +80,16 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
-import benchmarks
-import draw
-from lists import read_metadata
-from pipelines import check_pipeline, family_of, load_pipeline, split_spec
+from lib import benchmarks, draw, store
+from lib.blind_study import make_study, study_report
+from lib.formats import split_spec
+from lib.lists import read_metadata
+from lib.pictures import picture_grid, read_image
+from lib.pipelines import check_pipeline, family_of, load_pipeline
+from lib.stats import colour_entropy, compare, headline
+from lib.store import publish, whole_lines, write_text
+from lib.tables import markdown, parse_json, plain, read_prompts, read_text, write_page
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
-from stats import agreement, colour_entropy, compare, headline, win_rate
 from toy.world import COLORS, find_objects, grammar
 
 # of one model: what draws them, "" for a folder from elsewhere; (P,) of (prompt, files); its sampling options
@@ -180,17 +182,6 @@ def tables_of(results, colours, seeds, trained):
     return [*tables, (["over all images", *keys], spreads)]
 
 
-def plain(text):
-    """Text of anybody's as markdown that shows it as it is, on one line."""
-    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
-    return html.escape(text, quote=False)
-
-
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines) + "\n"
-
-
 def thumbnail(path, side=160):
     """A picture as a data URI: WebP, at most `side` pixels; a tiny one keeps every pixel."""
     image, file = read_image(path), io.BytesIO()
@@ -198,12 +189,6 @@ def thumbnail(path, side=160):
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image.save(file, "WEBP", lossless=small, quality=60)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def write_page(path, template, data):
-    """A page of docs/templates and its data, in which a prompt may say </script>."""
-    text = json.dumps(data).replace("<", "\\u003c")
-    write_text(path, read_text(HERE / "docs/templates" / template).replace("<!-- DATA -->", text))
 
 
 def rounded(values, digits=6):
@@ -237,7 +222,7 @@ def draw_grid(path, found):
                 verdict = "" if passed is None else (" (wrong)", " (right)")[int(passed[i, s])]
                 cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
         rows.append((found.rows[i]["prompt"], cells))
-    common.picture_grid(rows, path, side=96)
+    picture_grid(rows, path, side=96)
 
 
 # ----------------------------------------------------------------------------- stages
@@ -293,7 +278,7 @@ def pictures_of(cfg, name, path, own, rows):
     for _, files in drawn:
         for file in files:
             try:
-                common.path_inside(here, file)
+                store.path_inside(here, file)
             except ValueError as e:
                 fail(f"--models {name}={path}: {e}")
     return Pictures("", path, drawn, {})
@@ -342,7 +327,7 @@ def drawings(cfg, models):
     plans, size = [], draw.read_resolution("--resolution", cfg.resolution)
     for name, pictures in models.items():
         if pictures.path:
-            folder = common.writable_folder("out", pictures.folder)
+            folder = store.writable_folder("out", pictures.folder)
             how = dict(steps=cfg.steps, guidance=cfg.guidance, resolution=size, dtype="bf16", noise="")
             how.update(name=name, path=pictures.path, **pictures.own)
             seeds = [dict(how, seed=cfg.seed + s) for s in range(cfg.seeds)]
@@ -452,7 +437,7 @@ def compute(cfg, models, every, tags, of_bench):
     if "toyworld" in map(reward_name, cfg.rewards):
         free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
         colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
-        colours = colour_entropy(colours, cfg.seed)
+        colours = colour_entropy(colours, COLORS, cfg.seed)
     prompts = [row["prompt"] for row in rows]
     results = compare(scores, tags, cfg.seed, prompts)
     first = headline(scores, results, tags, cfg.seed, prompts)
@@ -468,7 +453,7 @@ def training(path):
     step = folder.name.removeprefix("model-")
     last = int(step) if step.isdecimal() else float("inf")
     try:
-        head, *rows = [parse_json(line.decode()) for line in common.whole_lines(folder.parent / "log.jsonl")]
+        head, *rows = [parse_json(line.decode()) for line in whole_lines(folder.parent / "log.jsonl")]
         rows = [row for row in rows if row["step"] < last]
         for row in rows:
             if row.get("held_out_best_s") is not None:
@@ -565,109 +550,6 @@ def report_stage(cfg, found, device):
         make_study(cfg, models)
 
 
-# ----------------------------------------------------------------------------- a blind study
-
-
-def make_study(cfg, models):
-    """OUT/study, to be sent to people, and OUT/key.json, to be kept: who drew which picture of each pair."""
-    rng, (base, *others), chosen, key = np.random.default_rng(cfg.seed), models, [], []
-    prompts = [prompt for prompt, _ in models[base].rows]
-    for other in others:
-        places = {prompts[i]: i for i in rng.permutation(len(prompts)).tolist()}  # a repeated prompt once
-        chosen += [(other, i) for i in list(places.values())[: cfg.study]]
-    for n, j in enumerate(rng.permutation(len(chosen))):
-        sides, i = rng.permutation([base, chosen[j][0]]).tolist(), chosen[j][1]
-        s = rng.integers(cfg.seeds)  # one seed: the same noise, where both were drawn here
-        files = [f"{models[name].folder}/{models[name].rows[i][1][s]}" for name in sides]
-        key.append(dict(id=str(n), prompt=prompts[i], models=sides, files=files))
-    digest = hashlib.sha256(json.dumps(key).encode())
-    for pair in key:
-        for file in pair["files"]:
-            digest.update(Path(file).read_bytes())
-    study, path = digest.hexdigest()[:12], Path(cfg.out) / "key.json"
-    if path.is_file() and read_key(path)["study"] != study:
-        fail(f"{path}: another study is out; its answers need this key. Move key.json and study/ away first")
-
-    def write(tmp):
-        tmp.mkdir()
-        for pair in key:
-            for side, file in enumerate(pair["files"], 1):
-                image = read_image(file)
-                image.save(tmp / f"{pair['id']}_{side}.webp", lossless=max(image.size) <= 64, quality=92)
-        pairs = [{"id": pair["id"], "prompt": pair["prompt"]} for pair in key]
-        write_page(tmp / "index.html", "study.html", {"study": study, "pairs": pairs})
-
-    write_text(path, json.dumps({"study": study, "pairs": key}, indent=1))
-    publish(Path(cfg.out) / "study", write)
-    print(f"{cfg.out}/study/index.html: {len(key)} pairs; send that folder, keep {path}")
-
-
-def read_key(path):
-    """key.json of a study: its number, and pairs of two models each."""
-    try:
-        key = parse_json(read_text(path))
-        pairs = {pair["id"]: sorted(pair["models"]) for pair in key["pairs"]}
-        if not isinstance(key["study"], str) or not all(len(set(models)) == 2 for models in pairs.values()):
-            raise ValueError("no pairs of two models")
-    except (ValueError, TypeError, LookupError, AttributeError) as e:
-        fail(f"{path}: damaged ({e}), so no answer can be read; take it from a copy, or make another study")
-    return key
-
-
-def read_answers(cfg, key):
-    """{pair id: [the answer of each file: "1", "2" or "tie"]}."""
-    votes, people = {pair["id"]: [] for pair in key["pairs"]}, {}
-    for path in cfg.study_answers:
-        try:
-            answers = parse_json(text := read_text(path))
-            if answers["study"] != key["study"]:
-                raise ValueError(f"of study {answers['study']}, and {cfg.out}/key.json is of {key['study']}")
-            for pair, answer in answers["answers"].items():
-                if answer not in ("1", "2", "tie"):
-                    raise ValueError(f"pair {pair}: {answer!r} is none of 1, 2, tie")
-                votes[pair].append(answer)
-        except (ValueError, TypeError, LookupError, AttributeError) as e:
-            fail(f"--study_answers {path}: no answers that the study page saved ({e})")
-        if text in people:
-            fail(f"--study_answers {path}: the same answers as {people[text]}; a person counts once")
-        people[text] = path
-    return votes
-
-
-def study_results(key, votes):
-    """Per two models: votes and majorities of one, with Wilson intervals, and how far people agree."""
-    by_models, results = {}, {}
-    for pair in key["pairs"]:
-        base, mine = sorted(pair["models"])
-        said = Counter({"1": pair["models"][0], "2": pair["models"][1]}.get(v) for v in votes[pair["id"]])
-        if said:
-            counts = [said[mine], said[None], said[base]]
-            by_models.setdefault(f"{mine} over {base}", []).append(counts)
-    for name, counts in by_models.items():
-        counts = np.array(counts)  # (N, win tie loss)
-        results[name] = {"votes": win_rate(*np.repeat([[1, 0, 0], [0, 0, 1]], counts.sum(0), axis=1))}
-        results[name]["majority"] = win_rate(counts[:, 0], counts[:, 2])
-        if len(several := counts[counts.sum(1) > 1]):
-            results[name]["agreement"], results[name]["kappa"] = agreement(several)
-    return results
-
-
-def study_report(cfg):
-    """Several people's answers -> OUT/study.json and a table."""
-    key = read_key(Path(cfg.out) / "key.json")
-    results = study_results(key, read_answers(cfg, key))
-    rates = ["votes won (95 %)", "majority of a pair won (95 %)"]
-    header = [f"{len(cfg.study_answers)} people", *rates, "win : tie : loss", "agreement", "Fleiss' kappa"]
-    rate_text = lambda w: f"{w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}), n = {w['n']}"
-    rows = []
-    for name, r in results.items():
-        votes = " : ".join(str(r["votes"][k]) for k in ("wins", "ties", "losses"))
-        both = [f"{r['agreement']:.0%}", f"{r['kappa']:.2f}"] if "kappa" in r else ["", ""]
-        rows.append([name, rate_text(r["votes"]), rate_text(r["majority"]), votes, *both])
-    write_text(Path(cfg.out) / "study.json", json.dumps(results, indent=1))
-    print(markdown(header, rows) + "Votes of one pair are not independent: read the majorities' interval.")
-
-
 # ----------------------------------------------------------------------------- main
 
 
@@ -683,7 +565,7 @@ def main(argv=None):
         rows = benchmarks.read_bench(cfg.bench, cfg.prompts, cfg.limit, cfg.keep)
     else:
         also = ("tag", "category", "Category", cfg.tag)
-        rows = common.read_prompts(cfg.prompts, column=cfg.field, also=also)
+        rows = read_prompts(cfg.prompts, column=cfg.field, also=also)
         rows = benchmarks.kept_rows(rows, cfg.keep)[: cfg.limit or None]
     if cfg.tag and cfg.tag not in rows[0]:
         fail(f"--tag {cfg.tag}: {cfg.prompts} has no such column")
@@ -692,7 +574,7 @@ def main(argv=None):
     check_choices(cfg, [row["prompt"] for row in rows])
     part, parts, index, count = draw.share_of(cfg.shard)
     models = {name: pictures_of(cfg, name, *how, rows) for name, how in named.items()}
-    device, out = common.pick_device(cfg.device), common.writable_folder("out", cfg.out)
+    device, out = common.pick_device(cfg.device), store.writable_folder("out", cfg.out)
     stages = set(cfg.stages) - ({"report"} if parts > 1 else set())  # the parts do not wait for each other
     cfg = suited(cfg, models)
     plans = drawings(cfg, models)

@@ -94,34 +94,6 @@ def _scores(name, x, dim):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-LABELS = ("phi", "sum", "normalized_sum", "majority", "random")  # and single:REWARD
-
-
-def preference_labels(label, rewards, seed=0):
-    """phi of every list of a data set: the choices of RankDPO's Table 4 and BalancedDPO's Table III.
-
-    majority is the share of the other images that most rewards place below. All others are shares of pairwise
-    wins: over every reward (phi), by their sum, by one reward (single:NAME; pass its column alone), or at
-    random, which follows from (seed, place of the list) and needs no rewards: R may be 0.
-    rewards: N tensors (K_n, R), lists of any lengths -> N tensors phi (K_n,) in [0, 1], fp32. ValueError for
-    an unknown label, for single: with several rewards and as in preference_probability."""
-    if label not in LABELS and not label.startswith("single:"):
-        raise ValueError(f"preference_labels: {label!r} is none of {', '.join(LABELS)} and single:REWARD")
-    if label.startswith("single:") and any(r.shape[-1] != 1 for r in rewards):
-        raise ValueError(f"preference_labels: {label} needs the scores of that reward alone, (K, 1)")
-    if label == "normalized_sum":  # rewards standardised over all images of the data set
-        scale = torch.cat(rewards).std(0).clamp(min=1e-12)  # (R,)
-        rewards = [r / scale for r in rewards]
-    if label in ("sum", "normalized_sum"):
-        rewards = [r.sum(-1, keepdim=True) for r in rewards]  # (K_n, 1)
-    if label == "random":
-        coins = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(rewards))]
-        rewards = [torch.randperm(len(r), generator=g)[:, None] for r, g in zip(rewards, coins)]
-    if label == "majority":
-        return [(majority_vote(r) > 0).float().sum(-1) / (len(r) - 1) for r in rewards]
-    return [preference_probability(r).float() for r in rewards]
-
-
 # ----------------------------------------------------------------------------- weights (B, K, K)
 
 

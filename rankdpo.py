@@ -9,6 +9,7 @@
         --gradient_checkpointing true --save_every 20    # the paper's size; bash train.sh sdxl is the recipe
     python rankdpo.py ... --lora_rank 64 --images_per_forward 1      # adapters, one image at a time: one GPU
     python rankdpo.py --model random:sdxl --data random --steps 5    # time and memory at real size
+    python rankdpo.py --model random:sdxl --plan 24 40 8x80          # the same, counted without a GPU
 
 It reads a folder that synpic.py wrote (metadata.jsonl and images). It writes a pipeline that diffusers'
 `from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl, curves.png and,
@@ -21,12 +22,12 @@ timestep depend on (seed, step, list) alone.
 
 from collections import namedtuple
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain, count, islice
 from pathlib import Path
 
-import common
-from common import fail, option, process_rank
+from lib import common
+from lib.common import fail, option, process_rank
 
 LOSSES = ("rankdpo", "dpo", "gain", "balanced", "direct", "random_scorer", "sft", "weighted", "dro")
 SUITS = {  # (--beta, --lr, --lr of adapters, --loser_weight) by the scale of the model
@@ -83,6 +84,7 @@ class Method:
 class Config(Method):
     """How it is computed and recorded: this may change between the parts of one run."""
 
+    plan: tuple = option((), "print memory and hours for such GPUs and end: 24 (GB), 40, 8x80")
     # memory: the fastest setting that fits a GPU is taken where these four are not given
     device_batch_size: int = option(None, "lists a pass on one device; accumulation follows", above=0)
     images_per_forward: int = option(None, "images a pass, where memory is short; 0 = all", at_least=0)
@@ -113,11 +115,9 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import engine
-import lists
 import losses
-import memory
-import pipelines
+from lib import engine, formats, lists, memory, pipelines, store
+from toy import world
 
 SCORES = ("phi", "sum", "normalized_sum", "majority")  # labels that count all stored scores, or some
 ONLY_FOR = {  # an option that is not at its default: the losses that use it
@@ -126,6 +126,16 @@ ONLY_FOR = {  # an option that is not at its default: the losses that use it
     "ref_refresh": tuple(loss for loss in LOSSES if loss != "dro"),
     **dict.fromkeys(("experts", "expert_by", "margin", "sampler_steps", "sampler_refresh"), ("dro",)),
 }
+
+
+def with_model(cfg):
+    """The options, with the toy's model where none is named and the lists are of the toy world."""
+    if cfg.model is None:
+        rows = [] if cfg.data == "random" else lists.read_metadata(cfg.data)
+        if not rows or not world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
+            fail("--model: must be named; the default, toy/models/sdxl, knows lists of the toy world alone")
+        cfg = replace(cfg, model=f"{common.HERE}/toy/models/sdxl")
+    return cfg
 
 
 def check_options(cfg):
@@ -139,10 +149,10 @@ def check_options(cfg):
     given = [n for n in ("label", "label_rewards", "expert_by") if getattr(cfg, n) != getattr(Method, n)]
     if cfg.data == "random" and given:
         fail(f"--data random: has no labels for --{given[0]}; it only measures time and memory")
-    out, parts = Path(cfg.out).resolve(), pipelines.split_spec(cfg.model)
+    out, parts = Path(cfg.out).resolve(), formats.split_spec(cfg.model)
     if any(Path(part).resolve().is_relative_to(out) for part in parts):
         fail(f"--model {cfg.model}: lies in --out {cfg.out}, which the run writes; choose another --out")
-    lists.check_label(cfg.label, (*lists.STORED, *losses.LABELS))
+    lists.check_label(cfg.label, (*lists.STORED, *lists.LABELS))
     if cfg.loss in lists.VOTES and cfg.label in SCORES:
         fail(f"--loss {cfg.loss} looks at the scores, at no phi: take --label {cfg.label} with another loss")
     counted = cfg.label in SCORES or (cfg.loss in lists.VOTES and cfg.label in lists.STORED)
@@ -472,7 +482,9 @@ def complete(cfg, pipe):
 
 @common.one_line_errors
 def main(argv=None):
-    cfg = lists.with_model(common.parse(Config, __doc__, argv))
+    cfg = with_model(common.parse(Config, __doc__, argv))
+    if cfg.plan:
+        return memory.print_plan(cfg)
     check_options(cfg)
     cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     memory.use_expandable_segments()
@@ -487,7 +499,7 @@ def main(argv=None):
     labels, sizes = stack_labels(cfg, rows), lists.read_sizes(cfg, rows)
     train_lists, held_out = lists.split(rows, cfg.holdout, cfg.seed)
     order = draw_order(cfg, lists.by_size(sizes, train_lists))
-    out = common.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
+    out = store.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
     wanted = {*order.flatten().tolist(), *held_out}
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)
     encoders = bool(missing or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))

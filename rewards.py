@@ -33,8 +33,6 @@ beyond a model's context (77 tokens for CLIP, 35 for ImageReward) is cut, said o
 scorers.py holds the models; docs/rewards.md says how far each agrees with its original.
 """
 
-import hashlib
-import json
 import os
 import re
 import runpy
@@ -44,10 +42,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
-import common
-from common import HERE, appending, ends_of, fail, one_line_errors, option, parse, pick_device
+from lib.common import HERE, fail, one_line, one_line_errors, option, parse, pick_device
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
@@ -71,10 +67,12 @@ if __name__ == "__main__":  # --help and mistyped options end here, before impor
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from lists import is_number, metadata_file, read_metadata
-from scorers import PUBLISHED, WEIGHTS, Scorer, crop, find_weights, one_line, open_clip_model
+from lib import store, tables
+from lib.answers import Store, answer_rows, files_version, read_answers
+from lib.formats import loading
+from lib.lists import metadata_file, read_metadata
+from lib.scorers import PUBLISHED, Scorer, crop, find_weights, open_clip_model
 
 # ----------------------------------------------------------------------------- rewards that only judge
 
@@ -232,20 +230,6 @@ def check_rewards(specs):
             fail(f"--rewards: {reward_name(spec)} is named twice ({', '.join(same)})")
 
 
-@contextmanager
-def loading(what):
-    """A `with` around the loading of a model: without the bars and warnings of libraries, and whatever fails
-    ends the program with one line."""
-    from pipelines import quiet  # diffusers takes seconds
-
-    try:
-        with quiet():
-            yield
-    except Exception as e:  # a missing file, a wrong format, no hub: one line says which
-        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
-        fail(f"{what}: could not be loaded: {kind}{one_line(e)}")
-
-
 def load_reward(spec, device="cpu", **options):
     """A Scorer by name, "name=source" or "name=FILE.py:function"; `options` are of its loader. Where there is
     no such reward, or it does not load, the program ends with one line."""
@@ -262,9 +246,6 @@ def load_reward(spec, device="cpu", **options):
 
 # ----------------------------------------------------------------------------- stored scores
 
-BESIDE = "config.json open_clip_config.json tokenizer.json tokenizer_config.json".split()  # the weights
-BESIDE += "vocab.txt vocab.json merges.txt spiece.model".split()
-
 
 def reward_version(spec):
     """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever they
@@ -274,62 +255,6 @@ def reward_version(spec):
     if function:
         return files_version([function], file)
     return files_version([name, 2, *LOADERS[name][1:]], source)  # 2: to be raised when a formula here changes
-
-
-def files_version(parts, source):
-    """The hash of `parts` and of the weights, config and tokenizer of a local file or folder."""
-    parts, path = list(parts), Path(source)
-    files = [path] if source else []  # Path("") would be the working folder
-    if source and path.is_dir():
-        files = sorted(path.rglob("*"))
-    for file in files:
-        if file == path or file.suffix in WEIGHTS or file.name in BESIDE:
-            parts.append([file.name, *ends_of(file, 1 << 20)])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-def picture_version(path):
-    """A short hash by which a picture that was replaced is noticed: its size and both ends, where PNG keeps a
-    checksum of all pixels. None if it is not there."""
-    try:
-        stat = os.stat(path)
-        return picture_hash(path, stat.st_ctime_ns, stat.st_size)
-    except (OSError, ValueError):
-        return None
-
-
-@lru_cache(maxsize=None)
-def picture_hash(path, changed, size):
-    return hashlib.sha256(repr(ends_of(path, 4096)).encode()).hexdigest()[:12]
-
-
-class Store(NamedTuple):
-    """Where a model's answers about pictures are kept: a line a prompt in folder/PLACE/NAME.jsonl."""
-
-    folder: str
-    name: str
-    version: str  # of the model: the answers of another version do not count
-    place: str = "scores"
-
-
-def stored_row(line, place="scores"):
-    """A line of a store as a dict; None if it is no row of answers. Scores may come from other programs."""
-    try:
-        row = json.loads(line)
-        files, scores, names = row["file_names"], row["scores"], [row["prompt"], *row["file_names"]]
-        whole = len(files) == len(scores) == len(row.get("pictures") or files)
-        whole &= all(isinstance(name, str) for name in names)
-        whole &= place != "scores" or all(map(is_number, scores))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-    return row if whole else None
-
-
-def stored_lines(folder, name, place="scores"):
-    """Yield (file, line number, row or None) of a store, the files of parallel runs included."""
-    for path in common.parallel_files(Path(folder) / place, name):
-        for n, line in enumerate(common.whole_lines(path), 1):
-            yield path, n, stored_row(line, place)
 
 
 def version_there(folder, name, lines, spec):
@@ -350,103 +275,11 @@ def read_scores(folder, spec, rows):
     return read_answers(Store(folder, reward_name(spec), reward_version(spec)), rows)
 
 
-def read_answers(store, rows):
-    """The same of any store: {row index: [k answers]}."""
-    lines = stored_lines(store.folder, store.name, store.place)
-    return stored_scores(store.folder, store.name, lines, rows, store.version)[0]
-
-
-def stored_scores(folder, name, lines, rows, version):
-    """The same of a version, from stored_lines; and the indices of rows whose scores do not count: another
-    version's, or of pictures that were replaced since."""
-    stored, others, foreign, found, replaced, outdated = {}, set(), [], {}, [], []
-    for path, n, row in lines:
-        if row is None:
-            foreign.append(f"{path}, line {n}")
-        elif row.get("version") == version:
-            stored[(row["prompt"], *row["file_names"])] = row
-        else:
-            others.add((row["prompt"], *row["file_names"]))
-    for i, (prompt, files) in enumerate(rows):
-        row = stored.get((prompt, *files))
-        if row is None:
-            outdated += [i] if (prompt, *files) in others else []
-            continue
-        now = [picture_version(f"{folder}/{f}") for f in files]
-        if any(b not in (a, None) for a, b in zip(row.get("pictures") or now, now)):
-            replaced.append(i)
-        else:
-            found[i] = row["scores"]
-    if foreign:
-        print(f"{foreign[0]}: no row of scores; {len(foreign)} such lines are not counted", file=sys.stderr)
-    if replaced:
-        what = f"pictures of {len(replaced)} rows were replaced since {name} scored them"
-        first = rows[replaced[0]][1][0]
-        print(f"{folder}/scores: {what}, which does not count (the first: {first})", file=sys.stderr)
-    return found, [*outdated, *replaced]
-
-
-def stream_rows(scorer, folder, rows, todo, batch_size):
-    """Yield (row index, [(score, problem)]) of the rows in `todo`. Batches are cut by position among all
-    images, whatever is done already: a resumed run computes what an unbroken one does, to the bit."""
-    places = [(i, file) for i, (_, files) in enumerate(rows) for file in files]
-    batches = [places[n : n + batch_size] for n in range(0, len(places), batch_size)]
-    places = [place for batch in batches if any(i in todo for i, _ in batch) for place in batch]
-    images, prompts = [Path(folder) / file for _, file in places], [rows[i][0] for i, _ in places]
-    results = []
-    for (i, _), result in zip(places, scorer.stream(images, prompts, batch_size)):
-        if i in todo:
-            results.append(result)
-            if len(results) == len(rows[i][1]):
-                yield i, scorer.of_row(results)
-                results = []
-
-
 def score_rows(folder, spec, rows, device="cpu", batch_size=32, on_error="stop", part="", load=None):
     """Score what is not scored yet; see answer_rows. `load` stands in for load_reward where one scorer serves
     several folders."""
     store = Store(folder, reward_name(spec), reward_version(spec))
     return answer_rows(store, rows, partial(load or load_reward, spec, device), batch_size, on_error, part)
-
-
-def answer_rows(store, rows, load, batch_size, on_error, part=""):
-    """Append load()'s answers about the rows [(prompt, file_names)] that lack them, a line a row as it comes.
-    `part` goes into the file's name, so that processes side by side do not share one.
-
-    A row with an unreadable image, an empty prompt or a score that is not finite ends the run
-    (on_error="stop"), or is left out and tried again next time ("skip"). Returns how many rows were answered,
-    and {row index: problem} of the others."""
-    todo = set(range(len(rows))) - read_answers(store, rows).keys()
-    if not todo:
-        return 0, {}
-    scorer, skipped = load(), {}
-    path = Path(store.folder) / store.place / f"{store.name}{part}.jsonl"
-    total = sum(len(rows[i][1]) for i in todo)
-    keep = partial(stored_row, place=store.place)
-    try:
-        bar = tqdm(total=total, desc=f"score {store.name}", unit="image")
-        with appending(path, "another run is scoring there", keep=keep) as f, bar:
-            for i, results in stream_rows(scorer, store.folder, rows, todo, batch_size):
-                bar.update(len(results))
-                prompt, files = rows[i]
-                paths, scores = [Path(store.folder) / file for file in files], [score for score, _ in results]
-                if bad := [(p, problem) for p, (_, problem) in zip(paths, results) if problem]:
-                    skipped[i] = f"{bad[0][0]}, prompt {prompt!r}: {bad[0][1]}"
-                    if on_error == "stop":
-                        advice = "mend that row, or leave such rows out with --on_error skip"
-                        fail(f"reward {store.name}: {skipped[i]}; {advice}")
-                    continue
-                row = dict(version=store.version, prompt=prompt, file_names=files, scores=scores)
-                row["pictures"] = list(map(picture_version, paths))
-                f.write(json.dumps(row).encode() + b"\n")
-                f.flush()
-    except OSError as e:
-        e.filename = e.filename or str(path)  # a full disk has no name
-        raise
-    if skipped:
-        what = f"{len(skipped)} of {len(rows)} rows skipped, the first: {next(iter(skipped.values()))}"
-        print(f"reward {store.name}: {what}", file=sys.stderr)
-    return len(todo) - len(skipped), skipped
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -469,12 +302,12 @@ def read_folder(folder):
     if bare := sorted(set(pictures) - set(captioned)):
         what = f"{len(bare)} of {len(pictures)} pictures have no .txt caption and are left out"
         print(f"{folder}: {what} (the first: {bare[0].name})", file=sys.stderr)
-    return [(common.read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
+    return [(tables.read_text(p.with_suffix(".txt")).strip(), [p.name]) for p in captioned]
 
 
 def score_folder(cfg, rows):
     device = pick_device(cfg.device)
-    common.writable_folder("score", Path(cfg.score) / "scores")
+    store.writable_folder("score", Path(cfg.score) / "scores")
     for spec in cfg.rewards:
         score_rows(cfg.score, spec, rows, device, cfg.batch_size, cfg.on_error)
         values = [score for scores in read_scores(cfg.score, spec, rows).values() for score in scores]

@@ -29,8 +29,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import common
-from common import HERE, fail, in_range, one_line_errors, option, parse, parse_json, process_rank, write_text
+from lib import common
+from lib.common import HERE, fail, in_range, one_line_errors, option, parse, process_rank
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels, type on a GPU).
 MODELS = {
@@ -90,12 +90,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import draw
 import rewards
-from draw import check_settings, folder_lock, generate_stage, note_time, progress, settings_of
-from lists import EVALUATION_ONLY, check_label, import_stage, read_metadata, stored_rewards
-from losses import LABELS, preference_labels, preference_rank
-from rewards import LOADERS, TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows, stored_lines
+from lib import answers, draw, store
+from lib.draw import check_settings, folder_lock, generate_stage, note_time, progress, settings_of
+from lib.lists import EVALUATION_ONLY, LABELS, check_label, preference_labels, read_metadata, stored_rewards
+from lib.people import import_stage
+from lib.pictures import picture_grid, read_image
+from lib.store import write_text
+from lib.tables import parse_json, read_prompts
+from losses import preference_rank
+from rewards import LOADERS, TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows
 
 # ----------------------------------------------------------------------------- generators
 
@@ -168,9 +172,9 @@ def lists_from_elsewhere(cfg):
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
     specs = {reward_name(spec): spec for spec in cfg.rewards if "=" in spec or spec in LOADERS}
     for name in sorted(names - set(EVALUATION_ONLY)):
-        lines = list(stored_lines(out, name))
+        lines = list(answers.stored_lines(out, name))
         version = rewards.version_there(out, name, lines, specs.get(name))
-        found, outdated = rewards.stored_scores(out, name, lines, rows, version)
+        found, outdated = answers.stored_scores(out, name, lines, rows, version)
         for i in outdated:
             lists[i]["scores"].pop(name, None)  # perhaps taken into metadata.jsonl before
         for i, scores in found.items():
@@ -210,11 +214,11 @@ def draw_preview(out, lists):
         names, cells = made_by(row) or row["file_names"], []
         for phi, name, file in sorted(zip(row["phi"], names, row["file_names"]), key=lambda x: -x[0]):
             try:
-                cells.append((common.read_image(out / file), f"{name}  phi {phi:.2f}"))
+                cells.append((read_image(out / file), f"{name}  phi {phi:.2f}"))
             except ValueError as e:
                 fail(f"{out / file}: {e}")
         grid.append((row["prompt"], cells))
-    common.picture_grid(grid, out / "preview.png")
+    picture_grid(grid, out / "preview.png")
 
 
 def summarise(lists, names):
@@ -245,7 +249,7 @@ def summarise(lists, names):
 def speed_and_cost(cfg, images):
     """Images a second of one process, hours a stage and, with --gpu_price, the cost, from timings.jsonl."""
     path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, {}
-    for line in common.whole_lines(path):
+    for line in store.whole_lines(path):
         try:
             t = parse_json(line.decode())
             stage, name, count = str(t["stage"]), str(t["name"]), int(t["images"])
@@ -289,7 +293,7 @@ def draw_summary(out, summary):
     titles = ("row above column (share of prompts)", "agreement of rewards (Kendall's tau)", "phi")
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=10)
-    common.publish(out / "summary.png", lambda tmp: figure.savefig(tmp, dpi=100))
+    store.publish(out / "summary.png", lambda tmp: figure.savefig(tmp, dpi=100))
 
 
 def print_summary(out, summary):
@@ -349,7 +353,7 @@ def main(argv=None):
         cfg = with_toy_models(cfg)
     check_choices(cfg, stored)
     part, parts, index, count = draw.share_of(cfg.shard)
-    common.writable_folder("out", out)
+    store.writable_folder("out", out)
     if "import" in stages and len(stages) > 1:
         fail("--stages import: stands alone; then rewards.py --score and --stages label")
     if "import" in stages or stored:
@@ -365,7 +369,7 @@ def main(argv=None):
         stages.remove("label")  # the parts do not wait for each other
     rank, world = process_rank()
     models = parse_models(cfg.models)
-    prompts = [row["prompt"] for row in common.read_prompts(cfg.prompts, cfg.limit, cfg.field)]
+    prompts = [row["prompt"] for row in read_prompts(cfg.prompts, cfg.limit, cfg.field)]
     rows = [(prompt, [file_name(i, m) for m in models]) for i, prompt in enumerate(prompts)]
     batches = [rows[start : start + cfg.batch_size] for start in range(0, len(rows), cfg.batch_size)]
     mine = batches[index::count]  # a batch belongs to one process, by its place

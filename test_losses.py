@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from lib.lists import preference_labels
 from losses import (
     dcg_weights,
     denoising_error,
@@ -18,7 +19,6 @@ from losses import (
     finetuning_loss,
     gain_weights,
     majority_vote,
-    preference_labels,
     preference_loss,
     preference_probability,
     preference_rank,

@@ -22,9 +22,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import memory
 import rankdpo
 import synpic
+from lib import memory
 from toy import build
 
 torch.set_num_threads(1)
@@ -43,10 +43,7 @@ PROMPTS = [
     "a drawing of a square",
     "a circle above a triangle",
 ]
-OURS = (
-    r"(common|losses|pipelines|formats|draw|engine|lists|memory|stats|toy\.world|scorers|rewards|synpic"
-    r"|rankdpo|evaluate|benchmarks|toy\.build|conftest|test_\w+)$"
-)
+OURS = r"(lib\.\w+|toy\.\w+|losses|rewards|synpic|rankdpo|evaluate|conftest|test_\w+)$"
 WARNINGS = (  # those whose cause is known and not ours to mend; ours are errors; later lines win
     # diffusers' schedulers call np.array on a tensor, and torch's __array__ does not know numpy 2's copy
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",

@@ -16,10 +16,9 @@ from conftest import fails, log_of, rows_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import common
-import pipelines
 import rankdpo
-from lists import read_metadata, split, with_model
+from lib import pictures, pipelines, store
+from lib.lists import read_metadata, split
 
 OPTIONS = """
 --lr nan | --lr inf | --lr 0 | --lr -1 | --lr fast | --beta nan | --beta inf | --beta 0 | --beta -5
@@ -134,7 +133,7 @@ def test_a_picture_that_cannot_be_read_is_named(kind, data, tiny, tmp_path, caps
 def test_sixteen_bit_grey_trains_as_what_it_shows(tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint16)
     Image.fromarray(grey * 257).save(tmp_path / "deep.png")
-    pixels = common.read_pixels(tmp_path / "deep.png", 0)
+    pixels = pictures.read_pixels(tmp_path / "deep.png", 0)
     assert torch.allclose(pixels[0], torch.from_numpy(grey.astype(np.float32)) / 127.5 - 1, atol=1e-6)
 
 
@@ -267,11 +266,11 @@ def test_a_finished_run_is_not_replaced_by_another(save_every, lists, tiny, tmp_
 
 def test_the_toys_model_is_the_default_for_the_toys_lists_alone(lists, data, capsys):
     """It trained the toy's SDXL on anybody's pictures where --model was forgotten."""
-    assert with_model(rankdpo.Config(data=str(lists))).model.endswith("toy/models/sdxl")
+    assert rankdpo.with_model(rankdpo.Config(data=str(lists))).model.endswith("toy/models/sdxl")
     named = rankdpo.Config(data=str(data), model="mine")
     rows = [dict(row, prompt="a cat on a sofa") for row in rows_of(data)[:1]]
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert with_model(named) is named
+    assert rankdpo.with_model(named) is named
     for folder in (data, "random"):
         fails(rankdpo.main, ["--data", folder], "--model: must be named", capsys=capsys)
 
@@ -463,7 +462,7 @@ def test_the_cached_file_of_another_list_is_made_again(lists, tiny, tmp_path):
 
 def test_two_trainers_in_one_folder_are_refused(lists, tiny, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with common.lock(tmp_path / "out", "held"):
+    with store.lock(tmp_path / "out", "held"):
         args = ["--data", lists, "--model", f"{tiny}/sdxl", "--out", tmp_path / "out", "--device", "cpu"]
         fails(rankdpo.main, args, "another rankdpo.py is at work", capsys=capsys)
 

@@ -11,11 +11,10 @@ import pytest
 from conftest import fails, rewards, rows_of, synpic_args
 from diffusers import DiffusionPipeline
 
-import common
-import draw
 import evaluate
 import synpic
-from lists import read_metadata
+from lib import draw, pipelines, store, tables
+from lib.lists import read_metadata
 
 DEEP = "[" * 200_000 + "]" * 200_000
 
@@ -24,7 +23,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 def nothing_is_drawn(monkeypatch):
     """A bad input is found before the first picture."""
     drawn = lambda *args: pytest.fail("it was drawn")
-    monkeypatch.setattr(draw, "generate_each", drawn)  # evaluate.py draws with it, too
+    monkeypatch.setattr(pipelines, "generate_each", drawn)  # evaluate.py draws with it, too
 
 
 # ----------------------------------------------------------------------------- options
@@ -197,7 +196,7 @@ def test_separators_of_unicode_do_not_cut_a_prompt(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False).replace("\\n", ""))
     for name in ("a.txt", "a.jsonl"):
-        assert [row["prompt"] for row in common.read_prompts(tmp_path / name)] == ["one prompt only"]
+        assert [row["prompt"] for row in tables.read_prompts(tmp_path / name)] == ["one prompt only"]
 
 
 # ----------------------------------------------------------------------------- models
@@ -278,7 +277,7 @@ def test_a_retrained_model_is_another_model(tiny, tmp_path, capsys):
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "model/unet")
     unet.conv_out.bias.data += 1
     unet.save_pretrained(tmp_path / "model/unet")
-    common.write_text(tmp_path / "settings.json", json.dumps(before))
+    store.write_text(tmp_path / "settings.json", json.dumps(before))
     with pytest.raises(SystemExit, match=r"model sd15_0 \(other weights\)"):
         draw.check_settings(tmp_path, settings())
 
@@ -492,7 +491,7 @@ def test_ctrl_c_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(draw, "generate_each", interrupted)
+    monkeypatch.setattr(pipelines, "generate_each", interrupted)
     fails(synpic.main, synpic_args(tiny, tmp_path / "a"), "interrupted", capsys=capsys)
     two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--prompts", f"{tiny}/prompts.txt"]
     fails(

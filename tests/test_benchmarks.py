@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import benchmarks as b
 import rewards
-import scorers
-from common import HERE, read_image
+from lib import benchmarks as b
+from lib import common, scorers
+from lib.common import HERE
+from lib.pictures import read_image
 from toy import world
 
 COCO = {i: name for i, name in enumerate(b.CLASSES)}
@@ -625,7 +626,7 @@ def test_two_processes_answer_as_one_does(models, monkeypatch, tmp_path):
     (tmp_path / "measured/dpg.jsonl").unlink()
     monkeypatch.setattr("common.wait_for_all", lambda slow: None)
     for rank in (1, 0):
-        monkeypatch.setattr(b, "process_rank", lambda: (rank, 2))
+        monkeypatch.setattr(common, "process_rank", lambda: (rank, 2))
         together = ask()
     assert together == alone and None not in alone.values()
     lines = [len((tmp_path / f"measured/dpg@{rank}of2.jsonl").read_text().split("\n")) - 1 for rank in (0, 1)]

@@ -15,10 +15,11 @@ import pytest
 from conftest import HERE, child, fails
 from PIL import Image, ImageOps
 
-import benchmarks
-import common
-import losses
-from common import MARKER, appending, open_image, option, publish, read_pixels, read_prompts, write_text
+from lib import benchmarks, common, lists, pictures, store
+from lib.common import option
+from lib.pictures import open_image, read_pixels
+from lib.store import MARKER, appending, publish, write_text
+from lib.tables import read_prompts
 
 # ----------------------------------------------------------------------------- options
 
@@ -59,7 +60,7 @@ def test_help_has_the_headings_of_the_dataclass(capsys):
 
 def test_common_is_imported_without_torch():
     """Scripts parse their options before they import torch: --help is there at once."""
-    code = "import sys, common; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'pandas')))"
+    code = "import sys, lib.common; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'pandas')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
@@ -82,7 +83,7 @@ def test_help_and_a_misspelt_option_need_no_torch(script, wrong, right, tmp_path
     told = run("--help")
     text = " ".join(told.stdout.split())
     assert told.returncode == 0 and right in text
-    names = {"synpic": losses.LABELS, "rankdpo": losses.LABELS, "evaluate": benchmarks.BENCHES}
+    names = {"synpic": lists.LABELS, "rankdpo": lists.LABELS, "evaluate": benchmarks.BENCHES}
     assert all(name in text for name in names.get(script, ()))
     refused = run(wrong, "1")
     assert refused.returncode == 2 and f"did you mean {right}?" in refused.stderr
@@ -237,7 +238,7 @@ def test_postscript_is_not_opened_whatever_its_name_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff", "a.ppm", "a.jp2"])
 def test_the_formats_that_people_have_are_read(name, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-    red = np.asarray(common.read_image(tmp_path / name))[4, 4].astype(int)
+    red = np.asarray(pictures.read_image(tmp_path / name))[4, 4].astype(int)
     assert red[0] > 240 and red[1] < 20 and red[2] < 20
 
 
@@ -267,7 +268,7 @@ def test_a_picture_is_turned_as_its_exif_says(orientation, tmp_path):
     lying.save(tmp_path / "lying.png", exif=exif)
     upright.save(tmp_path / "upright.png")
     assert np.array_equal(read_pixels(tmp_path / "lying.png", 0), read_pixels(tmp_path / "upright.png", 0))
-    assert np.array_equal(np.asarray(common.read_image(Image.open(tmp_path / "lying.png"))), upright)
+    assert np.array_equal(np.asarray(pictures.read_image(Image.open(tmp_path / "lying.png"))), upright)
     assert ImageOps.exif_transpose(Image.open(tmp_path / "lying.png")).size == upright.size
 
 
@@ -285,6 +286,6 @@ def test_every_locked_file_is_a_file_of_its_own(tmp_path):
     (tmp_path / "elsewhere").write_text("")
     (tmp_path / ".clip.lock").symlink_to(tmp_path / "not there")
     with pytest.raises(OSError):
-        with common.lock(tmp_path / ".clip.lock", "taken"):
+        with store.lock(tmp_path / ".clip.lock", "taken"):
             pass
     assert not (tmp_path / "not there").exists() and Path(tmp_path / ".clip.lock").is_symlink()

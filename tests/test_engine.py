@@ -17,11 +17,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-import common
-import engine
-import pipelines
 import rankdpo
-from lists import find_cache, read_metadata
+from lib import common, engine, pipelines
+from lib.lists import find_cache, read_metadata
 
 
 @pytest.fixture

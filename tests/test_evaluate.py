@@ -18,12 +18,9 @@ from conftest import PROMPTS, fails, rewards
 from PIL import Image
 from test_kills_synpic import killed_at
 
-import common
-import draw
 import evaluate
-import pipelines
 import rewards as scorers
-import stats
+from lib import answers, pictures, pipelines, stats, tables
 from toy import world
 
 
@@ -100,7 +97,7 @@ def test_p_values_see_what_is_there_and_nothing_else():
 def test_entropy_of_free_colours():
     same, even = np.zeros((5, 6)), np.ones((5, 6)) / 6
     same[:, 2] = 1
-    r = stats.colour_entropy({"even": even, "same": same}, seed=0)
+    r = stats.colour_entropy({"even": even, "same": same}, world.COLORS, seed=0)
     assert r["even"]["bits"] == pytest.approx(np.log2(6)) and r["same"]["bits"] == pytest.approx(0, abs=1e-9)
     assert r["same"]["change"]["gain"] == pytest.approx(-np.log2(6)) and r["same"]["share"]["blue"] == 1
 
@@ -114,7 +111,7 @@ def test_diversity_is_the_mean_pairwise_distance(tiny, compared):
     assert stored[0] > 1e-3
     same = [files[0]] * 2
     rows = [("a", [str(f) for f in same])]
-    assert list(scorers.stream_rows(scorers.load_reward(spec), "/", rows, {0}, 4))[0][1][0][0] < 1e-6
+    assert list(answers.stream_rows(scorers.load_reward(spec), "/", rows, {0}, 4))[0][1][0][0] < 1e-6
 
 
 # ----------------------------------------------------------------------------- from end to end
@@ -171,7 +168,7 @@ def test_the_page_holds_every_score_and_thumbnails_only(compared):
 def test_a_prompt_cannot_break_the_page(tmp_path):
     data = {"rows": [{"prompt": "</script><img src=x>"}], "setting": "<b>", "tables": ["<u>"]}
     for template in ("report.html", "study.html"):
-        evaluate.write_page(tmp_path / "page.html", template, data)
+        tables.write_page(tmp_path / "page.html", template, data)
         text = (tmp_path / "page.html").read_text()
         assert data_of(tmp_path / "page.html") == data and "innerHTML" not in text  # all of it is set as text
         assert not any(word in text for word in ("<u>", "<img src=x", json.dumps(data)[:20] + "</"))
@@ -198,14 +195,14 @@ def test_the_page_sorts_and_filters_in_a_browser(compared, tmp_path):
 
 
 def test_more_models_and_seeds_draw_only_what_is_new(tiny, compared, tmp_path, monkeypatch):
-    out, drawn, generate_each = tmp_path / "out", [], draw.generate_each
+    out, drawn, generate_each = tmp_path / "out", [], pipelines.generate_each
     shutil.copytree(compared, out)
 
     def noted(pipe, prompts, seeds, settings):
         drawn.extend((settings["name"], settings["seed"]) for _ in prompts)
         return generate_each(pipe, prompts, seeds, settings)
 
-    monkeypatch.setattr(draw, "generate_each", noted)
+    monkeypatch.setattr(pipelines, "generate_each", noted)
     elsewhere = f"elsewhere={compared}/other"  # a folder of pictures in the place of a model
     models = ("base={}/sdxl", "other={}/sd15", elsewhere, "third={}/sd3")
     evaluate.main(command(tiny, out, models=models))
@@ -259,7 +256,7 @@ def noted(tiny, out, monkeypatch, *more, models, seeds=1):
         drawn.extend((*how, noise, prompt) for noise, prompt in zip(noises, prompts))
         return [(white, None)] * len(prompts)
 
-    monkeypatch.setattr(draw, "generate_each", note)
+    monkeypatch.setattr(pipelines, "generate_each", note)
     evaluate.main([*command(tiny, out, *more, models=models, seeds=seeds), "--stages", "draw"])
     return drawn
 
@@ -328,7 +325,7 @@ def test_steps_of_a_run_are_joined(tmp_path):
     point = lambda name: dict(model=name, value=0.5, gain=gain, diversity=0.4, change=gain)
     points = [dict(point("base"), gain=None, change=None), *map(point, ("rank@200", "rank@50", "other"))]
     evaluate.draw_frontier(tmp_path / "frontier.png", dict(what="accuracy", points=points))
-    assert common.read_image(tmp_path / "frontier.png").size == (840, 600)
+    assert pictures.read_image(tmp_path / "frontier.png").size == (840, 600)
 
 
 def test_without_an_accuracy_the_rewards_vote():
@@ -387,21 +384,22 @@ def test_columns_and_subsets_of_prompts(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_markdown_shows_any_text_as_it_is():
-    table = evaluate.markdown(["<b>", "a|b"], [["bold", "line\nbreak `x` [y](z) *i*"]])
+    table = tables.markdown(["<b>", "a|b"], [["bold", "line\nbreak `x` [y](z) *i*"]])
     assert "<b>" not in table and "&lt;b&gt;" in table and "a\\|b" in table and "bold" in table
     assert "line break \\`x\\` \\[y\\](z) \\*i\\*" in table and table.count("\n") == 4
 
 
 def test_a_grid_keeps_proportions_and_says_what_it_cannot_write(tmp_path):
     wide = Image.new("RGB", (64, 32), "red")
-    common.picture_grid(
+    pictures.picture_grid(
         [("a prompt " * 40 + "\u4e2d\u6587", [(wide, "rankdpo right")] * 3)], tmp_path / "g.png", side=96
     )
     pixels = np.array(Image.open(tmp_path / "g.png"))
     red = (pixels == (255, 0, 0)).all(-1)
     assert red.any(0).sum() == 3 * 96 and red.any(1).sum() == 48  # 2 to 1, as it is
-    assert common.in_font("red \u4e2d\u6587 circle") == "red [2 CJK] circle" and common.in_font("Ёж") == "Ёж"
-    assert common.in_font("a \U0001f53a") == "a [1 SYMBOL]"
+    assert pictures.in_font("red \u4e2d\u6587 circle") == "red [2 CJK] circle"
+    assert pictures.in_font("Ёж") == "Ёж"
+    assert pictures.in_font("a \U0001f53a") == "a [1 SYMBOL]"
 
 
 # ----------------------------------------------------------------------------- what goes wrong
@@ -450,7 +448,7 @@ def test_a_reward_that_fails_to_load_loses_no_picture(tiny, compared, tmp_path, 
     monkeypatch.setitem(scorers.LOADERS, "pickscore", (broken, *scorers.LOADERS["pickscore"][1:]))
     fails(evaluate.main, [*args, *rewards(tiny)], "pickscore", "broken weights", capsys=capsys)
     monkeypatch.undo()
-    monkeypatch.setattr(draw, "generate_each", broken)  # it would be named
+    monkeypatch.setattr(pipelines, "generate_each", broken)  # it would be named
     scorers.main(["--score", str(out / "base"), "--rewards", rewards(tiny)[2]])  # as in another environment
     evaluate.main([*args, *rewards(tiny)])
     mine, known = results(out)["scores"], results(compared)["scores"]
@@ -475,14 +473,14 @@ def test_missing_and_torn_pictures_are_named_and_left_out(tiny, compared, tmp_pa
 
 
 def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
-    generate = draw.generate_each
+    generate = pipelines.generate_each
 
     def failing(pipe, prompts, seeds, settings):
         done = generate(pipe, prompts, seeds, settings)
         fails_here = lambda p: settings["name"] == "other" and p == PROMPTS[2]
         return [(None, "it is tired") if fails_here(p) else d for p, d in zip(prompts, done)]
 
-    monkeypatch.setattr(draw, "generate_each", failing)
+    monkeypatch.setattr(pipelines, "generate_each", failing)
     args = command(tiny, tmp_path / "out", "--limit", 3, models=("base={}/sdxl", "other={}/sd15"))
     fails(evaluate.main, args, "out/other/00002", "tired", "--on_error skip", capsys=capsys)
     evaluate.main([*args, "--on_error", "skip"])
@@ -508,8 +506,8 @@ def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys)
             assert f"/{pair['models'][side - 1]}/" in file
     likes_other = {p["id"]: "12"[p["models"].index("other")] for p in key["pairs"] if "other" in p["models"]}
     ties = {p["id"]: "tie" for p in key["pairs"]}
-    for name, answers in (("ann", likes_other), ("bob", {**ties, **likes_other})):
-        text = json.dumps({"study": key["study"], "rater": name, "answers": answers})
+    for name, said in (("ann", likes_other), ("bob", {**ties, **likes_other})):
+        text = json.dumps({"study": key["study"], "rater": name, "answers": said})
         (tmp_path / f"{name}.json").write_text(text)
     files = ["--out", str(tmp_path / "out"), "--study_answers", str(tmp_path / "ann.json")]
     evaluate.main([*files, str(tmp_path / "bob.json")])

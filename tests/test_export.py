@@ -9,10 +9,9 @@ import torch
 from conftest import rows_of, train
 from safetensors.torch import load_file
 
-import engine
-import pipelines
 import rankdpo
-from lists import find_cache, split
+from lib import engine, pipelines
+from lib.lists import find_cache, split
 
 
 def weights(folder):

@@ -12,9 +12,9 @@ from conftest import PROMPTS, fails, log_of, rows_of, t5_tokenizer, tiny_vae, to
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 
-import pipelines
 import rankdpo
-from pipelines import add_noise, from_patches, generate, load_pipeline, to_patches
+from lib import pipelines
+from lib.pipelines import add_noise, from_patches, generate, load_pipeline, to_patches
 from toy import build
 
 SIZE = dict(height=32, width=24)  # not a square, so that rows and columns cannot be confused

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_rewards import DAMAGE, ODD_IMAGES, PAIRS, picture
 
-import scorers
+from lib import scorers
 from rewards import load_reward
 
 SPECIAL = [

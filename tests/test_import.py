@@ -16,9 +16,9 @@ from conftest import fails, rewards, rows_of, train
 from PIL import Image
 from test_kills_synpic import killed_at
 
-import lists as ranked_lists
 import rewards as reward_models
 import synpic
+from lib import people
 
 
 def picture(n, kind="JPEG", side=32):
@@ -223,7 +223,7 @@ def test_a_member_of_a_zip_that_cannot_be_read_is_named_or_left_out(kind, tmp_pa
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_picture_that_is_too_large_is_not_read(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(ranked_lists, "LARGEST", 100)
+    monkeypatch.setattr(people, "LARGEST", 100)
     (tmp_path / "a.json").write_text('[{"prompt": "a", "path1": "0.png", "path2": "1.png"}]')
     if packed:
         broken_zip(tmp_path / "a.zip", lambda data: data)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import fails
 
-import memory
-import pipelines
+import rankdpo
+from lib import memory, pipelines
 
 SDXL = {False: 8.7e9, True: 0.9e9}  # bytes an image, whole or recomputed
 
@@ -23,7 +23,7 @@ def sdxl_weights(cfg, gpus):
 def test_the_fastest_setting_that_fits_is_taken():
     """Full SDXL's bytes: on one GPU of 80 GB a list goes image by image or is computed again."""
     images, pick, weights = {False: 8.7e9, True: 1.0e9}, memory.fastest, sdxl_weights
-    cfg = memory.Plan(global_batch_size=64)
+    cfg = rankdpo.Config(global_batch_size=64)
     one = pick(cfg, 4, images, weights(cfg, 1), 74e9, 1)
     assert one.fits and one.options["gradient_checkpointing"] and one.options["images_per_forward"] == 0
     eight = pick(cfg, 4, images, weights(cfg, 8), 74e9, 8)
@@ -33,7 +33,7 @@ def test_the_fastest_setting_that_fits_is_taken():
         and eight.options["device_batch_size"] == 1
     )
     assert not pick(cfg, 4, images, weights(cfg, 1), 22e9, 1).fits
-    given = memory.Plan(global_batch_size=64, images_per_forward=1, keep_gathered=False)
+    given = rankdpo.Config(global_batch_size=64, images_per_forward=1, keep_gathered=False)
     eight = pick(given, 4, images, weights(given, 8), 22e9, 8)
     assert eight.fits and eight.options["images_per_forward"] == 1 and not eight.options["keep_gathered"]
     cpu = pick(cfg, 4, dict.fromkeys(images, 0), weights(cfg, 1), float("inf"), 1)
@@ -42,7 +42,7 @@ def test_the_fastest_setting_that_fits_is_taken():
 
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_fragments_fit_too_and_a_larger_card_is_not_slower(gpus):
-    cfg, before = memory.Plan(global_batch_size=64), None
+    cfg, before = rankdpo.Config(global_batch_size=64), None
     for gb in range(16, 200, 4):
         setting = memory.fastest(cfg, 4, SDXL, sdxl_weights(cfg, gpus), gb * 1e9, gpus)
         assert setting.gb < setting.reserved and setting.fits == (setting.reserved <= gb)
@@ -53,7 +53,7 @@ def test_fragments_fit_too_and_a_larger_card_is_not_slower(gpus):
 
 def test_samples_take_room_from_the_setting():
     """64 pictures at once would not fit beside what fits without them."""
-    cfg, weights = memory.Plan(global_batch_size=64), 10e9
+    cfg, weights = rankdpo.Config(global_batch_size=64), 10e9
     alone = memory.fastest(cfg, 4, SDXL, lambda keep: weights, 24e9, 1)
     assert alone.fits and not memory.fastest(cfg, 4, SDXL, lambda keep: weights, 24e9, 1, samples=20e9).fits
 
@@ -62,7 +62,7 @@ def test_every_copy_of_the_policy_is_counted():
     """Of one parameter: weights, gradients and moments in fp32; copies of a whole network in bf16."""
 
     def taken(gpus=1, keep=False, **options):
-        cfg = memory.Plan(**options)
+        cfg = rankdpo.Config(**options)
         trained, frozen = (0.1, 1) if cfg.lora_rank else (1, 0)
         return memory.weight_bytes(cfg, trained, frozen, torch.bfloat16, gpus, keep)
 
@@ -76,14 +76,14 @@ def test_every_copy_of_the_policy_is_counted():
 def test_memory_of_a_pass_is_counted(capsys):
     """SD3-Medium at 1024 px: what one image's pass keeps, and what to run on which GPUs. PyTorch's own
     allocator took 56.9 GB on null GPUs for one list, kept gathered (docs/memory.md)."""
-    memory.main(["--model", "random:sd3"])
+    rankdpo.main(["--model", "random:sd3", "--plan", "24", "40", "80", "8x24", "8x40", "8x80"])
     said = capsys.readouterr().out
     kept, recomputed = map(float, re.findall(r"pass: ([\d.]+) GB, recomputed ([\d.]+) GB", said)[0])
     assert 4 < kept < 12 and recomputed < kept / 5
     assert all(f"{n} x {gb} GB: --device_batch_size" in said for n in (1, 8) for gb in (24, 40, 80))
     table = {line.split(":")[0]: line for line in said.splitlines()}
     assert "DOES NOT FIT" in table["1 x 24 GB"] and "DOES NOT FIT" not in table["8 x 40 GB"]
-    weights = memory.weight_bytes(memory.Plan(), 2028.3e6, 0, torch.bfloat16, 8, True)
+    weights = memory.weight_bytes(rankdpo.Config(), 2028.3e6, 0, torch.bfloat16, 8, True)
     assert weights / 1e9 + 4 * kept == pytest.approx(56.9, rel=0.06)
     encoding = float(re.search(r"encoding lists of 4: ([\d.]+) GB", said)[1])
     assert 5.58 * 2 < encoding < 30  # its text encoders alone have 5.58 G parameters
@@ -101,7 +101,7 @@ def test_counts_of_adapters_are_what_the_allocator_took(name, images, allocated)
         sum(p.numel() for p in network.parameters() if p.requires_grad is on) for on in (True, False)
     )
     image = memory.count_bytes(family, denoiser, item, 64, torch.bfloat16, True)
-    cfg = memory.Plan(lora_rank=64)
+    cfg = rankdpo.Config(lora_rank=64)
     weights = memory.weight_bytes(cfg, trained, frozen, torch.bfloat16, 1, False)
     assert (weights + images * image) / 1e9 == pytest.approx(allocated, rel=0.06)
 
@@ -143,28 +143,26 @@ def test_segments_expand_unless_the_environment_says_otherwise(monkeypatch):
     assert settings() == [None, "max_split_size_mb:512"]
 
 
-def test_the_card_that_is_asked_for_stands_between_its_neighbours():
-    assert list(memory.cards(memory.Plan(gpus=8, gb=80))) == [(8, 80), (8, 96), (8, 48)]
-    assert list(memory.cards(memory.Plan(gpus=2, gb=500))) == [(2, 500), (2, 192)]
-    assert list(memory.cards(memory.Plan())) == [(n, gb) for n in (1, 8) for gb in (24, 40, 80)]
+def test_cards_to_plan_for(capsys):
+    assert memory.read_cards(("24", "8x80", "2x40.5")) == [(1, 24), (8, 80), (2, 40.5)]
+    for wrong in ("x", "0x80", "8x", "8x-1", "80GB", "8xinf", "nan"):
+        fails(memory.read_cards, [wrong], f"--plan {wrong}: expected the GB", capsys=capsys)
 
 
-def test_rewards_that_fit(capsys):
-    memory.main(["--stage", "score", "--gb", "24"])
-    said = capsys.readouterr().out
-    vqascore = said.split("vqascore: ")[1].split("hpsv3")[0]
-    assert "45.2 GB in fp32" in vqascore and "1 x 24 GB: DOES NOT FIT" in vqascore
-    pickscore = said.split("pickscore")[1].split("imagereward")[0]
-    assert int(re.search(r"1 x 24 GB: --batch_size (\d+)", pickscore)[1]) > 64
+def test_the_plan_of_drawing_and_scoring(capsys):
+    rankdpo.main(["--model", "random:sd15", "--plan", "24", "32"])
+    training, drawing, scoring = re.split("---- drawing.*|---- scoring.*", capsys.readouterr().out)
+    sizes = {gb: int(n) for gb, n in re.findall(r"1 x (\d+) GB: --batch_size (\d+)", drawing)}
+    assert 1 <= sizes["24"] < sizes["32"] and "hours of drawing 58000 pictures on 1 GPU: " in drawing
+    assert "vqascore, 45.2 GB in fp32; 24 GB: DOES NOT FIT" in scoring and "hours of training" in training
+    assert int(re.search(r"pickscore.*; 24 GB: --batch_size (\d+)", scoring)[1]) > 64
 
 
-def test_pictures_at_once_that_fit(capsys):
-    memory.main(["--stage", "draw", "--model", "random:sd15", "--gb", "24", "--gpus", "1"])
-    said = capsys.readouterr().out
-    sizes = {gb: int(n) for gb, n in re.findall(r"1 x (\d+) GB: --batch_size (\d+)", said)}
-    assert 1 <= sizes["24"] < sizes["32"] and "hours of drawing 58000 pictures on 1 GPU: " in said
+def test_a_plan_takes_the_lists_that_are_named(lists, tiny, capsys):
+    rankdpo.main(["--model", f"{tiny}/sdxl", "--data", str(lists), "--plan", "24"])
+    assert "hours of encoding 10 lists" in capsys.readouterr().out
 
 
 def test_a_resolution_that_cannot_be_is_refused(capsys):
-    args = ["--model", "random:flux", "--resolution", "1000"]
-    fails(memory.main, args, "--resolution", "16", capsys=capsys)
+    args = ["--model", "random:flux", "--resolution", "1000", "--plan", "24"]
+    fails(rankdpo.main, args, "--resolution", "16", capsys=capsys)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from conftest import fails, log_of, rows_of, together, train, train_args
 
-import engine
 import losses
-import pipelines
 import rankdpo
-from lists import check_scores
+from lib import engine, pipelines
+from lib.lists import check_scores
 
 ALL = ("--steps", 1, "--global_batch_size", 10)  # the whole set of ten lists, once
 

@@ -8,8 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import pipelines
-from pipelines import fingerprint, load_pipeline, split_spec
+from lib import pipelines
+from lib.formats import split_spec
+from lib.pipelines import fingerprint, load_pipeline
 from toy.build import TOY
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

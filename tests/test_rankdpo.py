@@ -21,13 +21,10 @@ from conftest import train as short_run
 from PIL import Image
 from safetensors.torch import load_file
 
-import common
-import engine
 import losses
-import memory
-import pipelines
 import rankdpo
-from lists import Cache, read_cached, read_lists, read_metadata
+from lib import engine, memory, pictures, pipelines, store
+from lib.lists import Cache, read_cached, read_lists, read_metadata
 
 
 def options(data, tiny, out, *more, model="sdxl"):
@@ -180,7 +177,7 @@ def dying(last, args):
         return dies
 
     os.rename, os.replace, os.fsync = around(os.rename), around(os.replace), around(os.fsync)
-    common.remove, engine.dcp.save = around(common.remove), around(engine.dcp.save)
+    store.remove, engine.dcp.save = around(store.remove), around(engine.dcp.save)
     rankdpo.main(args)
 
 
@@ -489,7 +486,7 @@ def test_samples_are_a_row_of_pictures_a_time_and_change_nothing(lists, tiny, tm
     assert (
         first.shape == last.shape == (32, 3 * 34, 3)
         and (first != last).any()
-        and common.read_image(tmp_path / "2/samples.png").width > 3 * 128
+        and pictures.read_image(tmp_path / "2/samples.png").width > 3 * 128
     )
     assert np.array_equal(curve(log_of(tmp_path / "0")), curve(log_of(tmp_path / "2")))
 

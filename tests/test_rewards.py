@@ -30,11 +30,11 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import rewards
-import scorers
 import synpic
-from common import open_image, read_image
+from lib import common, scorers
+from lib.pictures import open_image, read_image
+from lib.scorers import Scorer, crop, letterbox, warn_cut
 from rewards import load_reward, read_scores, score_rows
-from scorers import Scorer, crop, letterbox, warn_cut
 from toy import build, world
 
 TEXTS = ["a red circle", "two squares", "a photo of a cross left of a circle"]
@@ -1142,7 +1142,7 @@ def test_the_checker_is_a_scorer():
 def test_the_function_of_the_documentation_scores_a_folder(album, monkeypatch, capsys):
     """docs/rewards.md's example as it stands there, by its own command; an edit of the file scores anew."""
     folder, rows = album
-    page = (rewards.HERE / "docs/rewards.md").read_text()
+    page = (common.HERE / "docs/rewards.md").read_text()
     code = page.partition("```python\n# jpeg.py\n")[2].partition("```")[0]
     command = next(line for line in page.splitlines() if "=jpeg.py:" in line).split()
     monkeypatch.chdir(folder.parent)
@@ -1572,7 +1572,7 @@ def test_scores_of_prompts_with_line_separators_are_read_back(album, folders):
 
 
 def test_two_runs_of_one_reward_on_one_folder_are_refused(album, folders):
-    from common import lock
+    from lib.store import lock
 
     folder, rows = album
     (folder / "scores").mkdir()
@@ -1717,7 +1717,7 @@ def test_importing_rewards_needs_no_scorers_package():
     found, todo = set(), ["rewards"]
     while todo:
         name = todo.pop()
-        path = rewards.HERE / f"{name.replace('.', '/')}.py"
+        path = common.HERE / f"{name.replace('.', '/')}.py"
         if name in found or found.add(name) or not path.is_file():
             continue
         for node in ast.parse(path.read_text()).body:

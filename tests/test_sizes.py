@@ -18,12 +18,11 @@ from conftest import fails, log_of, rows_of, together, train_args
 from PIL import Image
 from safetensors.torch import load_file
 
-import engine
-import memory
 import rankdpo
 import synpic
-from common import IMAGE_FORMATS, read_pixels
-from lists import by_size, header_size, list_pixels, read_sizes
+from lib import engine, memory
+from lib.lists import by_size, list_pixels, read_sizes
+from lib.pictures import IMAGE_FORMATS, header_size, read_pixels
 
 WIDTHS = (32, 32, 48, 32, 48, 32, 48, 32, 48, 32)  # of the ten lists; 48 x 32 pixels is the rarer size
 SIZES = [(32, width) for width in WIDTHS]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import fails
 
-from lists import read_metadata
+from lib.lists import read_metadata
 from toy import study
 from toy.world import CATEGORIES, grammar, held_out, render
 

@@ -19,13 +19,11 @@ from conftest import PROMPTS, child, fails, rewards, rows_of, synpic_args, t5_to
 from PIL import Image
 from scipy.stats import kendalltau
 
-import common
-import draw
 import rankdpo
 import rewards as reward_models
 import synpic
-from lists import read_lists
-from losses import LABELS, preference_labels
+from lib import draw, pictures, tables
+from lib.lists import LABELS, preference_labels, read_lists
 from toy import build
 
 
@@ -243,7 +241,7 @@ def test_the_papers_four_generators_and_sd15_draw(tiny, others, tmp_path):
     )
     rows = rows_of(out)
     assert len(rows) == 3 and rows[0]["models"] == ["sdxl", "sd3", "pixart", "cascade", "sd15"]
-    sizes = [common.read_image(out / f).size for f in rows[0]["file_names"]]
+    sizes = [pictures.read_image(out / f).size for f in rows[0]["file_names"]]
     assert sizes == [(32, 32), (32, 32), (256, 256), (128, 128), (32, 32)]
     for k in range(5):  # prompts differ, and so do their pictures
         assert not np.array_equal(*(np.asarray(Image.open(out / r["file_names"][k])) for r in rows[:2]))
@@ -396,7 +394,7 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
         'Prompt\tCategory\na sign that says "hi"\tX\ntwo, three four\tY\na cat\tZ\n'
     )  # PartiPrompts: a quote is a character like any other
     pyarrow.parquet.write_table(pyarrow.table({"caption": want, "n": [1, 2, 3]}), tmp_path / "a.parquet")
-    texts = lambda name, **more: [row["prompt"] for row in common.read_prompts(tmp_path / name, **more)]
+    texts = lambda name, **more: [row["prompt"] for row in tables.read_prompts(tmp_path / name, **more)]
     for kind in ("txt", "jsonl", "csv", "tsv", "parquet"):
         assert texts(f"a.{kind}") == want, kind
     (tmp_path / "b.tsv").write_text('Prompt\tCategory\n"hello" said the cat\tX\n"a dog\tY\na cat\tZ\n')
@@ -419,7 +417,7 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(SystemExit, match=says):
-            common.read_prompts(tmp_path / name)
+            tables.read_prompts(tmp_path / name)
 
 
 def test_a_folder_of_shards_is_read_by_its_prompts_alone(tmp_path):
@@ -432,21 +430,21 @@ def test_a_folder_of_shards_is_read_by_its_prompts_alone(tmp_path):
         table = pyarrow.table({"jpg_0": pictures, "caption": texts, "tag": ["x", "y"], "other": [1, 2]})
         (tmp_path / "data").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, tmp_path / f"data/train-0000{n}-of-00002.parquet")
-    rows = common.read_prompts(tmp_path)
+    rows = tables.read_prompts(tmp_path)
     assert [row["prompt"] for row in rows] == ["prompt 0", "both", "prompt 1"]
     assert all(set(row) == {"prompt", "caption", "tag"} for row in rows)
-    assert common.read_prompts(tmp_path, also=("other",))[1]["other"] == 2
+    assert tables.read_prompts(tmp_path, also=("other",))[1]["other"] == 2
     with pytest.raises(SystemExit, match="00000-of-00002.parquet, row 1: no text under 'title'"):
-        common.read_prompts(tmp_path, column="title")
+        tables.read_prompts(tmp_path, column="title")
     pyarrow.parquet.write_table(table, tmp_path / "data/test-00000-of-00001-5f3a.parquet")
     with pytest.raises(SystemExit, match="shards of test, train"):
-        common.read_prompts(tmp_path)
+        tables.read_prompts(tmp_path)
 
 
 def test_a_prompt_of_megabytes_ends_nothing(tmp_path):
     image = Image.new("RGB", (32, 32))
-    common.picture_grid([("word " * 400_000, [(image, "caption")])], tmp_path / "grid.png")
-    assert common.read_image(tmp_path / "grid.png").width < 1000
+    pictures.picture_grid([("word " * 400_000, [(image, "caption")])], tmp_path / "grid.png")
+    assert pictures.read_image(tmp_path / "grid.png").width < 1000
 
 
 # ----------------------------------------------------------------------------- labels

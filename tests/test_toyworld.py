@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import generate, load_pipeline, noise_seed
+from lib.pipelines import generate, load_pipeline, noise_seed
 from rewards import TOY_REWARDS, load_reward
 from synpic import TOY_MODELS, parse_model
 from toy import build

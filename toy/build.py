@@ -38,8 +38,8 @@ from tqdm import tqdm
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
-from common import fail, one_line_errors, option, parse, pick_device, publish, read_text, write_text
-from pipelines import (
+from lib.common import fail, one_line_errors, option, parse, pick_device
+from lib.pipelines import (
     BETAS,
     add_noise,
     denoiser_of,
@@ -49,8 +49,10 @@ from pipelines import (
     noise_seed,
     text_encoders_of,
 )
+from lib.scorers import MEAN, STD, BlipReward, sizes
+from lib.store import publish, write_text
+from lib.tables import read_text
 from rewards import TOY_REWARDS, load_reward
-from scorers import MEAN, STD, BlipReward, sizes
 from synpic import TOY_MODELS, parse_model
 from toy.world import (
     CATEGORIES,

@@ -31,14 +31,14 @@ from scipy import stats
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
-import common
 import losses
 import rankdpo
-from common import fail, option
-from evaluate import markdown
-from pipelines import SUITS, generate_each, load_pipeline, noise_seed
+from lib import common, store, tables
+from lib.common import fail, option
+from lib.pipelines import SUITS, generate_each, load_pipeline, noise_seed
+from lib.stats import category_mean, entropy, holm
+from lib.tables import markdown
 from rewards import TOY_REWARDS, load_reward, reward_name
-from stats import category_mean, entropy, holm
 from toy.world import CATEGORIES, GROUND, check, find_objects, grammar, prompts_of
 
 BASE, PAGE = TOY / "models/sdxl", TOY.parent / "docs/study.md"
@@ -138,16 +138,16 @@ def conflict_lists(cfg):
     def write(tmp):
         shutil.copytree(Path(cfg.data) / "images", tmp / "images")  # readers refuse a link out of a folder
         lines = []
-        for _, row in common.read_jsonl(Path(cfg.data) / "metadata.jsonl"):
+        for _, row in tables.read_jsonl(Path(cfg.data) / "metadata.jsonl"):
             found = [exact_rewards(row["prompt"], Image.open(tmp / name)) for name in row["file_names"]]
             scores = {name: [one[name] for one in found] for name in CONFLICT}
             phi = losses.preference_probability(torch.tensor(list(scores.values())).T).tolist()
             lines.append(json.dumps(dict(row, scores=scores, phi=phi)))
         (tmp / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
-    with common.lock(Path(cfg.out) / ".conflict.lock", wait=True):  # two may be at work side by side
+    with store.lock(Path(cfg.out) / ".conflict.lock", wait=True):  # two may be at work side by side
         if not folder.is_dir():
-            common.publish(folder, write)
+            store.publish(folder, write)
     return str(folder)
 
 
@@ -284,7 +284,7 @@ def train(cfg, name, setting, seed, out):
         raise
     finally:  # the trainer has its own way to end
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    log = [row for _, row in common.read_jsonl(Path(out) / "log.jsonl")]
+    log = [row for _, row in tables.read_jsonl(Path(out) / "log.jsonl")]
     largest = log[0]["config"]["max_grad_norm"]
     line = dict(steps=cfg.steps, lists=cfg.lists, cpu_seconds=round(time.process_time() - started, 1))
     line["clipped"] = round(float(np.mean([row["grad_norm"] > largest for row in log[1:]])), 3)
@@ -308,13 +308,13 @@ def run(cfg, job, base):
         if seed < SEEDS[0]:
             found["choice"] = measure(pipe, choice_prompts(), seed, scored=False)
         line["at"][str(step)] = found
-    common.remove(out)
+    store.remove(out)
     return dict(line, commit=common.provenance(torch.device("cpu"))["commit"])
 
 
 def read_results(cfg):
     path, lines = Path(cfg.results), []
-    for n, line in common.read_jsonl(path, torn_end=True) if path.is_file() else ():
+    for n, line in tables.read_jsonl(path, torn_end=True) if path.is_file() else ():
         if line.get("steps", cfg.steps) != cfg.steps or line.get("lists", cfg.lists) != cfg.lists:
             fail(f"{path}, line {n}: a run of other --steps or --lists; name another file with --results")
         lines.append(line)
@@ -339,12 +339,12 @@ def run_all(cfg):
         with ExitStack() as stack:
             try:
                 name = "-".join(map(str, job)).replace(" ", "_")
-                stack.enter_context(common.lock(Path(cfg.out) / f".{name}.lock", "another process is at it"))
+                stack.enter_context(store.lock(Path(cfg.out) / f".{name}.lock", "another process is at it"))
             except SystemExit:
                 taken.add(job)
                 continue
             text = json.dumps(run(cfg, job, None if job[0] == "base" else base(job))) + "\n"
-            with common.appending(Path(cfg.results).resolve(), busy="") as f:
+            with store.appending(Path(cfg.results).resolve(), busy="") as f:
                 f.write(text.encode())
 
 
@@ -464,7 +464,7 @@ def draw_frontier(lines, chosen, path):
         axis.set_xlabel(title)
     axes[0].set_ylabel("accuracy, exact checker")
     axes[0].legend(fontsize=7)
-    common.publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
+    store.publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
 
 
 MARK = "<!-- what follows is written by `python toy/study.py --report` -->"
@@ -485,7 +485,7 @@ def report(cfg):
     text += f"Not run: {', '.join(missing)}.\n" if missing else ""
     draw_frontier(lines, core, PAGE.with_suffix(".png"))
     head = (PAGE.read_text() if PAGE.is_file() else "").partition(MARK)[0]
-    common.write_text(PAGE, f"{head}{MARK}\n\n{text.rstrip()}\n")
+    store.write_text(PAGE, f"{head}{MARK}\n\n{text.rstrip()}\n")
     print(text)
 
 

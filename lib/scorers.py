@@ -26,7 +26,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from common import HERE, ahead, open_image, parse_json, read_text
+from lib.common import HERE, ahead, one_line
+from lib.pictures import open_image
+from lib.tables import parse_json, read_text
 
 # ----------------------------------------------------------------------------- pictures
 
@@ -210,10 +212,6 @@ class Scorer:
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 FOLDER = "config.json"  # in place of a file of weights: a folder of several files, which has a config.json
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:400]
 
 
 def from_hub(repo, file, kind="model"):
@@ -682,7 +680,7 @@ HPSV3_CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 )
-HPSV3_QUESTION = (HERE / "docs/templates/hpsv3.txt").read_text("utf-8")
+HPSV3_QUESTION = (HERE / "lib/templates/hpsv3.txt").read_text("utf-8")
 
 
 def hpsv3_key(key):

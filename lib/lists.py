@@ -13,23 +13,23 @@ import hashlib
 import io
 import json
 import os
-from collections import Counter, namedtuple
+from collections import namedtuple
 from contextlib import suppress
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from zipfile import ZipFile
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import common
-from common import fail, path_inside, process_rank, publish, read_jsonl, read_pixels, read_text
-from losses import preference_labels, preference_rank
+from lib import common, tables
+from lib.common import fail, process_rank
+from lib.pictures import header_size, read_pixels
+from lib.store import path_inside, publish
+from lib.tables import read_jsonl, read_text
+from losses import majority_vote, preference_probability
 
 # ----------------------------------------------------------------------------- metadata.jsonl
 
@@ -79,7 +79,7 @@ def read_metadata(folder, lists=False, labelled=False):
 
 def checked_row(folder, row, lists, labelled):
     """A row of metadata.jsonl with its keys in our names; ValueError says what is wrong with it."""
-    prompt = next((row[k] for k in common.TEXT if k in row), None)
+    prompt = next((row[k] for k in tables.TEXT if k in row), None)
     files = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
     if not isinstance(prompt, str) or not isinstance(files, list) or not files:
         raise ValueError("needs prompt (or caption, text) and file_names (or file_name)")
@@ -116,18 +116,6 @@ def check_label(label, known):
         fail(f"--label {label}: there are {', '.join(known)} and single:REWARD")
 
 
-def with_model(cfg):
-    """The trainer's options, with the toy's model where none is named and the lists are of the toy world."""
-    from toy import world
-
-    if cfg.model is None:
-        rows = [] if cfg.data == "random" else read_metadata(cfg.data)
-        if not rows or not world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
-            fail("--model: must be named; the default, toy/models/sdxl, knows lists of the toy world alone")
-        cfg = replace(cfg, model=f"{common.HERE}/toy/models/sdxl")
-    return cfg
-
-
 def stored_rewards(folder, rows, label, wanted=()):
     """(names, rewards) that a label counts: names of R stored scores and for each row of metadata.jsonl a
     tensor (K, R), fp64. They are the `wanted` scores, or all there are, or that of single:REWARD alone."""
@@ -153,6 +141,36 @@ def stored_rewards(folder, rows, label, wanted=()):
 def is_number(value):
     """A finite number of fp32's range, not text that looks like one."""
     return type(value) in (int, float) and abs(value) < 3e38
+
+
+# ----------------------------------------------------------------------------- labels
+
+LABELS = ("phi", "sum", "normalized_sum", "majority", "random")  # and single:REWARD
+
+
+def preference_labels(label, rewards, seed=0):
+    """phi of every list of a data set: the choices of RankDPO's Table 4 and BalancedDPO's Table III.
+
+    majority is the share of the other images that most rewards place below. All others are shares of pairwise
+    wins: over every reward (phi), by their sum, by one reward (single:NAME; pass its column alone), or at
+    random, which follows from (seed, place of the list) and needs no rewards: R may be 0.
+    rewards: N tensors (K_n, R), lists of any lengths -> N tensors phi (K_n,) in [0, 1], fp32. ValueError for
+    an unknown label, for single: with several rewards and as in preference_probability."""
+    if label not in LABELS and not label.startswith("single:"):
+        raise ValueError(f"preference_labels: {label!r} is none of {', '.join(LABELS)} and single:REWARD")
+    if label.startswith("single:") and any(r.shape[-1] != 1 for r in rewards):
+        raise ValueError(f"preference_labels: {label} needs the scores of that reward alone, (K, 1)")
+    if label == "normalized_sum":  # rewards standardised over all images of the data set
+        scale = torch.cat(rewards).std(0).clamp(min=1e-12)  # (R,)
+        rewards = [r / scale for r in rewards]
+    if label in ("sum", "normalized_sum"):
+        rewards = [r.sum(-1, keepdim=True) for r in rewards]  # (K_n, 1)
+    if label == "random":
+        coins = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(rewards))]
+        rewards = [torch.randperm(len(r), generator=g)[:, None] for r, g in zip(rewards, coins)]
+    if label == "majority":
+        return [(majority_vote(r) > 0).float().sum(-1) / (len(r) - 1) for r in rewards]
+    return [preference_probability(r).float() for r in rewards]
 
 
 # ----------------------------------------------------------------------------- what is trained on
@@ -228,7 +246,7 @@ def find_cache(cfg, rows, dtype, wanted):
     chunks that fall to this process. The hash is of all that goes into the cache: images, prompts, models."""
     if cfg.data == "random":
         return None, []
-    import pipelines  # diffusers takes seconds, which readers of lists do not need
+    from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
 
     data = Path(cfg.data)
     stat = lambda p: [str(p), p.stat().st_size, p.stat().st_mtime_ns]
@@ -259,17 +277,6 @@ def read_cached(cache, n):
     g = torch.Generator().manual_seed(n)
     tensors = {name: torch.randn(shape, generator=g) for name, shape in cache.shapes.items()}
     return {**tensors, "latents": torch.randn(cache.k, *cache.shapes["latents"], generator=g)}
-
-
-def header_size(path):
-    """(height, width) of an image file as read_pixels gives it, from its header: nothing is decoded."""
-    try:
-        with Image.open(path, formats=common.IMAGE_FORMATS) as image:
-            turn = Image.Image.getexif(image).get(common.ORIENTATION)  # PNG's own method would decode
-            lying = turn in (5, 6, 7, 8) and image.format != "TIFF"  # which PIL turns by itself
-            return image.size if lying else image.size[::-1]
-    except Exception as e:  # besides OSError, each format of PIL has its own
-        fail(f"{path}: not a readable image ({e}); delete it and run synpic.py again")
 
 
 def read_sizes(cfg, rows):
@@ -315,7 +322,7 @@ def list_pixels(cfg, row, size):
 def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
     """Latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file a list that
     all processes read. Threads decode the next lists' images meanwhile. Returns the Cache to read from."""
-    import pipelines  # diffusers takes seconds, which readers of lists do not need
+    from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
 
     if cfg.data == "random":
         return Cache(None, pipelines.shapes_at(pipe, cfg.resolution), k=1 if cfg.loss == "dro" else 4)
@@ -348,202 +355,3 @@ def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
         write = partial(save_file, tensors, metadata={"list": f"{cache.folder.name}/{n}"})
         publish(cache_file(cache, n), write, sync=False, unique=True)
     return cache
-
-
-# ----------------------------------------------------------------------------- import
-
-LARGEST = 1 << 28  # bytes of a picture: a larger member of a zip is a bomb or no picture
-
-# Published choices of people: the fields of a prompt, of its pictures and of a number a picture, and 1 where
-# higher is better, -1 for ranks. One field alone holds a list. Without numbers the first picture is better.
-FORMATS = {
-    "Pick-a-Pic v2": ("caption", ["jpg_0", "jpg_1"], ["label_0", "label_1"], 1),
-    "ImageRewardDB": ("prompt", ["image_path"], ["rank"], -1),
-    "ImageReward test": ("prompt", ["generations"], ["ranking"], -1),
-    "HPDv2 test": ("prompt", ["image_path"], ["rank"], -1),
-    "HPDv2": ("prompt", ["file_path"], ["human_preference"], 1),
-    "HPDv3": ("prompt", ["path1", "path2"], [], 1),
-}
-FIELDS = {name: [prompt, *pictures, *labels] for name, (prompt, pictures, labels, _) in FORMATS.items()}
-FIELDS["ImageRewardDB"].append("prompt_id")  # a row is a picture, and this is its list
-
-
-def format_of(path, fields):
-    """The name in FORMATS of a file with these fields."""
-    for name, wanted in FIELDS.items():
-        if set(wanted) <= set(fields):
-            return name
-    known = "; ".join(f"{name} has {', '.join(wanted)}" for name, wanted in FIELDS.items())
-    found = ", ".join(map(str, fields)) or "no fields"
-    fail(f"--from {path}: has {found}, which is no known format. {known}")
-
-
-def read_records(path):
-    """Yield (file, place in it, format, record) of a file; a parquet is read one row group after the other.
-    Of ImageRewardDB the rows of a prompt_id are one record."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
-            file = ParquetFile(path)
-            kind = format_of(path, file.schema_arrow.names)
-            columns = [c for c in file.schema_arrow.names if c in (*FIELDS[kind], "has_label")]
-            groups = (file.read_row_group(n, columns) for n in range(file.num_row_groups))
-            batches = (batch for group in groups for batch in group.to_batches(64))  # iter_batches keeps all
-            rows = (row for batch in batches for row in batch.to_pylist())
-        else:
-            lines = path.suffix == ".jsonl"
-            rows = [row for _, row in read_jsonl(path)] if lines else common.parse_json(read_text(path))
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("not a list of objects")
-            kind = format_of(path, rows[0] if rows else ())
-        what = "list" if kind == "ImageRewardDB" else "row"
-        if what == "list":
-            lists = {}
-            for row in rows:
-                empty = {"prompt": row["prompt"], "image_path": [], "rank": []}
-                of_list = lists.setdefault((row["prompt_id"], row["prompt"]), empty)
-                of_list["image_path"].append(row["image_path"])
-                of_list["rank"].append(row["rank"])
-            rows = lists.values()
-        yield from ((path, f"{what} {n}", kind, row) for n, row in enumerate(rows, 1))
-    except Exception as e:  # pyarrow has its own errors
-        fail(f"--from {path}: not a readable file ({' '.join(str(e).split())[:200]})")
-
-
-@lru_cache(maxsize=None)
-def zipped(folder):
-    """{file name: [(zip, member), ...]} of all zips in a folder. Members go by their last name, since
-    publishers cut the paths before it differently."""
-    members = {}
-    for path in sorted(folder.rglob("*.zip")):
-        try:
-            archive = ZipFile(path)
-        except Exception as e:  # zipfile has several kinds
-            print(f"{path}: cannot be read ({e})")
-            continue
-        for member in archive.infolist():
-            members.setdefault(Path(member.filename).name, []).append((archive, member))
-    return members
-
-
-def picture_bytes(picture, folder):
-    """The bytes of a picture of a record, which is bytes, or the name of a file in the folder or in a zip
-    there, or both as datasets saves them: {"bytes", "path"}. ValueError if it cannot be read."""
-    if isinstance(picture, dict):
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, bytes):
-        return picture
-    path = path_inside(folder, picture)
-    if os.path.isfile(path):
-        size, read = os.path.getsize(path), Path(path).read_bytes
-    else:
-        found = zipped(folder).get(Path(picture).name, [])
-        if len(found) != 1:
-            raise ValueError(f"{picture} is {'twice' if found else 'not'} in {folder} and its zips")
-        archive, member = found[0]
-        size, read = member.file_size, partial(archive.read, member)
-        picture = f"{picture} in {archive.filename}"
-    if size > LARGEST:
-        raise ValueError(f"{picture}: larger than {LARGEST >> 20} MB")
-    try:
-        return read()
-    except Exception as e:  # a password, an unknown method, torn data: each method has its own errors
-        raise ValueError(f"{picture}: {e}") from None
-
-
-def keep_picture(out, data):
-    """The name of a picture in the folder, made of its bytes: rows share it, and a second run finds it."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=common.IMAGE_FORMATS)  # its head alone
-    except Exception as e:  # besides OSError, each format of PIL has its own
-        raise ValueError(f"not a readable image ({e})") from None
-    digest = hashlib.sha256(data).hexdigest()[:32]
-    name = f"images/{digest[:2]}/{digest}.{image.format.lower()}"
-    path = Path(out) / name
-    if not path.is_file() or path.stat().st_size != len(data):
-        common.open_image(image)
-        publish(path, lambda tmp: tmp.write_bytes(data), sync=False)
-    return name
-
-
-def imported_row(out, kind, record, folder):
-    """A row of metadata.jsonl with the people's choice as the scores `human`, or None without one. ValueError
-    with what is wrong with the record."""
-    if record.get("has_label") is False:
-        return None
-    prompt, *fields, sign = FORMATS[kind]
-    values = lambda names: record[names[0]] if len(names) == 1 else [record[name] for name in names]
-    try:
-        prompt = " ".join(record[prompt].split())
-        pictures, labels = map(values, fields)
-        scores = [sign * label for label in labels] or [1, 0]
-        fits = prompt and len(pictures) == len(scores) and all(map(is_number, scores))
-    except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"not the fields of {kind}: a prompt, pictures and as many labels are wanted")
-    if len(pictures) < 2:
-        return None
-    files = []
-    for n, picture in enumerate(pictures):
-        try:
-            files.append(keep_picture(out, picture_bytes(picture, folder)))
-        except ValueError as e:
-            raise ValueError(f"picture {n} of {common.quoted(prompt)}: {e}") from None
-    if len(set(files)) < len(files):
-        return None  # nothing to choose between
-    phi = preference_labels("phi", [torch.tensor(scores, dtype=torch.float64)[:, None]])[0]
-    labels = dict(scores={"human": scores}, phi=phi.tolist(), rank=preference_rank(phi).tolist())
-    return dict(prompt=prompt, file_names=files, **labels)
-
-
-def import_lists(cfg, paths, metadata):
-    """Write the lists of all files to `metadata`, and print how many of which kind."""
-    counts, problems, seen = Counter(lists=0), [], set()
-    records = (record for path in paths for record in read_records(path))
-    with open(metadata, "w", encoding="utf-8") as f:
-        for path, place, kind, record in tqdm(records, desc="import", unit="list"):
-            try:
-                row = imported_row(cfg.out, kind, record, Path(cfg.pictures or path.parent))
-            except ValueError as e:
-                problems.append(f"{path}, {place}: {e}")
-                if cfg.on_error == "stop":
-                    fail(f"{problems[0]}; mend it, or leave such lists out with --on_error skip")
-                continue
-            key = row and hash((row["prompt"], *row["file_names"]))
-            if row is None or key in seen:
-                counts["without a choice" if row is None else "doubled"] += 1
-                continue
-            seen.add(key)
-            human = row["scores"]["human"]
-            counts.update(lists=1, images=len(human), ties=int(len(set(human)) < len(human)))
-            f.write(json.dumps(row) + "\n")
-    common.print_problems(problems, "lists could not be read")
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
-    if not counts["lists"]:
-        fail(f"--from {cfg.from_}: {said}, so nothing was imported")
-    print(f"{cfg.out}/metadata.jsonl: {said}")
-
-
-def import_stage(cfg):
-    """metadata.jsonl and images/ from what people chose. The pictures are there first, under names that
-    follow from their bytes, so that a run that was killed writes what is missing, and the same rows.
-    import.json says what was imported. Until metadata.jsonl is there, another file may take its place."""
-    source, out = Path(cfg.from_), Path(cfg.out)
-    paths = common.shards(source) if source.is_dir() else [source]
-    if not cfg.from_ or not paths or not all(path.is_file() for path in paths):
-        fail(f"--from {source}: name a .parquet, .json or .jsonl file, or a folder of .parquet files")
-    if cfg.pictures and not Path(cfg.pictures).is_dir():
-        fail(f"--pictures {cfg.pictures}: no such folder")
-    now = json.dumps([[path.name, *common.ends_of(path, 1 << 20)] for path in paths]) + "\n"
-    begun, done = out / "import.json", (out / "metadata.jsonl").is_file()
-    if done and begun.is_file() and read_text(begun) != now:
-        fail(f"--out {out}: holds the lists of another file than {source}; choose another folder")
-    if not begun.is_file() and (done or (out / "images").exists()):
-        fail(f"--out {out}: holds other pictures; choose another folder")
-    if done:
-        print(f"{out}: was imported already; delete its metadata.jsonl to do it again")
-        return
-    common.write_text(begun, now)
-    publish(out / "metadata.jsonl", lambda tmp: import_lists(cfg, paths, tmp))

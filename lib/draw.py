@@ -19,9 +19,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import common
-from common import appending, fail, lock, parse_json, pick_device, pick_dtype, print_problems, process_rank
-from pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed, split_spec
+from lib import common, store, tables
+from lib.common import fail, pick_device, pick_dtype, print_problems, process_rank
+from lib.formats import split_spec
+from lib.pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
+from lib.store import appending, lock
+from lib.tables import parse_json
 
 # ----------------------------------------------------------------------------- drawing
 
@@ -84,7 +87,7 @@ def draw_model(cfg, pipe, k, model, batches, bar):
                     problems.append(f"{path}, prompt {common.quoted(prompt)}: {problem}")
                     path.unlink(missing_ok=True)
                 elif not is_whole(path):
-                    writing.append(threads.submit(common.publish, path, image.save, sync=False))
+                    writing.append(threads.submit(store.publish, path, image.save, sync=False))
             if problems and cfg.on_error == "stop":
                 fail(f"{problems[0]}; nothing was written for it. --on_error skip leaves such prompts out")
             bar.update(len(batch))
@@ -194,7 +197,7 @@ def read_settings(out):
     """settings.json of a folder, and how many prompts it was made for."""
     path = Path(out) / "settings.json"
     try:
-        settings = parse_json(common.read_text(path))
+        settings = parse_json(tables.read_text(path))
         models = {name: {**model, "path": dict(model["path"])} for name, model in settings["models"].items()}
         return {**settings, "models": models}, int(settings["prompts"][0])
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -234,7 +237,7 @@ def keep_settings(out, now):
     with lock(path.with_name(".lock-settings"), wait=True):
         check_settings(out, now)
         if not path.is_file():
-            common.write_text(path, json.dumps(now, indent=1))
+            store.write_text(path, json.dumps(now, indent=1))
 
 
 def note_time(out, stage, name, images, seconds):

@@ -10,17 +10,22 @@ only warn of tensors that they drop or draw at random. Files of torch.save are r
 
 import hashlib
 import json
+import logging
 import os
 import re
-from contextlib import nullcontext
+import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import diffusers
 import huggingface_hub
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common import parse_json, read_text
+from lib.common import fail, one_line
+from lib.tables import parse_json, read_text
 
 
 def split_spec(path):
@@ -55,6 +60,37 @@ def stored_as(path, part):
                 return dict(variant=variant, use_safetensors=suffix == "safetensors")
     held = f"weights are {sorted(map(str, there))}" if there else "there are no weights"
     raise ValueError(f"{path}/{part}: {held}; wanted are safetensors or .bin, whole or as fp32, fp16 or bf16")
+
+
+# ----------------------------------------------------------------------------- libraries, loading
+
+
+@contextmanager
+def quiet():
+    """Hide the libraries' warnings and loading bars meanwhile: one line of ours says what is wrong. Bars of
+    downloads stay."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            huggingface_hub.utils.enable_progress_bars()  # transformers has disabled them too
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def loading(what):
+    """A `with` around the loading of a model: without the bars and warnings of libraries, and whatever fails
+    ends the program with one line."""
+    try:
+        with quiet():
+            yield
+    except Exception as e:  # a missing file, a wrong format, no hub: one line says which
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        fail(f"{what}: could not be loaded: {kind}{one_line(e)}")
 
 
 # ----------------------------------------------------------------------------- what is added to a base

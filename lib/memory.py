@@ -1,12 +1,10 @@
 """What a run takes, counted before a GPU is rented: FLOPs, bytes, hours, and the memory setting that fits.
 
-    python memory.py --model random:flux --lora_rank 64           # 1 and 8 GPUs of 24, 40 and 80 GB
-    python memory.py --model random:sdxl --gpus 8 --gb 80 --steps 400 --global_batch_size 1024
-    python memory.py --stage draw --model random:sd3 --gb 24      # images at once of a generator
-    python memory.py --stage score --gb 24                        # images at once of each published reward
+    cfg, flops = choose(cfg, ...)      # the trainer's start: the fastest setting that fits its GPUs
+    print_plan(cfg)                    # rankdpo.py --model random:sdxl --plan 24 40 8x80
 
-Nothing is computed and no weight is read: FLOPs are counted on the meta device, bytes on fake tensors. The
-trainer calls choose(). docs/memory.md has these figures beside those of PyTorch's own allocator.
+Nothing is computed and no weight is read: FLOPs are counted on the meta device, bytes on fake tensors.
+docs/memory.md has these figures beside those of PyTorch's own allocator.
 """
 
 import ctypes
@@ -15,42 +13,8 @@ import os
 import weakref
 from collections import namedtuple
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-
-import common
-from common import HERE, fail, option, process_rank
-
-LOSSES = ("rankdpo", "dpo", "gain", "balanced", "direct", "random_scorer", "sft", "weighted", "dro")
-
-
-@dataclass
-class Plan:
-    """The trainer's options that decide what a run takes, under the trainer's names, and the GPUs."""
-
-    stage: str = option("train", "what to plan", ("train", "draw", "score"))
-    gpus: int = option(None, "GPUs (default: 1 and 8)", above=0)
-    gb: float = option(None, "memory of each GPU in GB of 1e9 bytes (default: 24, 40 and 80)", above=0)
-    lists: int = option(58_000, "lists to draw and to encode", above=0)
-    model: str = option(f"{HERE}/toy/models/sdxl", "what to tune or draw with: folder, hub id or random:sdxl")
-    k: int = option(None, "images a list (default: 4; 2 for dro)", above=0)
-    resolution: int = option(0, "side of the images in pixels; 0 = the model's own", at_least=0)
-    loss: str = option("rankdpo", "the objective; dro samples and keeps one more copy of the policy", LOSSES)
-    lora_rank: int = option(0, "train adapters of this rank; 0 = all weights", at_least=0)
-    ema: float = option(0.0, "decay of an average of the weights", at_least=0, below=1)
-    sampler_steps: int = option(20, "--loss dro: steps of the sampling path", above=1)
-    steps: int = option(600, "optimiser steps", above=0)
-    global_batch_size: int = option(32, "lists a step, over all processes", above=0)
-    sample_every: int = option(0, "steps between rows of sample pictures; 0 = never", at_least=0)
-    sample_prompts: int = option(8, "pictures a row", above=0)
-    device_batch_size: int = option(None, "lists a forward pass on one device", above=0)
-    images_per_forward: int = option(None, "images a pass; 0 = all", at_least=0)
-    gradient_checkpointing: bool = option(None, "recompute activations in the backward pass")
-    keep_gathered: bool = option(None, "sharded: weights are gathered, gradients reduced once a step")
-
-
-if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
-    common.parse(Plan, __doc__)
 
 import diffusers
 import torch
@@ -60,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-import pipelines
+from lib import formats, pipelines
+from lib.common import fail, process_rank
+from lib.lists import read_metadata
 
 # ----------------------------------------------------------------------------- counting
 
@@ -294,10 +260,10 @@ def choose(cfg, family, denoiser, item, K, dtype, device, free):
 
 # ----------------------------------------------------------------------------- the plan
 
-CARDS = (24, 32, 40, 48, 80, 96, 141, 192)  # GB
 RATES = {"A100 at 100 TFLOP/s": 100, "A100 at 200": 200, "H100 at 400": 400}  # assumed
-TEXT = {"sd15": 0.123, "sdxl": 0.818, "sd3": 5.58, "flux": 4.885, "qwen": 8.292}  # 1e9 parameters of encoders
-REWARDS = {  # (1e9 parameters, MB a picture in fp32: tokens x (4 widths + MLP) x 4 bytes at the widest layer)
+ENCODERS = {"sd15": 0.123, "sdxl": 0.818, "sd3": 5.58, "flux": 4.885, "qwen": 8.292}  # of text, 1e9
+# (1e9 parameters, MB of a picture in fp32: tokens x (4 widths + MLP) x 4 bytes at the widest layer)
+SCORING = {
     "clip, hpsv2, hpsv2.1, pickscore, diversity": (0.986, 16),
     "imagereward, cyclereward": (0.447, 10),
     "mps": (1.1, 25),
@@ -308,17 +274,24 @@ REWARDS = {  # (1e9 parameters, MB a picture in fp32: tokens x (4 widths + MLP) 
 }
 
 
-def cards(cfg):
-    """[(GPUs, GB)] to plan for: of --gb and of the next larger and smaller cards, or some usual ones."""
-    larger, smaller = [c for c in CARDS if c > (cfg.gb or 0)], [c for c in CARDS if c < (cfg.gb or 0)]
-    sizes = [cfg.gb, *larger[:1], *smaller[-1:]] if cfg.gb else (24, 40, 80)
-    return product([cfg.gpus] if cfg.gpus else (1, 8), sizes)
+def read_cards(plan):
+    """[(GPUs, GB of 1e9 bytes)] of --plan 24 8x80."""
+    cards = []
+    for text in plan:
+        gpus, _, gb = text.rpartition("x")
+        try:
+            cards.append((int(gpus or 1), float(gb)))
+        except ValueError:
+            cards.append((0, 0.0))
+        if not (cards[-1][0] > 0 and 0 < cards[-1][1] < math.inf):
+            fail(f"--plan {text}: expected the GB of a GPU, as 24, or GPUs x GB, as 8x80", 2)
+    return cards
 
 
-def print_batch(gpus, gb, weights, image):
+def largest_batch(gb, weights, image):
     """The images at once that fit beside `weights` bytes, of `image` bytes each."""
     fit = int((gb * 1e9 - LIBRARIES - weights) / image / (1 + FRAGMENTS[True]))
-    print(f"{gpus} x {gb:g} GB:", f"--batch_size {fit}" if fit > 0 else "DOES NOT FIT")
+    return f"--batch_size {fit}" if fit > 0 else "DOES NOT FIT"
 
 
 def print_hours(what, flops, gpus):
@@ -326,22 +299,21 @@ def print_hours(what, flops, gpus):
     print(f"hours of {what} on {gpus} GPU{'s' * (gpus > 1)}: {', '.join(each)}")
 
 
-def plan_training(cfg, family, denoiser, item, K, dtype, text):
+def plan_training(cfg, cards, family, denoiser, item, lists, dtype, text):
+    K, latents = len(item["latents"]), item["latents"].shape[1:]
     flops, setting_in = count(cfg, family, denoiser, item, K, dtype, on_gpu=True)
-    latents = item["latents"].shape[1:]
     encode, encoded, vae = count_vae(family, latents, "encode")
     _, decoded, _ = count_vae(family, latents, "decode")
     encoding = 4 * vae + dtype.itemsize * text + K * encoded
-    print(f"encoding lists of {K}: {encoding / 1e9:.1f} GB, before anything else lies on the GPU")
+    print(f"encoding lists of {K}: {encoding / 1e9:.1f} GB, before anything else is on the GPU")
     print(f"a sample: {decoded / 1e9:.1f} GB to decode beside the weights, or less in tiles; a checkpoint: 0")
-    for gpus, gb in cards(cfg):
+    for gpus, gb in cards:
         print(f"{gpus} x {gb:g} GB:", describe(setting := setting_in(gb * 1e9 - LIBRARIES, gpus)))
-        if gb == cfg.gb:
-            print_hours("training", cfg.steps * cfg.global_batch_size * flops * setting.time, gpus)
-            print_hours("encoding, at half these rates in TF32,", 2 * cfg.lists * K * encode, gpus)
+        print_hours("training", cfg.steps * cfg.global_batch_size * flops * setting.time, gpus)
+        print_hours(f"encoding {lists} lists, at half these rates in TF32,", 2 * lists * K * encode, gpus)
 
 
-def plan_drawing(cfg, family, denoiser, item, dtype, text, suits):
+def plan_drawing(cards, family, denoiser, item, lists, dtype, text, suits):
     guided = 2 if suits["guidance"] and not denoiser.config.get("guidance_embeds") else 1
     network, *inputs = stand_in(denoiser, item, 0)
     forward, kept = count_forward(network, inputs, family.predict, dtype)
@@ -350,36 +322,30 @@ def plan_drawing(cfg, family, denoiser, item, dtype, text, suits):
     image = max(guided * kept, decoded * dtype.itemsize / 4)
     flops = suits["steps"] * guided * forward + decode
     print(f"weights {weights / 1e9:.1f} GB, a picture {image / 1e9:.2f} GB more, {flops / 1e12:.0f} TFLOP")
-    for gpus, gb in cards(cfg):
-        print_batch(gpus, gb, weights, image)
-        if gb == cfg.gb:
-            print_hours(f"drawing {cfg.lists} pictures", cfg.lists * flops, gpus)
+    for gpus, gb in cards:
+        print(f"{gpus} x {gb:g} GB:", largest_batch(gb, weights, image))
+        print_hours(f"drawing {lists} pictures", lists * flops, gpus)
 
 
-def plan_scoring(cfg):
-    print("rewards are loaded one after the other, so each has the GPU to itself; NAME-bf16 takes half")
-    for name, (parameters, picture) in REWARDS.items():
-        print(f"{name}: {4 * parameters:.1f} GB in fp32")
-        for gpus, gb in cards(replace(cfg, gpus=1)):
-            print_batch(gpus, gb, 4e9 * parameters, 1e6 * picture)
-
-
-@common.one_line_errors
-def main(argv=None):
-    cfg = common.parse(Plan, __doc__, argv)
-    if cfg.stage == "score":
-        return plan_scoring(cfg)
-    dtype, K = torch.bfloat16, cfg.k or (2 if cfg.loss == "dro" else 4)
-    pipe = pipelines.load_pipeline(pipelines.split_spec(cfg.model)[0], denoiser=False, encoders=False)
+def print_plan(cfg):
+    """--plan: memory and hours of training, of drawing with this model and of scoring, for each kind of card.
+    K and the number of lists are those of --data where it is named, else the paper's."""
+    cards, dtype = read_cards(cfg.plan), torch.bfloat16
+    pipe = pipelines.load_pipeline(formats.split_spec(cfg.model)[0], denoiser=False, encoders=False)
     family, denoiser = pipelines.family_of(pipe, trainable=True), pipelines.denoiser_of(pipe)[1]
+    K, lists = 2 if cfg.loss == "dro" else 4, 58_000
+    if cfg.data not in ("random", type(cfg).data):
+        rows = read_metadata(cfg.data)
+        K, lists = len(rows[0]["file_names"]), len(rows)
     shapes = pipelines.shapes_at(pipe, cfg.resolution)
     item = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     item["latents"] = item["latents"].expand(K, *shapes["latents"])
-    text = next(1e9 * TEXT[name] for name, known in pipelines.TRAINABLE.items() if known is family)
-    if cfg.stage == "draw":
-        return plan_drawing(cfg, family, denoiser, item, dtype, text, family.suits(pipe))
-    plan_training(cfg, family, denoiser, item, K, dtype, text)
-
-
-if __name__ == "__main__":
-    main()
+    text = next(1e9 * ENCODERS[name] for name, known in pipelines.TRAINABLE.items() if known is family)
+    print("---- training")
+    plan_training(cfg, cards, family, denoiser, item, lists, dtype, text)
+    print("---- drawing with this model")
+    plan_drawing(cards, family, denoiser, item, lists, dtype, text, family.suits(pipe))
+    print("---- scoring: one reward after the other, so each has the GPU to itself; NAME-bf16 takes half")
+    for name, (parameters, picture) in SCORING.items():
+        fits = [f"{gb:g} GB: {largest_batch(gb, 4e9 * parameters, 1e6 * picture)}" for _, gb in cards]
+        print(f"{name}, {4 * parameters:.1f} GB in fp32; {'; '.join(fits)}")

@@ -13,15 +13,12 @@ that is only sampled (PixArt, Stable Cascade) overrides `sampling` alone. No oth
 
 import hashlib
 import json
-import logging
 import os
-import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 
 import diffusers
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -29,8 +26,10 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import ends_of, fail, parse_json, process_rank, publish
-from formats import find_addition, load_adapters, load_denoiser, split_spec, stored_as
+from lib.common import fail, process_rank
+from lib.formats import find_addition, load_adapters, load_denoiser, quiet, split_spec, stored_as
+from lib.store import ends_of, publish
+from lib.tables import parse_json
 
 # ----------------------------------------------------------------------------- families
 
@@ -550,22 +549,6 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, denoiser=True, encode
             fail(f"{path}: {name} holds weights that are not finite")
     pipe.set_progress_bar_config(disable=True)
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)
-
-
-@contextmanager
-def quiet():
-    """Hide the libraries' warnings and loading bars meanwhile: one line of ours says what is wrong. Bars of
-    downloads stay."""
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            huggingface_hub.utils.enable_progress_bars()  # transformers has disabled them too
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def load_parts(path, dtype, denoiser, encoders):

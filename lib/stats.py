@@ -9,8 +9,6 @@ docs/evaluation.md defines every number in words.
 import numpy as np
 from scipy.stats import binomtest, wilcoxon
 
-from toy.world import COLORS
-
 METRICS = ("toyworld", "geneval", "t2i-compbench", "dpg")  # accuracies, in [0, 1]; the first that is there
 
 
@@ -149,16 +147,16 @@ def entropy(share):
     return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
 
 
-def colour_entropy(counts, seed, n=2000):
-    """{model: (P', C)} -> {model: entropy in bits of the colours of all, share of each colour, and the change
-    to the first model with a paired 95 % bootstrap interval over prompts}."""
+def colour_entropy(counts, colours, seed, n=2000):
+    """{model: (P', C)}, names of C colours -> {model: entropy in bits of the colours of all, share of each
+    colour, and the change to the first model with a paired 95 % bootstrap interval over prompts}."""
     base, results = next(iter(counts.values())), {}
     if not base.sum() or not all(c.sum() for c in counts.values()):
         return {}
     sample = np.random.default_rng(seed).integers(len(base), size=(n, len(base)))
     bits = lambda c: entropy(c / np.maximum(c.sum(-1, keepdims=True), 1e-12))
     for name, c in counts.items():
-        total, share = float(bits(c.sum(0))), dict(zip(COLORS, (c.sum(0) / c.sum()).tolist()))
+        total, share = float(bits(c.sum(0))), dict(zip(colours, (c.sum(0) / c.sum()).tolist()))
         low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5]).tolist()
         change = dict(gain=total - float(bits(base.sum(0))), low=low, high=high)
         results[name] = dict(bits=total, change=change, prompts=len(c), share=share)

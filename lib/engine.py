@@ -35,9 +35,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from tqdm import tqdm
 
-import common
-import pipelines
-from common import fail, process_rank
+from lib import common, pictures, pipelines, store, tables
+from lib.common import fail, process_rank
 
 # on purpose: one process saves for itself, and copies of adapters are sets of one network
 warnings.filterwarnings("ignore", "torch.distributed is disabled|Already found a `peft_config`")
@@ -291,7 +290,7 @@ def save_checkpoint(cfg, state, identity, step):
     (rank, world), folder = process_rank(), Path(cfg.out) / "checkpoints"
     tmp, final = folder / f".tmp-step-{step:06d}", folder / f"step-{step:06d}"
     if rank == 0:
-        common.remove(tmp)
+        store.remove(tmp)
         tmp.mkdir(parents=True)
     common.wait_for_all(slow=True)
     state = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in state.items()}
@@ -300,17 +299,17 @@ def save_checkpoint(cfg, state, identity, step):
         group = common.slow_group[0] if world > 1 else None  # a disk may be slow
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=world == 1)
     except (Exception, CheckpointException) as e:  # torch's own, one error a process, is no Exception
-        common.remove(tmp)
+        store.remove(tmp)
         reason = " ".join(str(e).split()).rpartition("Error: ")[2][-200:]  # a traceback stands before it
         fail(f"{final}: not written ({reason}); the checkpoint before it is kept")
     common.wait_for_all(slow=True)
     if rank == 0:
         files = {p.name: p.stat().st_size for p in tmp.glob("*.safetensors")}
-        common.write_text(tmp / "run.json", json.dumps({"step": step, "identity": identity, "files": files}))
-        common.remove(final)
+        store.write_text(tmp / "run.json", json.dumps({"step": step, "identity": identity, "files": files}))
+        store.remove(final)
         os.rename(tmp, final)
         for old in sorted(folder.glob("step-??????"))[: -cfg.keep]:
-            common.remove(old)
+            store.remove(old)
     common.wait_for_all(slow=True)
 
 
@@ -353,9 +352,9 @@ def identity_of(cfg, options, rows, policy):
 def read_run(folder):
     """run.json of a checkpoint whose files are all there and whole, or None."""
     try:
-        run = common.parse_json((folder / "run.json").read_text())
+        run = tables.parse_json((folder / "run.json").read_text())
         for name, size in run["files"].items():
-            if (folder / name).stat().st_size != size or not common.is_whole_safetensors(folder / name):
+            if (folder / name).stat().st_size != size or not store.is_whole_safetensors(folder / name):
                 return None
         return run if folder.name == f"step-{run['step']:06d}" and run["identity"].items() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -367,14 +366,14 @@ def find_checkpoint(cfg, identity):
     damaged one is set aside. What another run left in --out, finished or not, is refused by name."""
     (rank, world), found, folder = process_rank(), [None, 0], Path(cfg.out) / "checkpoints"
     if rank == 0 and not cfg.resume:
-        common.remove(folder)
+        store.remove(folder)
     for path in folder.glob(".tmp-*") if rank == 0 else ():
-        common.remove(path)  # a killed run's
+        store.remove(path)  # a killed run's
     for path in sorted(folder.glob("step-??????"), reverse=True) if rank == 0 else ():
         run = read_run(path)
         if run is None:
             print(f"{path}: damaged, set aside as damaged-{path.name}")
-            common.remove(folder / f"damaged-{path.name}")
+            store.remove(folder / f"damaged-{path.name}")
             os.rename(path, folder / f"damaged-{path.name}")
             continue
         same_run(path, run["identity"], identity)
@@ -384,7 +383,7 @@ def find_checkpoint(cfg, identity):
         same_run(f"{cfg.out}/log.jsonl", head.get("identity", {}), identity)  # a finished run's
     for path in Path(cfg.out).glob("model-" + "[0-9]" * 6) if rank == 0 else ():
         if int(path.name[6:]) > found[1]:  # exported later; this run does it anew
-            common.remove(path)
+            store.remove(path)
     if world > 1:
         dist.broadcast_object_list(found)
     return found
@@ -393,7 +392,7 @@ def find_checkpoint(cfg, identity):
 def read_head(path):
     """The first row of a log, {} if there is none."""
     with suppress(IndexError, ValueError):
-        return dict(common.parse_json(common.whole_lines(path)[0].decode()))
+        return dict(tables.parse_json(store.whole_lines(path)[0].decode()))
     return {}
 
 
@@ -469,7 +468,7 @@ class Log:
     def __init__(self, cfg, head, start_step, flops, device):
         path, head = Path(cfg.out) / "log.jsonl", {**head, **common.provenance(device)}
         there = start_step and path.is_file()
-        rows = [row for _, row in common.read_jsonl(path, torn_end=True)] if there else []
+        rows = [row for _, row in tables.read_jsonl(path, torn_end=True)] if there else []
         numbers = ["step", *(key for lines in CURVES.values() for key in lines)]
         if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
             fail(f"{path}: not the log of this run; move it away")
@@ -477,7 +476,7 @@ class Log:
         kept[0].setdefault("id", secrets.token_hex(4))
         if start_step:  # by another commit, perhaps, on another machine
             kept[0].setdefault("resumed", []).append({"step": start_step, **head})
-        common.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        store.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.cfg, self.head, self.flops = cfg, head, flops
         self.began, self.start_step = time.time(), start_step
         self.file, self.last, self.winners = open(path, "a"), {}, []
@@ -522,8 +521,8 @@ class Log:
         """Draws curves.png; returns the card."""
         os.fsync(self.file.fileno())
         self.file.close()
-        rows = [row for _, row in common.read_jsonl(self.file.name)][1:]
-        common.plot_curves(rows, CURVES, Path(self.file.name).with_name("curves.png"))
+        rows = [row for _, row in tables.read_jsonl(self.file.name)][1:]
+        pictures.plot_curves(rows, CURVES, Path(self.file.name).with_name("curves.png"))
         return self.card()
 
 
@@ -565,14 +564,14 @@ def draw_samples(cfg, samples, network, autocast, step):
 def write_samples(out, prompts, images, step):
     """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far."""
     if step == 0:  # of an earlier run
-        common.remove(out / "samples")
+        store.remove(out / "samples")
     w, rows = images.shape[2], []
     images = np.pad(images, ((0, 0), (0, 0), (0, w // 16), (0, 0)), constant_values=1)  # a gap beside each
     row = Image.fromarray((np.concatenate(images, axis=1) * 255).round().astype(np.uint8))
-    common.publish(out / f"samples/{step:06d}.png", row.save)
+    store.publish(out / f"samples/{step:06d}.png", row.save)
     for path in sorted((out / "samples").glob("??????.png")):
         if int(path.stem) <= step:  # a killed run may have been further
             row, lefts = Image.open(path), range(0, row.width, images.shape[2])
             cells = [row.crop((left, 0, left + w, row.height)) for left in lefts]
             rows.append((f"step {int(path.stem)}", list(zip(cells, [""] * len(cells) if rows else prompts))))
-    common.picture_grid(rows, out / "samples.png")
+    pictures.picture_grid(rows, out / "samples.png")

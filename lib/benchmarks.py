@@ -7,7 +7,7 @@
 Pictures lie where the official scorer looks for them; write_layout adds what else it reads. Answers of the
 judging models are appended to FOLDER/measured/NAME.jsonl as they come; each report computes its verdicts from
 them. docs/benchmarks.md lists the benchmarks and their files, and says what differs from each original;
-docs/papers.txt holds the papers' rows.
+lib/templates/papers.txt holds the papers' rows.
 """
 
 import json
@@ -23,11 +23,23 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-import common
-import scorers
-from common import HERE, fail, parse_json, process_rank, prompt_rows, publish, read_text, write_text
-from rewards import LOADERS, Store, answer_rows, files_version, load_reward, loading, read_answers
-from scorers import BERT, BLIP_WORDS, Scorer, clip_tokenizer, cosine, crop, one_line, pretrained
+from lib import common, pictures, scorers, tables
+from lib.answers import Store, answer_rows, files_version, read_answers
+from lib.common import HERE, fail, one_line, process_rank
+from lib.formats import loading
+from lib.scorers import (
+    BERT,
+    BLIP_WORDS,
+    PUBLISHED,
+    Scorer,
+    clip_tokenizer,
+    cosine,
+    crop,
+    find_weights,
+    pretrained,
+)
+from lib.store import publish, write_text
+from lib.tables import parse_json, prompt_rows, read_text
 
 MODELS = {  # role: its default; --bench_models role=folder_or_hub_id names another
     "detector": "facebook/mask2former-swin-small-coco-instance",
@@ -68,7 +80,7 @@ def kept_rows(rows, keep):
     A prompt there that no row has ends the program."""
     if not keep:
         return rows
-    wanted = {row["prompt"]: None for row in common.read_prompts(keep)}
+    wanted = {row["prompt"]: None for row in tables.read_prompts(keep)}
     kept = [row for row in rows if " ".join(row["prompt"].split()) in wanted]
     there = {" ".join(row["prompt"].split()) for row in kept}
     if lost := [prompt for prompt in wanted if prompt not in there]:
@@ -87,7 +99,7 @@ def inside(path, *names):
 
 def read_geneval(path):
     path = inside(path, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
-    for n, row in common.read_jsonl(path):  # the row stays as it is: it is what metadata.jsonl says again
+    for n, row in tables.read_jsonl(path):  # the row stays as it is: it is what metadata.jsonl says again
         try:
             check_metadata(row)
         except (LookupError, ValueError, TypeError, AttributeError) as e:
@@ -174,7 +186,7 @@ def read_hpdv2(path):
 
 def read_pickapic(path):
     seen = set()
-    for file in common.shards(path) if path.is_dir() else [path]:
+    for file in tables.shards(path) if path.is_dir() else [path]:
         for n, row in enumerate(prompt_rows(file, "caption"), 1):  # not gigabytes of pictures
             caption = row.get("caption")
             if caption not in seen:  # a caption has many pairs of pictures
@@ -236,8 +248,8 @@ def of_another_prompt(folder, file, prompt):
 def write_layout(name, folder, rows, files):
     """What else the official scorer reads, where it is missing or older than its pictures: GenEval's
     NNNNN/metadata.jsonl; under official/ DPG-Bench's 2 x 2 grids and HPSv2's jpgs (the first seed)."""
-    for i, (row, pictures) in enumerate(zip(rows, files)):
-        sources = [Path(folder) / file for file in pictures]
+    for i, (row, drawn) in enumerate(zip(rows, files)):
+        sources = [Path(folder) / file for file in drawn]
         if name == "geneval":
             path, text = Path(folder) / f"{i:05d}/metadata.jsonl", json.dumps(row)
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -256,7 +268,7 @@ def as_needed(path, sources, draw):
     changed = max(source.stat().st_ctime_ns for source in sources)
     if not path.is_file() or path.stat().st_mtime_ns <= changed:
         try:
-            image = draw([common.read_image(source) for source in sources])
+            image = draw([pictures.read_image(source) for source in sources])
         except ValueError as e:
             fail(f"{path}: cannot be drawn from {sources[0]} and its seeds: {e}")
         publish(path, image.save, sync=False)
@@ -414,12 +426,13 @@ def load_clip_scorer(sources, device):
 
 
 def load_vqa(sources, device):
-    """P(yes) of pictures and questions: BLIP-VQA as T2I-CompBench has it, or rewards.py's VQAScore."""
+    """P(yes) of pictures and questions: BLIP-VQA as T2I-CompBench has it, or VQAScore."""
     source = sources["vqa"]
-    name = source.partition("=")[0]
-    if name.startswith("vqascore") and name in LOADERS:
+    name, _, folder = source.partition("=")
+    if name.startswith("vqascore") and name in PUBLISHED:
+        loader, *hub = PUBLISHED[name]
         question = "\n{} Please answer yes or no. ASSISTANT: "
-        return load_reward(source, device, question=question)
+        return loader(name, folder, find_weights(folder, *hub), device, question=question)
     model = pretrained(transformers.BlipForQuestionAnswering, source)[0].to(device)
     words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
     tokenizer = scorers.load_tokenizer(transformers.BertTokenizer, source, words, BERT, BLIP_WORDS)
@@ -450,7 +463,7 @@ def plain_question(text):
 
 # ----------------------------------------------------------------------------- GenEval: detector and colours
 
-CLASSES = read_text(HERE / "docs/templates/geneval.txt").split("\n")[:-1]  # of COCO, as GenEval spells them
+CLASSES = read_text(HERE / "lib/templates/geneval.txt").split("\n")[:-1]  # of COCO, as GenEval spells them
 SIDES = (800, 1333)  # of the detector's input: the shorter side, and at most the longer
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # ImageNet's
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
@@ -725,7 +738,7 @@ def hps_table(tags, scores):
     return {**columns, "Average": float(100 * scores.mean())}
 
 
-def read_papers(path=HERE / "docs/papers.txt"):
+def read_papers(path=HERE / "lib/templates/papers.txt"):
     """{benchmark: dict(source, columns, rows {model: {column: number}}, n {model: prompts})}."""
     tables = {}
     for block in re.sub("(?m)^#.*\n", "", read_text(path)).strip().split("\n\n"):
