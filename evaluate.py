@@ -314,15 +314,15 @@ def suited(cfg, models):
     if not lacking or None not in (cfg.steps, cfg.guidance):
         return cfg
     drawn = min(lacking, key=lambda pictures: bool(pictures.own))
-    if (Path(drawn.folder) / "settings.json").is_file():  # it was begun: no need to load a model
-        began = next(iter(draw.read_settings(drawn.folder)[0]["models"].values()))
+    if models := store.read_recipe(drawn.folder).get("models"):  # it was begun: no need to load a model
+        began = next(iter(models.values()))
         return fill_in(cfg, {key: began[key] for key in ("steps", "guidance")}, "sampling, as before")
     pipe = load_pipeline(drawn.path, denoiser=False)  # its size says enough
     return fill_in(cfg, family_of(pipe).suits(pipe), "sampling")
 
 
 def drawings(cfg, models):
-    """[(options, settings, a model a seed, pictures)] for draw.py's stage of all models that are to be
+    """[(options, recipe, one model for each seed, pictures)] for draw.py's stage of all models that are to be
     drawn. What lies there must have been drawn like that, also where it is only reported."""
     plans, size = [], draw.read_resolution("--resolution", cfg.resolution)
     for name, pictures in models.items():
@@ -332,9 +332,9 @@ def drawings(cfg, models):
             how.update(name=name, path=pictures.path, **pictures.own)
             seeds = [dict(how, seed=cfg.seed + s) for s in range(cfg.seeds)]
             drawing = replace(cfg, out=str(folder))
-            settings = draw.settings_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
-            draw.check_settings(folder, settings, drawing="draw" in cfg.stages)
-            plans.append((drawing, settings, seeds, pictures))
+            recipe = draw.recipe_of(drawing, pictures.rows, seeds[:1])  # more seeds may follow
+            draw.check_recipe(folder, recipe, drawing="draw" in cfg.stages)
+            plans.append((drawing, recipe, seeds, pictures))
     return plans
 
 
@@ -349,8 +349,8 @@ def draw_stage(plans, mine, device):
             count[prompt] += 1
         todo.append(draw.to_draw(drawing, [[rows[i] for i in batch] for batch in mine], seeds))
     with draw.progress("draw", sum(todo, [])) as bar:
-        for (drawing, settings, _, pictures), of_model in zip(plans, todo):
-            draw.generate_stage(drawing, of_model, device, settings, bar)
+        for (drawing, recipe, _, pictures), of_model in zip(plans, todo):
+            draw.generate_stage(drawing, of_model, device, recipe, bar)
             rows = [json.dumps(dict(prompt=p, file_names=f)) + "\n" for p, f in pictures.rows]
             write = lambda tmp: tmp.write_text("".join(rows), encoding="utf-8")
             publish(f"{drawing.out}/metadata.jsonl", write, unique=True)
@@ -371,7 +371,7 @@ def missing_pictures(models, indices):
     for name, pictures in models.items():
         for i, file in ((i, f"{pictures.folder}/{file}") for i in indices for file in pictures.rows[i][1]):
             try:
-                if not draw.is_whole(file):  # no PNG of ours
+                if not draw.is_png(file):  # no PNG of ours
                     read_image(file)
             except ValueError:
                 problems.setdefault(i, f"{name}: {file} is missing or torn ({pictures.rows[i][0]!r})")

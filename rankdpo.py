@@ -138,6 +138,11 @@ def with_model(cfg):
     return cfg
 
 
+def is_random(cfg):
+    """random:NAME is a denoiser alone, which can encode nothing."""
+    return cfg.model.startswith("random:")
+
+
 def check_options(cfg):
     """What is wrong whatever the data holds."""
     world = process_rank()[1]
@@ -146,9 +151,6 @@ def check_options(cfg):
     for name, users in ONLY_FOR.items():
         if cfg.loss not in users and getattr(cfg, name) != getattr(Method, name):
             fail(f"--{name}: --loss {cfg.loss} does not use it; it belongs to {', '.join(users)}")
-    given = [n for n in ("label", "label_rewards", "expert_by") if getattr(cfg, n) != getattr(Method, n)]
-    if cfg.data == "random" and given:
-        fail(f"--data random: has no labels for --{given[0]}; it only measures time and memory")
     out, parts = Path(cfg.out).resolve(), formats.split_spec(cfg.model)
     if any(Path(part).resolve().is_relative_to(out) for part in parts):
         fail(f"--model {cfg.model}: lies in --out {cfg.out}, which the run writes; choose another --out")
@@ -173,13 +175,12 @@ def check_options(cfg):
 def expert_rows(cfg, rows):
     """--loss dro: a row for each of the best pictures with their captions. A picture that stands in several
     lists counts once. Its phi (1, 0) is the expert's and that of a negative, which the policy draws."""
-    if cfg.data == "random":
-        return [dict(row, phi=[1.0, 0.0]) for row in rows]
     scored = [name for name in EXPERTS if all(name in row["scores"] for row in rows)]
-    by, values = cfg.expert_by or (*scored, "phi")[0], {}
+    by, values, looks = cfg.expert_by or (*scored, "phi")[0], {}, {}
     for row in rows:
         for name, value in zip(row["file_names"], row["phi"] if by == "phi" else row["scores"][by]):
             values[name, row["prompt"]] = max(value, values.get((name, row["prompt"]), value))
+        looks.update(zip(row["file_names"], row["pictures"]))
     best = sorted(values, key=values.get, reverse=True)  # stable: ties in the order of the file
     tied = sum(value == values[best[0]] for value in values.values())
     if by == "phi" and tied > cfg.experts:
@@ -188,7 +189,8 @@ def expert_rows(cfg, rows):
     if process_rank()[0] == 0:
         between = f"{by} {values[best[0]]:g} to {values[best[-1]]:g}"
         print(f"experts: {len(best)} of {len(values)} pictures, {between}")
-    return [dict(prompt=prompt, file_names=[name], phi=[1.0, 0.0], scores={}) for name, prompt in best]
+    more = dict(phi=[1.0, 0.0], scores={})
+    return [dict(more, prompt=prompt, file_names=[name], pictures=[looks[name]]) for name, prompt in best]
 
 
 def list_weights(cfg, row):
@@ -482,33 +484,42 @@ def complete(cfg, pipe):
 
 @common.one_line_errors
 def main(argv=None):
-    cfg = with_model(common.parse(Config, __doc__, argv))
+    cfg = common.parse(Config, __doc__, argv)
     if cfg.plan:
         return memory.print_plan(cfg)
+    cfg = with_model(cfg)
     check_options(cfg)
     cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     memory.use_expandable_segments()
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
-    free = memory.free_bytes(device)  # before anything lies there
+    free = memory.free_bytes(device)  # before anything is there
     dtype = common.pick_dtype(cfg.precision, device)
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+    out = store.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
 
-    # ---- lists, the base, latents and text encoded once
-    rows = lists.read_lists(cfg)
+    # ---- lists: which are trained on, in which order, and which of them are encoded already
+    if cfg.data == "random":
+        cfg = replace(cfg, data=common.from_first(lists.write_random, cfg))
+    rows = common.from_first(lists.read_lists, cfg)
     rows = expert_rows(cfg, rows) if cfg.loss == "dro" else rows
-    labels, sizes = stack_labels(cfg, rows), lists.read_sizes(cfg, rows)
+    labels, sizes = stack_labels(cfg, rows), lists.encoded_sizes(cfg, rows)
     train_lists, held_out = lists.split(rows, cfg.holdout, cfg.seed)
     order = draw_order(cfg, lists.by_size(sizes, train_lists))
-    out = store.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
     wanted = {*order.flatten().tolist(), *held_out}
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)
-    encoders = bool(missing or cfg.sample_every or (cfg.caption_dropout and cfg.data != "random"))
+
+    # ---- the base, its defaults, and the newest checkpoint of this very run
+    encoders = bool(cfg.sample_every or (not is_random(cfg) and (missing or cfg.caption_dropout)))
     pipe, family = engine.load_base(cfg, device, dtype, encoders)
     part, denoiser = pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
-    identity = engine.identity_of(cfg, fields(Method), rows, denoiser)
-    checkpoint_folder, start_step = engine.find_checkpoint(cfg, identity)
-    cache = lists.encode(cfg, rows, sizes, pipe, device, dtype, cache, missing)
+    recipe = common.from_first(engine.recipe_of, cfg, fields(Method), rows, denoiser)
+    checkpoint_folder, start_step = common.from_first(engine.find_checkpoint, cfg, recipe)
+    if start_step == cfg.steps and not checkpoint_folder:
+        return  # it was finished before
+
+    # ---- latents and text encoded once; the memory setting; what samples need
+    lists.encode(cfg, rows, sizes, pipe, device, dtype, cache, missing)
     common.wait_for_all(slow=True)
     largest = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n])))
     usual = lists.read_cached(cache, int(order[0, 0]))  # the first step takes the most frequent size
@@ -518,14 +529,16 @@ def main(argv=None):
     data = Data(cache, labels, pipe.scheduler, no_caption, device, dtype)
     pipe = None  # VAE and text encoders have done their work, but for the samples
 
-    # ---- networks, optimiser
+    # ---- networks and optimiser. The reference is a frozen copy of the policy, with --lora_rank a second set
+    # of adapters in the same network. Several processes shard whole networks and their moments (FSDP2), and
+    # each holds all adapters.
     networks = engine.build_networks(cfg, family, denoiser, device, dtype)
     policy, reference, sampler, average = networks
     parameters = [p for p in engine.weights(policy).values() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     with autocast:
         exam = held_out_passes(cfg, family, data, lists.by_size(sizes, held_out), reference)
-    if checkpoint_folder:
+    if checkpoint_folder:  # weights of the policy and of what was copied from it, and AdamW's moments
         engine.load_checkpoint(checkpoint_folder, engine.training_state(cfg, networks, optimizer))
     common.check_finite(parameters, device, f"{cfg.model}: holds weights that are not finite")
     if samples and not start_step:
@@ -533,7 +546,7 @@ def main(argv=None):
     if rank == 0:
         print(f"resumed from step {start_step}" if start_step else f"{len(train_lists)} lists to train on")
         head = dict(world=world, precision=str(dtype), lists=len(train_lists), held_out=len(held_out))
-        log = engine.Log(cfg, {**head, "identity": identity}, start_step, flops / world, device)
+        log = engine.Log(cfg, head, start_step, flops / world, device)
 
     # ---- the training loop
     stop, batches = engine.signals(), read_ahead(cfg, data, order, start_step)
@@ -593,7 +606,7 @@ def main(argv=None):
         stopping = common.any_process(bool(stop), device)
         if stopping or due(cfg.save_every, step):
             common.check_finite(parameters, device, f"step {step}: weights not finite, not saved; lower --lr")
-            engine.save_checkpoint(cfg, engine.training_state(cfg, networks, optimizer), identity, step + 1)
+            engine.save_checkpoint(cfg, engine.training_state(cfg, networks, optimizer), recipe, step + 1)
         if stopping:
             fail(f"stopped after {step + 1} steps; the same command goes on there", stop[0] if stop else 143)
 

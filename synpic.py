@@ -92,8 +92,16 @@ import torch.distributed as dist
 
 import rewards
 from lib import answers, draw, store
-from lib.draw import check_settings, folder_lock, generate_stage, note_time, progress, settings_of
-from lib.lists import EVALUATION_ONLY, LABELS, check_label, preference_labels, read_metadata, stored_rewards
+from lib.draw import check_recipe, folder_lock, generate_stage, note_time, progress, recipe_of
+from lib.lists import (
+    EVALUATION_ONLY,
+    LABELS,
+    check_label,
+    look_at_pictures,
+    preference_labels,
+    read_metadata,
+    stored_rewards,
+)
 from lib.people import import_stage
 from lib.pictures import picture_grid, read_image
 from lib.store import write_text
@@ -168,6 +176,7 @@ def lists_from_elsewhere(cfg):
     """Rows of the metadata.jsonl that is there, with the scores that rewards.py --score added since. Where
     several versions of a reward scored, --rewards says whose scores count."""
     lists, out = read_metadata(cfg.out, lists=True), Path(cfg.out)
+    look_at_pictures(out, lists)
     rows = [(row["prompt"], row["file_names"]) for row in lists]
     names = {path.stem.partition("@")[0] for path in (out / "scores").glob("*.jsonl")}
     specs = {reward_name(spec): spec for spec in cfg.rewards if "=" in spec or spec in LOADERS}
@@ -375,12 +384,12 @@ def main(argv=None):
     mine = batches[index::count]  # a batch belongs to one process, by its place
     device = common.pick_device(cfg.device)
     with folder_lock(out, index, count):
-        settings = settings_of(cfg, rows, models)
-        check_settings(cfg.out, settings, drawing="generate" in stages)
+        recipe = recipe_of(cfg, rows, models)
+        check_recipe(cfg.out, recipe, drawing="generate" in stages)
         if "generate" in stages:
             todo = draw.to_draw(cfg, mine, models)
             with progress("generate", todo) as bar:
-                generate_stage(cfg, todo, device, settings, bar)
+                generate_stage(cfg, todo, device, recipe, bar)
         if "score" in stages:
             score_stage(cfg, mine, device, part=f"@{index}of{count}" if count > 1 else "")
         if "label" in stages and world > 1:  # every part must be there; nothing else waits for the others

@@ -5,11 +5,10 @@ answer_rows(store, rows, load, batch_size, "stop") # asks the model about the ro
 read_answers(store, rows)                          # {row index: [k answers]}
 """
 
-import hashlib
 import json
 import os
 import sys
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,9 @@ from tqdm import tqdm
 from lib import store
 from lib.common import fail
 from lib.lists import is_number
+from lib.pictures import picture_digest
 from lib.scorers import WEIGHTS
-from lib.store import appending, ends_of
+from lib.store import appending, digest, file_digest
 
 BESIDE = "config.json open_clip_config.json tokenizer.json tokenizer_config.json".split()  # the weights
 BESIDE += "vocab.txt vocab.json merges.txt spiece.model".split()
@@ -33,23 +33,21 @@ def files_version(parts, source):
         files = sorted(path.rglob("*"))
     for file in files:
         if file == path or file.suffix in WEIGHTS or file.name in BESIDE:
-            parts.append([file.name, *ends_of(file, 1 << 20)])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+            parts.append([file.name, file_digest(file)])
+    return digest(parts)
 
 
 def picture_version(path):
-    """A short hash by which a picture that was replaced is noticed: its size and both ends, where PNG keeps a
-    checksum of all pixels. None if it is not there."""
+    """The digest by which a picture that was replaced is noticed; None if it is not there."""
     try:
-        stat = os.stat(path)
-        return picture_hash(path, stat.st_ctime_ns, stat.st_size)
+        return remembered_digest(path, os.stat(path).st_ctime_ns)
     except (OSError, ValueError):
         return None
 
 
 @lru_cache(maxsize=None)
-def picture_hash(path, changed, size):
-    return hashlib.sha256(repr(ends_of(path, 4096)).encode()).hexdigest()[:12]
+def remembered_digest(path, changed):
+    return picture_digest(path)
 
 
 class Store(NamedTuple):
@@ -146,10 +144,9 @@ def answer_rows(store, rows, load, batch_size, on_error, part=""):
     scorer, skipped = load(), {}
     path = Path(store.folder) / store.place / f"{store.name}{part}.jsonl"
     total = sum(len(rows[i][1]) for i in todo)
-    keep = partial(stored_row, place=store.place)
     try:
         bar = tqdm(total=total, desc=f"score {store.name}", unit="image")
-        with appending(path, "another run is scoring there", keep=keep) as f, bar:
+        with appending(path, "another run is scoring there") as f, bar:
             for i, results in stream_rows(scorer, store.folder, rows, todo, batch_size):
                 bar.update(len(results))
                 prompt, files = rows[i]

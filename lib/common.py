@@ -283,6 +283,17 @@ def wait_for_all(slow=False):
         dist.barrier(slow_group[0] if slow else None)
 
 
+def from_first(work, *args):
+    """work(*args) on the first process alone -> what it returns, on every process."""
+    rank, world = process_rank()
+    found = [work(*args) if rank == 0 else None]
+    if world > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(found, group=slow_group[0])
+    return found[0]
+
+
 def ahead(work, items, depth, threads=1):
     """Yield work(item) for all items in order. Threads compute the next `depth` while the caller uses one."""
     pool, waiting = ThreadPoolExecutor(threads), deque()

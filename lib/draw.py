@@ -1,15 +1,14 @@
 """Pictures on disk: drawn once, kept whole, resumed, by many processes, for synpic.py and evaluate.py.
 
     for k, model, missing in to_draw(cfg, batches, models)      what is not there yet
-    generate_stage(cfg, todo, device, settings, bar)            one generator in memory at a time
+    generate_stage(cfg, todo, device, recipe, bar)              one generator in memory at a time
 
 A row is (prompt, file names), a name a model; of a repeated prompt a third element, 1, 2, ..., is its place
 among the repeats, which gives it another noise. Each image has its own noise and each batch its place, so the
 same pictures come out whoever draws them, and when. `cfg` holds the options of the script: out, batch_size,
-precision, device, on_error. settings.json says what the pictures were made with; other settings are refused.
+precision, device, on_error. recipe.json says what the pictures were made with; another recipe is refused.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -19,12 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib import common, store, tables
+from lib import common, store
 from lib.common import fail, pick_device, pick_dtype, print_problems, process_rank
 from lib.formats import split_spec
 from lib.pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
-from lib.store import appending, lock
-from lib.tables import parse_json
+from lib.store import appending, digest, lock
 
 # ----------------------------------------------------------------------------- drawing
 
@@ -34,7 +32,7 @@ def to_draw(cfg, batches, models):
     loaded is refused here, before the first one draws."""
     todo = []
     for k, model in enumerate(models):
-        missing = [b for b in batches if not all(is_whole(f"{cfg.out}/{row[1][k]}") for row in b)]
+        missing = [b for b in batches if not all(is_png(f"{cfg.out}/{row[1][k]}") for row in b)]
         if missing:
             check_pipeline(model["path"])
             todo.append((k, model, missing))
@@ -47,7 +45,7 @@ def progress(title, todo):
     return tqdm(total=images, desc=title, unit="image", disable=process_rank()[0] > 0 or not images)
 
 
-def generate_stage(cfg, todo, device, settings, bar):
+def generate_stage(cfg, todo, device, recipe, bar):
     """Draw what to_draw found missing, one generator in memory at a time."""
     pipe, loaded, problems = None, None, []
     for k, model, missing in todo:
@@ -58,11 +56,11 @@ def generate_stage(cfg, todo, device, settings, bar):
             pipe = None  # free the last one first
             pipe = load_pipeline(model["path"], device, pick_dtype(precision, device))
             loaded = (model["path"], precision)
-            keep_settings(cfg.out, settings)  # from here on the folder is that of these models
+            check_recipe(cfg.out, recipe, write=True)  # from here on the folder is that of these models
         began, images = time.time(), sum(len(batch) for batch in missing)
         problems += draw_model(cfg, pipe, k, model, missing, bar)
         note_time(cfg.out, "generate", f"{model['name']}_{model['seed']}", images, time.time() - began)
-    keep_settings(cfg.out, settings)  # also where nothing was left to draw
+    check_recipe(cfg.out, recipe, write=True)  # also where nothing was left to draw
     print_problems(problems, "images could not be drawn")
 
 
@@ -86,7 +84,7 @@ def draw_model(cfg, pipe, k, model, batches, bar):
                 if problem:
                     problems.append(f"{path}, prompt {common.quoted(prompt)}: {problem}")
                     path.unlink(missing_ok=True)
-                elif not is_whole(path):
+                elif not is_png(path):
                     writing.append(threads.submit(store.publish, path, image.save, sync=False))
             if problems and cfg.on_error == "stop":
                 fail(f"{problems[0]}; nothing was written for it. --on_error skip leaves such prompts out")
@@ -149,7 +147,7 @@ def read_resolution(name, text):
 # ----------------------------------------------------------------------------- one folder, many processes
 
 
-def is_whole(path):
+def is_png(path):
     """Is this a PNG file with its end? A picture of ours is, unless a copy or a full disk tore it."""
     with suppress(OSError):  # missing, or shorter than an end
         if os.path.isfile(path):  # a pipe must not be waited for
@@ -179,65 +177,28 @@ def share_of(shard):
 # ----------------------------------------------------------------------------- what a folder was made with
 
 
-def settings_of(cfg, rows, models):
+def recipe_of(cfg, rows, models):
     """What the pictures of a folder depend on; rewards and labels may change at any time. A model is known by
     what its files hold, and may be moved; a model of the hub by its name."""
     on_cpu = pick_device(cfg.device).type == "cpu"  # whose auto is another than a GPU's
     prompts = [prompt for prompt, _ in rows]
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
     return {
-        "prompts": [len(prompts), prompts[0], digest],
+        "prompts": {"count": len(prompts), "first": prompts[0], "all": digest(prompts)},
         "models": {f"{m['name']}_{m['seed']}": {**m, "path": fingerprint(m["path"])} for m in models},
         "batch_size": cfg.batch_size,
         "precision": "fp32" if on_cpu and cfg.precision == "auto" else cfg.precision,
     }
 
 
-def read_settings(out):
-    """settings.json of a folder, and how many prompts it was made for."""
-    path = Path(out) / "settings.json"
-    try:
-        settings = parse_json(tables.read_text(path))
-        models = {name: {**model, "path": dict(model["path"])} for name, model in settings["models"].items()}
-        return {**settings, "models": models}, int(settings["prompts"][0])
-    except (ValueError, TypeError, LookupError, AttributeError):
-        mend = "delete it and metadata.jsonl if this very command made the folder, or choose another --out"
-        fail(f"{path}: damaged, or of an older version: what drew the pictures is not known; {mend}")
-
-
-def check_settings(out, now, drawing=True):
-    """A folder is not continued with other settings than it was begun with; each difference is named. Where
-    nothing is drawn, batches and precision may differ. Lists that were not drawn here are not replaced."""
-    if not (Path(out) / "settings.json").is_file():
-        if (Path(out) / "metadata.jsonl").exists():
-            how = "choose another --out; rewards.py --score scores them, --stages label ranks them"
-            fail(f"{out}/metadata.jsonl: holds lists that were not drawn here; {how}")
-        return
-    before, keys = read_settings(out)[0], ["prompts", *["batch_size", "precision"] * drawing]
-    changed = [key for key in keys if before.get(key) != now[key]]
-    differs = [f"{key} (before: {before.get(key)}, now: {now[key]})" for key in changed]
-    for name in before["models"] | now["models"]:
-        old, new = before["models"].get(name), now["models"].get(name)
-        if not old or not new:
-            differs.append(f"model {name} ({'missing now' if old else 'not there before'})")
-        elif old != new:
-            keys = [key for key in old | new if old.get(key) != new.get(key)]
-            changes = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in keys if key != "path"]
-            parts = {k for k in old["path"] | new["path"] if old["path"].get(k) != new["path"].get(k)}
-            named = {k if k.startswith(("scheduler", "tokenizer")) else "weights" for k in parts}
-            changes += [f"other {name}" for name in sorted(named)]
-            differs.append(f"model {name} ({', '.join(changes)})")
-    if differs:
-        fail(f"{out} was made with other {'; '.join(differs)}. Choose another --out, or delete this one")
-
-
-def keep_settings(out, now):
-    """Write settings.json, unless another part of this run has done it meanwhile."""
-    path = Path(out) / "settings.json"
-    with lock(path.with_name(".lock-settings"), wait=True):
-        check_settings(out, now)
-        if not path.is_file():
-            store.write_text(path, json.dumps(now, indent=1))
+def check_recipe(out, now, drawing=True, write=False):
+    """A folder goes on with the recipe it was begun with. Where nothing is drawn, batches and precision may
+    differ. Pictures and lists that were not drawn here are not replaced."""
+    if not drawing and (before := store.read_recipe(out)):
+        now = {**now, **{key: before.get(key) for key in ("batch_size", "precision")}}
+    mend = "choose another --out, or delete what this command made there before; lists from elsewhere are "
+    mend += "scored by rewards.py --score and ranked by synpic.py --stages label"
+    with store.lock(Path(out) / ".recipe.lock", wait=True):  # another part of this run may write it
+        store.same(out, now, ("images", "metadata.jsonl", "[0-9]*"), mend, write)
 
 
 def note_time(out, stage, name, images, seconds):

@@ -11,7 +11,6 @@ keep adapters whole.
 """
 
 import copy
-import hashlib
 import importlib
 import json
 import os
@@ -22,7 +21,6 @@ import sys
 import time
 import warnings
 from collections import namedtuple
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -284,15 +282,11 @@ def moments_of(optimizer, p):
     return optimizer.state[p]
 
 
-def save_checkpoint(cfg, state, identity, step):
-    """out/checkpoints/step-000100: written under another name, renamed when all processes are done. A GPU's
-    channels_last weights are not contiguous, which safetensors wants: they are laid out anew on the CPU."""
-    (rank, world), folder = process_rank(), Path(cfg.out) / "checkpoints"
-    tmp, final = folder / f".tmp-step-{step:06d}", folder / f"step-{step:06d}"
-    if rank == 0:
-        store.remove(tmp)
-        tmp.mkdir(parents=True)
-    common.wait_for_all(slow=True)
+def save_checkpoint(cfg, state, recipe, step):
+    """out/checkpoints/step-000100, by all processes: shards as safetensors, and the run's recipe.json.
+    safetensors wants contiguous tensors: a GPU's channels_last weights are laid out on the CPU."""
+    (rank, world), final = process_rank(), Path(cfg.out) / f"checkpoints/step-{step:06d}"
+    tmp = Path(common.from_first(store.begin, final))
     state = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in state.items()}
     writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # safetensors: data, never code
     try:
@@ -304,12 +298,10 @@ def save_checkpoint(cfg, state, identity, step):
         fail(f"{final}: not written ({reason}); the checkpoint before it is kept")
     common.wait_for_all(slow=True)
     if rank == 0:
-        files = {p.name: p.stat().st_size for p in tmp.glob("*.safetensors")}
-        store.write_text(tmp / "run.json", json.dumps({"step": step, "identity": identity, "files": files}))
-        store.remove(final)
-        os.rename(tmp, final)
-        for old in sorted(folder.glob("step-??????"))[: -cfg.keep]:
-            store.remove(old)
+        (tmp / store.RECIPE).write_text(json.dumps(recipe))
+        store.finish(tmp, final)
+        for old in sorted(final.parent.glob("step-??????"))[: -cfg.keep]:
+            store.discard(old)
     common.wait_for_all(slow=True)
 
 
@@ -329,78 +321,42 @@ def load_checkpoint(folder, state):
     common.check_finite(values, values[0].device, f"{folder}: holds weights that are not finite")
 
 
-def identity_of(cfg, options, rows, policy):
-    """What makes a run this run: its options (fields of cfg), the weights it begins with, its lists."""
-    lists = hashlib.sha256()
-    for row in rows:
-        sizes = [(Path(cfg.data) / f).stat().st_size for f in row.get("file_names", [])]
-        parts = [row["prompt"], row["phi"], row.get("scores"), row.get("file_names"), sizes]
-        lists.update(json.dumps(parts).encode())
+def recipe_of(cfg, options, rows, policy):
+    """What makes a run this run: its options (fields of cfg), the weights it begins with, its lists. Content
+    counts: data and models may be moved."""
+    lists = [[row["prompt"], row["phi"], row["scores"], [d for _, _, d in row["pictures"]]] for row in rows]
     parts = pipelines.fingerprint(cfg.model)
     local = {"unet", "transformer"} & parts.keys()
     weights = {name: parts.pop(name) for name in list(parts) if name in local or name[0] == "+"}
-    if not local and process_rank()[0] == 0:  # the base is from the hub: which revision?
+    if not local:  # the base is from the hub: which revision?
         weights["base"] = [p.detach().flatten()[:8].tolist() for p in policy.parameters()]
-    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-    identity = {f.name: getattr(cfg, f.name) for f in options}
-    identity.update(
-        {"weights": digest(weights), "other parts": digest(parts), "lists": lists.hexdigest()[:16]}
-    )
-    return json.loads(json.dumps(identity))  # as it is read back: tuples are lists
+    options = {f"--{f.name}": getattr(cfg, f.name) for f in options if f.name not in ("data", "model")}
+    model = {"weights of --model": store.digest(weights), "other parts of --model": store.digest(parts)}
+    return {**options, **model, "lists of --data": store.digest(lists)}
 
 
-def read_run(folder):
-    """run.json of a checkpoint whose files are all there and whole, or None."""
-    try:
-        run = tables.parse_json((folder / "run.json").read_text())
-        for name, size in run["files"].items():
-            if (folder / name).stat().st_size != size or not store.is_whole_safetensors(folder / name):
-                return None
-        return run if folder.name == f"step-{run['step']:06d}" and run["identity"].items() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+RESULTS = ("model", "model-[0-9]*", "checkpoints", "samples", "samples.png", "log.jsonl", "curves.png")
 
 
-def find_checkpoint(cfg, identity):
-    """(folder, step) of the newest whole checkpoint of this run, or (None, 0), the same for every process. A
-    damaged one is set aside. What another run left in --out, finished or not, is refused by name."""
-    (rank, world), found, folder = process_rank(), [None, 0], Path(cfg.out) / "checkpoints"
-    if rank == 0 and not cfg.resume:
-        store.remove(folder)
-    for path in folder.glob(".tmp-*") if rank == 0 else ():
-        store.remove(path)  # a killed run's
-    for path in sorted(folder.glob("step-??????"), reverse=True) if rank == 0 else ():
-        run = read_run(path)
-        if run is None:
-            print(f"{path}: damaged, set aside as damaged-{path.name}")
-            store.remove(folder / f"damaged-{path.name}")
-            os.rename(path, folder / f"damaged-{path.name}")
-            continue
-        same_run(path, run["identity"], identity)
-        found = [str(path), run["step"]]
-        break
-    if rank == 0 and cfg.resume and not found[1] and (head := read_head(Path(cfg.out) / "log.jsonl")):
-        same_run(f"{cfg.out}/log.jsonl", head.get("identity", {}), identity)  # a finished run's
-    for path in Path(cfg.out).glob("model-" + "[0-9]" * 6) if rank == 0 else ():
-        if int(path.name[6:]) > found[1]:  # exported later; this run does it anew
-            store.remove(path)
-    if world > 1:
-        dist.broadcast_object_list(found)
-    return found
-
-
-def read_head(path):
-    """The first row of a log, {} if there is none."""
-    with suppress(IndexError, ValueError):
-        return dict(tables.parse_json(store.whole_lines(path)[0].decode()))
-    return {}
-
-
-def same_run(path, before, identity):
-    changed = [f"{k} ({before.get(k)}, now {v})" for k, v in identity.items() if before.get(k) != v]
-    if changed:
-        where = f"{path} belongs to a run with another {', '.join(changed[:5])}"
-        fail(f"{where}; choose another --out, or start again with --resume false")
+def find_checkpoint(cfg, recipe):
+    """(folder, step) of the newest whole checkpoint of this run, or (None, 0); (None, --steps) if the run is
+    finished. A damaged one is set aside. What another run left in --out is refused by name; with --resume
+    false it is moved into OUT/before-1."""
+    out, mend = Path(cfg.out), "choose another --out, or start again with --resume false"
+    if not cfg.resume:
+        store.set_aside(out, (*RESULTS, store.RECIPE))
+    store.same(out, recipe, RESULTS, mend)
+    if store.is_whole(out / "model"):
+        print(f"{out}: this run is finished, and its model is in model/; --resume false starts it again")
+        return None, cfg.steps
+    for path in sorted(out.glob("checkpoints/step-??????"), reverse=True):
+        if store.is_whole(path):
+            store.same(path, recipe, (), mend, write=False)
+            return str(path), int(path.name[5:])
+        print(f"{path}: damaged, set aside as damaged-{path.name}")
+        store.remove(path.with_name(f"damaged-{path.name}"))
+        os.rename(path, path.with_name(f"damaged-{path.name}"))
+    return None, 0
 
 
 def save_model(cfg, name, network, part, about):
@@ -514,8 +470,7 @@ class Log:
 
     def card(self):
         """What a model card says of the run: {title: {name: value}}."""
-        run = {name: value for name, value in self.head.items() if name != "identity"}
-        return {"Run": run, "Options": asdict(self.cfg), "Last step": self.last}
+        return {"Run": self.head, "Options": asdict(self.cfg), "Last step": self.last}
 
     def close(self):
         """Draws curves.png; returns the card."""
@@ -557,21 +512,19 @@ def draw_samples(cfg, samples, network, autocast, step):
         images = pipe(**samples.arguments, generator=generator, output_type="np").images  # (N, H, W, 3)
     pipe.vae.to("cpu")
     if process_rank()[0] == 0:
-        write_samples(Path(cfg.out), prompts, np.nan_to_num(images), step)
+        write_samples(cfg, prompts, np.nan_to_num(images), step)
     return f"samples/{step:06d}.png"
 
 
-def write_samples(out, prompts, images, step):
+def write_samples(cfg, prompts, images, step):
     """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far."""
-    if step == 0:  # of an earlier run
-        store.remove(out / "samples")
-    w, rows = images.shape[2], []
+    out, w, rows = Path(cfg.out), images.shape[2], []
     images = np.pad(images, ((0, 0), (0, 0), (0, w // 16), (0, 0)), constant_values=1)  # a gap beside each
     row = Image.fromarray((np.concatenate(images, axis=1) * 255).round().astype(np.uint8))
     store.publish(out / f"samples/{step:06d}.png", row.save)
-    for path in sorted((out / "samples").glob("??????.png")):
-        if int(path.stem) <= step:  # a killed run may have been further
+    for step in range(0, step + 1, cfg.sample_every):
+        if (path := out / f"samples/{step:06d}.png").is_file():
             row, lefts = Image.open(path), range(0, row.width, images.shape[2])
             cells = [row.crop((left, 0, left + w, row.height)) for left in lefts]
-            rows.append((f"step {int(path.stem)}", list(zip(cells, [""] * len(cells) if rows else prompts))))
+            rows.append((f"step {step}", list(zip(cells, [""] * len(cells) if rows else prompts))))
     pictures.picture_grid(rows, out / "samples.png")

@@ -9,25 +9,24 @@ import_stage(cfg)                                       # Pick-a-Pic, HPDv2, HPD
 """
 
 import csv
-import hashlib
 import io
 import json
 import os
-from collections import namedtuple
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lib import common, tables
 from lib.common import fail, process_rank
-from lib.pictures import header_size, read_pixels
-from lib.store import path_inside, publish
+from lib.pictures import look_at, read_pixels
+from lib.store import digest, path_inside, publish, write_text
 from lib.tables import read_jsonl, read_text
 from losses import majority_vote, preference_probability
 
@@ -57,7 +56,7 @@ def read_metadata(folder, lists=False, labelled=False):
     """Rows of a folder's metadata file, one a list of images: prompt, file_names; scores and phi if there.
 
     Rows of other programs may say caption or text, and file_name. With `lists`, every row must have at least
-    two images, which are there; with `labelled`, a phi in [0, 1] for each, so that it can be trained on.
+    two images; with `labelled`, a phi in [0, 1] for each, so that it can be trained on.
     A bad row ends the run with file, line and what to do."""
     path, rows, lines, real = metadata_file(folder), [], {}, os.path.realpath(folder)
     if not path:
@@ -105,8 +104,6 @@ def checked_row(folder, row, lists, labelled):
             raise ValueError("needs as many phi as file_names")
         if not all(is_number(p) and 0 <= p <= 1 for p in phi):
             raise ValueError("phi must lie in [0, 1]")
-    if lists and (missing := [f for f in files if not os.path.isfile(f"{folder}/{f}")]):
-        raise ValueError(f"image {missing[0]} is not in the folder")
     scores = {name: values for name, values in scores.items() if name not in EVALUATION_ONLY}
     return {**row, "prompt": prompt, "file_names": files, "scores": scores}
 
@@ -179,11 +176,49 @@ STORED = ("given", "reversed")  # labels that need no scores: the phi that is th
 VOTES = ("balanced", "direct", "random_scorer")  # losses that look at scores, not at phi
 
 
+RANDOM = 32  # lists of --data random
+
+
+def write_random(cfg):
+    """--data random: lists of four plain pictures, to measure time and memory at the size of the model."""
+    from lib import formats, pipelines  # diffusers takes seconds, which readers of lists do not need
+
+    folder, phi = Path(cfg.out) / "random", [1.0, 2 / 3, 1 / 3, 0.0]
+    pipe = pipelines.load_pipeline(formats.split_spec(cfg.model)[0], denoiser=False, encoders=False)
+    sides = [
+        side * pipe.vae_scale_factor for side in pipelines.shapes_at(pipe, cfg.resolution)["latents"][1:]
+    ]
+    names = [f"{n}.png" for n in range(len(phi))]
+    for n, name in enumerate(names):
+        image = Image.new("RGB", sides[::-1], (60 * n,) * 3)
+        publish(folder / name, image.save)
+    row = dict(file_names=names, phi=phi, scores={"random": phi})
+    rows = [json.dumps({"prompt": f"random {n}", **row}) + "\n" for n in range(RANDOM)]
+    write_text(folder / "metadata.jsonl", "".join(rows))
+    return str(folder)
+
+
+def line_of(folder, name):
+    """Where a picture is named: the metadata file and the line, as text."""
+    path = metadata_file(folder)
+    lines = (n for n, row in metadata_rows(path) if name in (row.get("file_names") or [row.get("file_name")]))
+    return f"{path}, line {next(lines, '?')}"
+
+
+def look_at_pictures(folder, rows):
+    """Each row with its `pictures`, [[height, width, digest], ...]: every file is opened once."""
+    names = list(dict.fromkeys(name for row in rows for name in row["file_names"]))
+    looks, found = common.ahead(partial(look_at, folder), names, depth=64, threads=16), {}
+    for name, (look, problem) in zip(names, tqdm(looks, "pictures", len(names), unit="file", delay=2)):
+        found[name] = look
+        if problem:
+            fail(f"{line_of(folder, name)}: image {name} {problem}; mend or delete that row")
+    return [dict(row, pictures=[found[name] for name in row["file_names"]]) for row in rows]
+
+
 def read_lists(cfg):
-    """The trainer's rows of metadata.jsonl, with the phi that --label asks for and the scores that count."""
-    if cfg.data == "random":
-        phi = [1.0, 2 / 3, 1 / 3, 0.0]
-        return [{"prompt": "", "phi": phi, "scores": {"random": phi}}] * cfg.global_batch_size
+    """The trainer's rows of metadata.jsonl, with the phi that --label asks for, the scores that count and
+    the `pictures`. One process reads them for all."""
     stored = cfg.label in STORED
     rows = read_metadata(cfg.data, lists=True, labelled=stored)
     if cfg.label_rewards or not stored:
@@ -198,7 +233,7 @@ def read_lists(cfg):
     if cfg.label == "random":  # another control
         rows = [dict(row, scores={"random": row["phi"]}) for row in rows]
     check_scores(cfg, rows)
-    return rows
+    return look_at_pictures(cfg.data, rows)
 
 
 def check_scores(cfg, rows):
@@ -208,7 +243,7 @@ def check_scores(cfg, rows):
     if cfg.loss in VOTES and (len(names) > 1 or not rows[0]["scores"]):
         fail(f"--loss {cfg.loss} needs the scores of every reward for every list; synpic.py makes them")
     wanted = {"weighted": ("weight_by", cfg.weight_by), "dro": ("expert_by", cfg.expert_by)}.get(cfg.loss)
-    if not wanted or wanted[1] in (None, "phi") or cfg.data == "random":
+    if not wanted or wanted[1] in (None, "phi"):
         return
     option, name = wanted
     if lacking := [n for n, row in enumerate(rows, 1) if name not in row["scores"]]:
@@ -237,67 +272,51 @@ def split(rows, holdout, seed):
 CHUNK = 16  # lists whose prompts are encoded together: by their place, so whoever does it gets the same
 DENOISING = ("unet", "transformer", "scheduler")  # parts of a model that encode nothing
 
-# `folder` has a file a list; without one, lists of k images are random, of the `shapes` {tensor: shape}
-Cache = namedtuple("Cache", "folder shapes k", defaults=(None, None))
-
 
 def find_cache(cfg, rows, dtype, wanted):
-    """(Cache, missing): the folder data/.cache/HASH, and the lists among `wanted` that are not there, of the
-    chunks that fall to this process. The hash is of all that goes into the cache: images, prompts, models."""
-    if cfg.data == "random":
-        return None, []
+    """(folder, missing): data/.cache/HASH with a file for each list, and the lists among `wanted` that it
+    lacks, of the chunks that fall to this process. The hash is of all that was encoded."""
     from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
 
-    data = Path(cfg.data)
-    stat = lambda p: [str(p), p.stat().st_size, p.stat().st_mtime_ns]
-    images = [[row["prompt"], [stat(data / f) for f in row["file_names"]]] for row in rows]
+    images = [[row["prompt"], [d for _, _, d in row["pictures"]]] for row in rows]
     encoders = {k: v for k, v in pipelines.fingerprint(cfg.model).items() if k not in DENOISING}
-    key = json.dumps([images, cfg.model, encoders, cfg.resolution, str(dtype)])
-    cache = Cache(data / ".cache" / hashlib.sha256(key.encode()).hexdigest()[:16])
+    cache = Path(cfg.data) / ".cache" / digest([images, encoders, cfg.resolution, str(dtype)])
     rank, world = process_rank()
     mine = (n for n in sorted(wanted) if n // CHUNK % world == rank)
     return cache, [n for n in mine if not is_list(cache, n)]
 
 
 def cache_file(cache, n):
-    return cache.folder / f"{n:07d}.safetensors"
+    return cache / f"{n:07d}.safetensors"
 
 
 def is_list(cache, n):
     """Is the file of list n there, whole, and not that of another list?"""
     with suppress(OSError, SafetensorError), safe_open(cache_file(cache, n), "pt") as f:
-        return f.metadata() == {"list": f"{cache.folder.name}/{n}"}
+        return f.metadata() == {"list": f"{cache.name}/{n}"}
     return False
 
 
 def read_cached(cache, n):
     """List n: {"latents": (k, C, h, w), and what the denoiser is conditioned on, a tensor each}."""
-    if cache.folder:
-        return load_file(cache_file(cache, n))
-    g = torch.Generator().manual_seed(n)
-    tensors = {name: torch.randn(shape, generator=g) for name, shape in cache.shapes.items()}
-    return {**tensors, "latents": torch.randn(cache.k, *cache.shapes["latents"], generator=g)}
+    return load_file(cache_file(cache, n))
 
 
-def read_sizes(cfg, rows):
+def encoded_sizes(cfg, rows):
     """[(height, width)] in pixels of each list's images as they are encoded. What --resolution crops is said;
     without it a list of several sizes ends the run."""
-    if cfg.data == "random":
-        return [(cfg.resolution, cfg.resolution)] * len(rows)
-    side, bar = cfg.resolution, dict(unit="list", delay=2, disable=process_rank()[0] > 0)
-    size_of = lambda name: header_size(f"{cfg.data}/{name}")
-    every = [list(map(size_of, row["file_names"])) for row in tqdm(rows, "headers", **bar)]
+    side, every = cfg.resolution, [[(h, w) for h, w, _ in row["pictures"]] for row in rows]
     if side:
         cuts = [max(1 - side / round(side * max(size) / min(size)) for size in of_list) for of_list in every]
         if any(cuts) and process_rank()[0] == 0:
             share = f"{np.count_nonzero(cuts)} of {len(rows)} lists, by up to {100 * max(cuts):.0f} %"
             print(f"--resolution {side}: crops {share} of a picture")
         return [(side, side)] * len(rows)
-    for n, of_list in enumerate(every):
+    for row, of_list in zip(rows, every):
         if len(set(of_list)) > 1:
-            path, found = metadata_file(cfg.data), ", ".join(f"{w} x {h}" for h, w in of_list)
+            found = ", ".join(f"{w} x {h}" for h, w in of_list)
             mend = "give --resolution, which crops all to one size, or delete that row"
-            fail(f"{path}, line {metadata_rows(path)[n][0]}: its images have {found} pixels; {mend}")
+            fail(f"{line_of(cfg.data, row['file_names'][0])}: its images have {found} pixels; {mend}")
     return [of_list[0] for of_list in every]
 
 
@@ -318,22 +337,33 @@ def list_pixels(cfg, row, size):
     return torch.stack(images)
 
 
+def write_cached(cache, n, tensors):
+    """Several runs may write the same file. One that a power cut tore is noticed when it is read."""
+    write = partial(save_file, tensors, metadata={"list": f"{cache.name}/{n}"})
+    publish(cache_file(cache, n), write, sync=False, unique=True)
+
+
 @torch.no_grad()
 def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
-    """Latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file a list that
-    all processes read. Threads decode the next lists' images meanwhile. Returns the Cache to read from."""
+    """Write latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file for
+    each list, which all processes read. Threads decode the next lists' images meanwhile."""
+    if not missing:
+        return
     from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
 
-    if cfg.data == "random":
-        return Cache(None, pipelines.shapes_at(pipe, cfg.resolution), k=1 if cfg.loss == "dro" else 4)
-    if not missing:
-        return cache
     family = pipelines.family_of(pipe)
     factor = pipe.vae_scale_factor * family.patch
     for row, (h, w) in zip(rows, sizes):
         if h % factor or w % factor:
             sides = f"{w} x {h} pixels, but sides must be multiples of {factor}"
             fail(f"{cfg.data}/{row['file_names'][0]}: {sides}; give another --resolution")
+    if pipe.vae is None:  # random:NAME is a denoiser alone; the shapes are right
+        for n in missing:
+            k, shapes = len(rows[n]["file_names"]), pipelines.shapes_at(pipe, sizes[n][0])
+            g = torch.Generator().manual_seed(n)
+            tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+            write_cached(cache, n, {**tensors, "latents": torch.randn(k, *shapes["latents"], generator=g)})
+        return
     pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
     for encoder in pipelines.text_encoders_of(pipe).values():
         encoder.to(device, dtype)
@@ -351,7 +381,4 @@ def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         if not all(t.isfinite().all() for t in tensors.values()):
             fail(f"{cfg.model}: encodes list {n}, {rows[n]['prompt']!r}, to numbers that are not finite")
-        # several runs may write the same file; one torn by a power cut is noticed when it is read
-        write = partial(save_file, tensors, metadata={"list": f"{cache.folder.name}/{n}"})
-        publish(cache_file(cache, n), write, sync=False, unique=True)
-    return cache
+        write_cached(cache, n, tensors)

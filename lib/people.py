@@ -200,21 +200,16 @@ def import_lists(cfg, paths, metadata):
 def import_stage(cfg):
     """metadata.jsonl and images/ from what people chose. The pictures are there first, under names that
     follow from their bytes, so that a run that was killed writes what is missing, and the same rows.
-    import.json says what was imported. Until metadata.jsonl is there, another file may take its place."""
+    recipe.json says what was imported."""
     source, out = Path(cfg.from_), Path(cfg.out)
     paths = tables.shards(source) if source.is_dir() else [source]
     if not cfg.from_ or not paths or not all(path.is_file() for path in paths):
         fail(f"--from {source}: name a .parquet, .json or .jsonl file, or a folder of .parquet files")
     if cfg.pictures and not Path(cfg.pictures).is_dir():
         fail(f"--pictures {cfg.pictures}: no such folder")
-    now = json.dumps([[path.name, *store.ends_of(path, 1 << 20)] for path in paths]) + "\n"
-    begun, done = out / "import.json", (out / "metadata.jsonl").is_file()
-    if done and begun.is_file() and read_text(begun) != now:
-        fail(f"--out {out}: holds the lists of another file than {source}; choose another folder")
-    if not begun.is_file() and (done or (out / "images").exists()):
-        fail(f"--out {out}: holds other pictures; choose another folder")
-    if done:
+    recipe = {"imported": {path.name: store.file_digest(path, ends=1 << 20) for path in paths}}
+    store.same(out, recipe, ("metadata.jsonl", "images"), "choose another --out")
+    if (out / "metadata.jsonl").is_file():
         print(f"{out}: was imported already; delete its metadata.jsonl to do it again")
         return
-    store.write_text(begun, now)
     publish(out / "metadata.jsonl", lambda tmp: import_lists(cfg, paths, tmp))

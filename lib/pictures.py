@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from lib.common import fail
-from lib.store import publish
+from lib.store import file_digest, publish
 
 # PIL would start Ghostscript for a PostScript file, whatever its name is: these formats only
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
@@ -58,6 +58,29 @@ def read_pixels(path, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def picture_digest(path):
+    """What stands for a picture: its size and both ends, where PNG keeps a checksum of all pixels."""
+    return file_digest(path, ends=4096)
+
+
+def look_at(folder, name):
+    """([height, width, digest] of an image as read_pixels gives it, "") or (None, what is wrong). It is not
+    decoded."""
+    path = f"{folder}/{name}"
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            turn = Image.Image.getexif(image).get(ORIENTATION)  # PNG's own method would decode
+            on_its_side = (
+                turn in (5, 6, 7, 8) and image.format != "TIFF"
+            )  # PIL turns TIFF without being asked
+            width, height = image.size[::-1] if on_its_side else image.size
+        return [height, width, picture_digest(path)], ""
+    except FileNotFoundError:
+        return None, "is not in the folder"
+    except Exception as e:  # besides OSError, each format of PIL has its own
+        return None, f"is not a readable image ({e})"
 
 
 def plot_curves(rows, panels, path):
@@ -121,14 +144,3 @@ def picture_grid(rows, path, side=128):
             page.paste(ImageOps.pad(image.convert("RGB"), (side, side), how, "white"), (left, top))
             pen.text((left, top + side + 2), "\n".join(caption), fill="black", font=grid_font(), spacing=1)
     publish(path, page.save)
-
-
-def header_size(path):
-    """(height, width) of an image file as read_pixels gives it, from its header: nothing is decoded."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            turn = Image.Image.getexif(image).get(ORIENTATION)  # PNG's own method would decode
-            lying = turn in (5, 6, 7, 8) and image.format != "TIFF"  # which PIL turns by itself
-            return image.size if lying else image.size[::-1]
-    except Exception as e:  # besides OSError, each format of PIL has its own
-        fail(f"{path}: not a readable image ({e}); delete it and run synpic.py again")

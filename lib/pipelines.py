@@ -12,7 +12,6 @@ that is only sampled (PixArt, Stable Cascade) overrides `sampling` alone. No oth
 """
 
 import hashlib
-import json
 import os
 from contextlib import suppress
 from inspect import signature
@@ -28,8 +27,7 @@ from safetensors.torch import save_file
 
 from lib.common import fail, process_rank
 from lib.formats import find_addition, load_adapters, load_denoiser, quiet, split_spec, stored_as
-from lib.store import ends_of, publish
-from lib.tables import parse_json
+from lib.store import digest, file_digest, publish
 
 # ----------------------------------------------------------------------------- families
 
@@ -452,31 +450,10 @@ def fingerprint(path):
         files[f"+{n}"] = [added, *(file for folder in folders for file in sorted(folder.glob("*")))]
     for name, there in files.items():
         there = [file for file in there if file.suffix in SAVED and file.is_file()]
-        digests = [[file.name if len(there) > 1 else "", *file_digest(file)] for file in there]
-        if digests:
-            hashes[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+        if there:
+            names = [file.name if len(there) > 1 else "" for file in there]
+            hashes[name] = digest([names, [file_digest(file) for file in there]])
     return hashes
-
-
-def file_digest(file):
-    """[size, hash] of a file. Reading 24 GB would take minutes, so of safetensors above 16 MiB the header and
-    the first 4 KiB of each tensor count: training may spare both ends of a file, but not the beginning of a
-    tensor. A large .bin is a zip archive, which ends in a checksum of each tensor."""
-    size = file.stat().st_size
-    if size <= 16 << 20:
-        return [size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    if file.suffix != ".safetensors":
-        return [*ends_of(file, 8 << 20)]
-    with open(file, "rb") as f, suppress(Exception):  # torn: the loader says so
-        start = 8 + int.from_bytes(f.read(8), "little")
-        header = f.read(min(start, size) - 8)
-        digest = hashlib.sha256(header)
-        tensors = parse_json(header.decode())
-        for name in sorted(tensors.keys() - {"__metadata__"}):
-            begin, end = tensors[name]["data_offsets"]
-            f.seek(start + begin)
-            digest.update(f.read(min(4096, end - begin)))
-    return [size, digest.hexdigest()]
 
 
 def check_pipeline(path):

@@ -335,7 +335,7 @@ def test_a_path_that_exists_may_hold_a_comma_or_a_plus(tmp_path):
 
 def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "0.png")
-    assert not draw.is_whole(tmp_path / "0.png")
+    assert not draw.is_png(tmp_path / "0.png")
 
 
 # ----------------------------------------------------------------------------- lists from elsewhere
