@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from lib import benchmarks, common, lists, pictures, store
 from lib.common import option
 from lib.pictures import open_image, read_pixels
-from lib.store import MARKER, appending, publish, write_text
+from lib.store import CONTENTS, appending, publish, write_text
 from lib.tables import read_prompts
 
 # ----------------------------------------------------------------------------- options
@@ -161,7 +161,7 @@ def test_publish_replaces_its_own_folder_and_an_empty_one(tmp_path):
     (tmp_path / "model").mkdir()
     publish(tmp_path / "model", write_folder("a"))
     publish(tmp_path / "model", write_folder("b"))
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {"b", MARKER}
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"b", CONTENTS}
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -171,7 +171,7 @@ def test_publish_never_deletes_somebodys_folder(new, tmp_path):
     (tmp_path / "x.json").mkdir()
     (tmp_path / "x.json/thesis.txt").write_text("years of work")
     write = write_folder("a") if new == "a folder" else lambda tmp: tmp.write_text("{}")
-    with pytest.raises(SystemExit, match="x.json: would replace a folder"):
+    with pytest.raises(SystemExit, match="x.json: holds thesis.txt, which was not written here"):
         publish(tmp_path / "x.json", write)
     assert (tmp_path / "x.json/thesis.txt").read_text() == "years of work"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
@@ -193,7 +193,7 @@ def test_a_kill_between_the_two_renames_of_a_folder_leaves_both_on_the_disk(tmp_
     assert process.exitcode == 9
     assert (tmp_path / ".old.model/a").is_file() and (tmp_path / ".tmp.model/b").is_file()
     publish(tmp_path / "model", write_folder("c"))
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {"c", MARKER}
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"c", CONTENTS}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "said"]
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import rankdpo
 import synpic
 from lib import engine, memory
-from lib.lists import by_size, list_pixels, read_sizes
-from lib.pictures import IMAGE_FORMATS, header_size, read_pixels
+from lib.lists import by_size, encoded_sizes, list_pixels, look_at_pictures
+from lib.pictures import IMAGE_FORMATS, look_at, read_pixels
 
 WIDTHS = (32, 32, 48, 32, 48, 32, 48, 32, 48, 32)  # of the ten lists; 48 x 32 pixels is the rarer size
 SIZES = [(32, width) for width in WIDTHS]
@@ -184,7 +184,8 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_encoded(lists, tin
 
 
 def test_what_resolution_crops_is_said_once(mixed, lists, capsys):
-    sizes = lambda data, side: read_sizes(rankdpo.Config(data=str(data), resolution=side), rows_of(data))
+    looks = lambda data: look_at_pictures(data, rows_of(data))
+    sizes = lambda data, side: encoded_sizes(rankdpo.Config(data=str(data), resolution=side), looks(data))
     assert sizes(mixed, 16) == [(16, 16)] * 10
     said = "--resolution 16: crops 4 of 10 lists, by up to 33 % of a picture\n"
     assert capsys.readouterr().out == said
@@ -203,8 +204,9 @@ def test_a_header_gives_the_size_of_the_turned_picture(kind, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.new("RGB", (10, 6)).save(path := tmp_path / f"{orientation}.{kind}", exif=exif)
-        assert header_size(path) == read_pixels(path, 0).shape[1:]
-        assert header_size(path) == ((10, 6) if orientation > 4 else (6, 10))
+        (height, width, _), problem = look_at(tmp_path, path.name)
+        assert not problem and (height, width) == read_pixels(path, 0).shape[1:]
+        assert (height, width) == ((10, 6) if orientation > 4 else (6, 10))
 
 
 def test_a_lying_picture_is_imported_and_measured_as_it_is_read(tmp_path):
@@ -221,7 +223,7 @@ def test_a_lying_picture_is_imported_and_measured_as_it_is_read(tmp_path):
     out = tmp_path / "data"
     synpic.main(["--stages", "import", "--from", str(tmp_path / "a.parquet"), "--out", str(out)])
     rows, cfg = rows_of(out), rankdpo.Config(data=str(out))
-    (size,) = read_sizes(cfg, rows)
+    (size,) = encoded_sizes(cfg, look_at_pictures(out, rows))
     standing, lying = list_pixels(cfg, rows[0], size)  # (3, 32, 48) each
     assert size == (32, 48) and (standing - lying).abs().mean() < 0.1  # the same picture but for JPEG
 
