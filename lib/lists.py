@@ -344,12 +344,17 @@ def write_cached(cache, n, tensors):
     publish(cache_file(cache, n), write, sync=False, unique=True)
 
 
-@torch.no_grad()
 def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
+    """Encode the lists `missing`; return when all processes have done their share."""
+    if missing:
+        encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing)
+    common.wait_for_all(slow=True)
+
+
+@torch.no_grad()
+def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
     """Write latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file for
-    each list, which all processes read. Threads decode the next lists' images meanwhile."""
-    if not missing:
-        return
+    each list, which all processes read. Threads decode the next lists' images while one is encoded."""
     from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
 
     family = pipelines.family_of(pipe)
