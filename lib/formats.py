@@ -3,6 +3,7 @@
     split_spec("base+first+second")            # ["base", "first", "second"]
     stored_as("folder", "unet")                # from_pretrained's arguments: fp16 files alone, .bin alone
     find_addition("folder, file or hub id")    # ("adapters" or "denoiser", its files of weights)
+    fingerprint("base+first")                  # {part: hash of what it holds}, wherever it is
 
 load_denoiser and load_adapters take every tensor of such files, or say which one they cannot use. Libraries
 only warn of tensors that they drop or draw at random. Files of torch.save are read with weights_only.
@@ -14,7 +15,7 @@ import logging
 import os
 import re
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import diffusers
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lib.common import fail, one_line
+from lib.store import ends_of
 from lib.tables import parse_json, read_text
 
 
@@ -60,6 +62,54 @@ def stored_as(path, part):
                 return dict(variant=variant, use_safetensors=suffix == "safetensors")
     held = f"weights are {sorted(map(str, there))}" if there else "there are no weights"
     raise ValueError(f"{path}/{part}: {held}; wanted are safetensors or .bin, whole or as fp32, fp16 or bf16")
+
+
+# ----------------------------------------------------------------------------- fingerprints
+
+SAVED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth")  # configurations, vocabularies, weights
+
+
+def fingerprint(path):
+    """{part: hash} of all that changes a picture or a latent of load_pipeline(path).
+
+    Parts of a base folder are named after their folders ("scheduler", "vae", "unet"). Its model_index.json is
+    "pipeline", and what is added to it is "+1", "+2". A hub id stands for itself: its files may not be here
+    yet. A copy has the fingerprint of its original."""
+    base, *additions = split_spec(path)
+    hashes = {"pipeline": base, **{f"+{n}": added for n, added in enumerate(additions, 1)}}
+    files = {"pipeline": [Path(base, "model_index.json")]}
+    for file in sorted(Path(base).glob("*/*")) if os.path.isdir(base) else ():
+        files.setdefault(file.parent.name, []).append(file)
+    for n, added in enumerate(map(Path, additions), 1):
+        folders = (added, added / "unet", added / "transformer")
+        files[f"+{n}"] = [added, *(file for folder in folders for file in sorted(folder.glob("*")))]
+    for name, there in files.items():
+        there = [file for file in there if file.suffix in SAVED and file.is_file()]
+        digests = [[file.name if len(there) > 1 else "", *file_digest(file)] for file in there]
+        if digests:
+            hashes[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+    return hashes
+
+
+def file_digest(file):
+    """[size, hash] of a file. Reading 24 GB would take minutes, so of safetensors above 16 MiB the header and
+    the first 4 KiB of each tensor count: training may spare both ends of a file, but not the beginning of a
+    tensor. A large .bin is a zip archive, which ends in a checksum of each tensor."""
+    size = file.stat().st_size
+    if size <= 16 << 20:
+        return [size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    if file.suffix != ".safetensors":
+        return [*ends_of(file, 8 << 20)]
+    with open(file, "rb") as f, suppress(Exception):  # torn: the loader says so
+        start = 8 + int.from_bytes(f.read(8), "little")
+        header = f.read(min(start, size) - 8)
+        digest = hashlib.sha256(header)
+        tensors = parse_json(header.decode())
+        for name in sorted(tensors.keys() - {"__metadata__"}):
+            begin, end = tensors[name]["data_offsets"]
+            f.seek(start + begin)
+            digest.update(f.read(min(4096, end - begin)))
+    return [size, digest.hexdigest()]
 
 
 # ----------------------------------------------------------------------------- libraries, loading

@@ -12,8 +12,6 @@ that is only sampled (PixArt, Stable Cascade) overrides `sampling` alone. No oth
 """
 
 import hashlib
-import json
-import os
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -28,8 +26,8 @@ from safetensors.torch import save_file
 
 from lib.common import fail, process_rank
 from lib.formats import find_addition, load_adapters, load_denoiser, quiet, split_spec, stored_as
-from lib.store import ends_of, publish
-from lib.tables import parse_json
+from lib.formats import fingerprint as fingerprint  # engine, lists and draw look for it here
+from lib.store import publish
 
 # ----------------------------------------------------------------------------- families
 
@@ -432,51 +430,6 @@ def clean_latents(scheduler, x_t, prediction, alpha, sigma):
 
 
 # ----------------------------------------------------------------------------- load and save
-
-SAVED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth")  # configurations, vocabularies, weights
-
-
-def fingerprint(path):
-    """{part: hash} of all that changes a picture or a latent of load_pipeline(path).
-
-    Parts of a base folder are named after their folders ("scheduler", "vae", "unet"). Its model_index.json is
-    "pipeline", and what is added to it is "+1", "+2". A hub id stands for itself: its files may not be here
-    yet. A copy has the fingerprint of its original."""
-    base, *additions = split_spec(path)
-    hashes = {"pipeline": base, **{f"+{n}": added for n, added in enumerate(additions, 1)}}
-    files = {"pipeline": [Path(base, "model_index.json")]}
-    for file in sorted(Path(base).glob("*/*")) if os.path.isdir(base) else ():
-        files.setdefault(file.parent.name, []).append(file)
-    for n, added in enumerate(map(Path, additions), 1):
-        folders = (added, added / "unet", added / "transformer")
-        files[f"+{n}"] = [added, *(file for folder in folders for file in sorted(folder.glob("*")))]
-    for name, there in files.items():
-        there = [file for file in there if file.suffix in SAVED and file.is_file()]
-        digests = [[file.name if len(there) > 1 else "", *file_digest(file)] for file in there]
-        if digests:
-            hashes[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
-    return hashes
-
-
-def file_digest(file):
-    """[size, hash] of a file. Reading 24 GB would take minutes, so of safetensors above 16 MiB the header and
-    the first 4 KiB of each tensor count: training may spare both ends of a file, but not the beginning of a
-    tensor. A large .bin is a zip archive, which ends in a checksum of each tensor."""
-    size = file.stat().st_size
-    if size <= 16 << 20:
-        return [size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    if file.suffix != ".safetensors":
-        return [*ends_of(file, 8 << 20)]
-    with open(file, "rb") as f, suppress(Exception):  # torn: the loader says so
-        start = 8 + int.from_bytes(f.read(8), "little")
-        header = f.read(min(start, size) - 8)
-        digest = hashlib.sha256(header)
-        tensors = parse_json(header.decode())
-        for name in sorted(tensors.keys() - {"__metadata__"}):
-            begin, end = tensors[name]["data_offsets"]
-            f.seek(start + begin)
-            digest.update(f.read(min(4096, end - begin)))
-    return [size, digest.hexdigest()]
 
 
 def check_pipeline(path):

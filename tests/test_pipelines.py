@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lib import pipelines
-from lib.formats import split_spec
-from lib.pipelines import fingerprint, load_pipeline
+from lib.formats import file_digest, fingerprint, split_spec
+from lib.pipelines import load_pipeline
 from toy.build import TOY
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -86,10 +86,10 @@ def test_a_large_file_is_known_by_each_of_its_tensors(suffix, tmp_path):
     for value in (0, 1):
         state["b"][:] = value
         torch.save(state, file) if suffix == ".bin" else save_file(state, file)
-        seen.add(tuple(pipelines.file_digest(file)))
+        seen.add(tuple(file_digest(file)))
     assert file.stat().st_size > 40 << 20 and len(seen) == 2
     file.write_bytes(file.read_bytes()[: 30 << 20])  # torn: the loader says so
-    assert len(pipelines.file_digest(file)) == 2
+    assert len(file_digest(file)) == 2
 
 
 # ----------------------------------------------------------------------------- formats of whole pipelines
