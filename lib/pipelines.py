@@ -24,8 +24,8 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 from PIL import Image
 from safetensors.torch import save_file
 
-from lib.common import fail, process_rank
-from lib.formats import find_addition, load_adapters, load_denoiser, quiet, split_spec, stored_as
+from lib.common import fail, one_line, process_rank
+from lib.formats import find_addition, load_adapters, load_denoiser, loading, quiet, split_spec, stored_as
 from lib.formats import fingerprint as fingerprint  # engine, lists and draw look for it here
 from lib.store import publish
 
@@ -437,6 +437,9 @@ def check_pipeline(path):
     base, *additions = split_spec(path)
     local = Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1
     if local and not Path(base, "model_index.json").is_file():
+        if Path(base).is_file():
+            with loading(path):  # a model in a single file, or a pointer of git-lfs, says so
+                find_addition(base)
         what = "not a diffusers pipeline folder (no model_index.json in it)"
         fail(f"{path}: {what}; adapters or a denoiser alone are named BASE+{base}")
     try:
@@ -444,17 +447,15 @@ def check_pipeline(path):
         names = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
     except Exception as e:  # damaged; the hub has many errors: not found, no licence agreed to, no network
         where = f"{base}/model_index.json: damaged" if local else f"{path}: no such folder, nor on the hub"
-        fail(f"{where} ({' '.join(str(e).split())[:200]})")
+        fail(f"{where} ({one_line(e)})")
     if local and (missing := [name for name in names if not Path(base, name).is_dir()]):
         fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
     if [None, None] in (parts.get("unet"), parts.get("transformer")):
         fail(f"{path}: has no denoiser: unet or transformer is null in model_index.json")
     for added in additions:
         if Path(added).exists():
-            try:
+            with loading(path):  # not clear, torn, or a pickle that is not of weights alone
                 find_addition(added)
-            except Exception as e:  # not clear, torn, or a pickle that is not of weights alone
-                fail(f"{path}: {' '.join(str(e).split())[:300]}")
         elif added.startswith((".", "/")):
             fail(f"{path}: no such file or folder: {added}")
 
@@ -477,24 +478,20 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, denoiser=True, encode
         from diffusers.pipelines.deprecated import wuerstchen
 
         diffusers.pipelines.wuerstchen = wuerstchen
-    try:
-        with quiet():
-            found = [(added, *find_addition(added)) for added in additions]
-            adapters = any(kind == "adapters" for _, kind, _ in found)
-            denoiser, encoders = denoiser or adapters, encoders or adapters
-            kwargs = dict(load_parts(base, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
-            try:  # it joins the two pipelines of Stable Cascade
-                pipe = AutoPipelineForText2Image.from_pretrained(base, **kwargs)
-            except ValueError:  # diffusers has no text-to-image entry for this family
-                pipe = DiffusionPipeline.from_pretrained(base, **kwargs)
-            for added, kind, files in found:
-                if kind == "adapters":
-                    load_adapters(pipe, denoiser_of(pipe)[0], added, files[0])
-                elif denoiser:
-                    load_denoiser(denoiser_of(pipe)[1], added, files)
-    except Exception as e:  # torn weights, no hub, another format: libraries raise many kinds
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        fail(f"{path}: could not load a pipeline: {reason}")
+    with loading(path):  # torn weights, no hub, another format: libraries raise many kinds
+        found = [(added, *find_addition(added)) for added in additions]
+        adapters = any(kind == "adapters" for _, kind, _ in found)
+        denoiser, encoders = denoiser or adapters, encoders or adapters
+        kwargs = dict(load_parts(base, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
+        try:  # it joins the two pipelines of Stable Cascade
+            pipe = AutoPipelineForText2Image.from_pretrained(base, **kwargs)
+        except ValueError:  # diffusers has no text-to-image entry for this family
+            pipe = DiffusionPipeline.from_pretrained(base, **kwargs)
+        for added, kind, files in found:
+            if kind == "adapters":
+                load_adapters(pipe, denoiser_of(pipe)[0], added, files[0])
+            elif denoiser:
+                load_denoiser(denoiser_of(pipe)[1], added, files)
     check_tokenizers(base, pipe)
     for name, part in pipe.components.items():
         numbers = part.parameters() if isinstance(part, torch.nn.Module) else ()
