@@ -159,8 +159,8 @@ def score_weights(scores):
 
 
 def list_weights(loss, phi, rewards):
-    """What the labels of one list, phi (K,) and rewards (R, K), mean to an objective of rankdpo.py: weights of
-    its pairs (K, K), for random_scorer those of each reward (R, K, K), for sft and weighted of its images
+    """What the labels of one list, phi (K,) and rewards (R, K), mean to an objective of rankdpo.py: weights
+    of its pairs (K, K), for random_scorer those of each reward (R, K, K), for sft and weighted of its images
     (K,)."""
     phi = phi[None]  # (1, K)
     if loss == "rankdpo":

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from tqdm import tqdm
 
-from lib import common, pictures, pipelines, store, tables
+from lib import common, formats, pictures, pipelines, store, tables
 from lib.common import fail, process_rank
 
 # on purpose: one process saves for itself, and copies of adapters are sets of one network
@@ -324,7 +324,7 @@ def recipe_of(cfg, options, rows, policy):
     """What makes a run this run: its options (fields of cfg), the weights it begins with, its lists. Content
     counts: data and models may be moved."""
     lists = [[row["prompt"], row["phi"], row["scores"], [d for _, _, d in row["pictures"]]] for row in rows]
-    parts = pipelines.fingerprint(cfg.model)
+    parts = formats.fingerprint(cfg.model)
     local = {"unet", "transformer"} & parts.keys()
     weights = {name: parts.pop(name) for name in list(parts) if name in local or name[0] == "+"}
     if not local:  # the base is from the hub: which revision?
