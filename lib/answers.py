@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib import store
+from lib import pictures, store
 from lib.common import fail
 from lib.lists import is_number
-from lib.pictures import picture_digest
 from lib.scorers import WEIGHTS
 from lib.store import appending, digest, file_digest
 
@@ -47,7 +46,7 @@ def picture_version(path):
 
 @lru_cache(maxsize=None)
 def remembered_digest(path, changed):
-    return picture_digest(path)
+    return file_digest(path, pictures.ENDS)
 
 
 class Store(NamedTuple):

@@ -14,6 +14,7 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -206,9 +207,10 @@ def line_of(folder, name):
 def look_at_pictures(folder, rows):
     """Each row with its `pictures`, [[height, width, digest], ...]: every file is opened once."""
     names = list(dict.fromkeys(name for row in rows for name in row["file_names"]))
-    looks, found = common.ahead(partial(look_at, folder), names, depth=64, threads=16), {}
-    for name, (look, problem) in zip(names, tqdm(looks, "pictures", len(names), unit="file", delay=2)):
-        found[name] = look
+    parts, found = [names[i : i + 100] for i in range(0, len(names), 100)], {}
+    look = lambda part: [(name, *look_at(folder, name)) for name in part]
+    looks = common.ahead(look, parts, depth=32, threads=16)
+    for name, found[name], problem in chain.from_iterable(tqdm(looks, "pictures", len(parts), delay=2)):
         if problem:
             fail(f"{line_of(folder, name)}: image {name} {problem}; mend or delete that row")
     return [dict(row, pictures=[found[name] for name in row["file_names"]]) for row in rows]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from lib.common import about
-from lib.store import file_digest, publish
+from lib.store import ends_digest, publish
 
 # PIL would start Ghostscript for a PostScript file, whatever its name is: these formats only
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
@@ -57,23 +57,20 @@ def read_pixels(path, resolution):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def picture_digest(path):
-    """What stands for a picture: its size and both ends, where PNG keeps a checksum of all pixels."""
-    return file_digest(path, ends=4096)
+ENDS = 4096  # bytes at each end of a picture that stand for it: PNG keeps a checksum of all pixels there
 
 
 def look_at(folder, name):
-    """([height, width, digest] of an image as read_pixels gives it, "") or (None, what is wrong). It is not
-    decoded."""
-    path = f"{folder}/{name}"
+    """([height, width, digest] of an image as read_pixels gives it, "") or (None, what is wrong). The file is
+    opened once, and not decoded."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with open(f"{folder}/{name}", "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             turn = Image.Image.getexif(image).get(ORIENTATION)  # PNG's own method would decode
             on_its_side = (
                 turn in (5, 6, 7, 8) and image.format != "TIFF"
             )  # PIL turns TIFF without being asked
             width, height = image.size[::-1] if on_its_side else image.size
-        return [height, width, picture_digest(path)], ""
+            return [height, width, ends_digest(file, ENDS)], ""
     except FileNotFoundError:
         return None, "is not in the folder"
     except Exception as e:  # besides OSError, each format of PIL has its own

@@ -32,20 +32,30 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def ends_digest(file, count):
+    """16 letters that stand for an open file: its size and `count` bytes at each end. It is for what has a
+    checksum there, or is too large to be read for this alone."""
+    size, parts = os.fstat(file.fileno()).st_size, []
+    for start in (0, max(0, size - count)):
+        file.seek(start)
+        parts.append(hashlib.sha256(file.read(count)).hexdigest())
+    return digest([size, *parts])
+
+
 def file_digest(path, ends=0):
-    """16 letters that stand for all bytes of a file. With `ends` its size and that many bytes at each end
-    count: for what has a checksum there, or is too large to be read for this alone."""
+    """16 letters that stand for all bytes of a file, which threads read; with `ends` its ends_digest."""
+    if ends:
+        with open(path, "rb") as file:
+            return ends_digest(file, ends)
     size, step = os.stat(path).st_size, 32 << 20
 
-    def part(start, count):
-        with open(path, "rb") as f:
-            f.seek(max(0, start))
-            return hashlib.sha256(f.read(count)).hexdigest()
+    def part(start):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(step)).hexdigest()
 
-    if ends:
-        return digest([size, part(0, ends), part(size - ends, ends)])
     with ThreadPoolExecutor(8) as threads:
-        return digest([size, *threads.map(lambda start: part(start, step), range(0, size, step))])
+        return digest([size, *threads.map(part, range(0, size, step))])
 
 
 # ----------------------------------------------------------------------------- replaced whole
