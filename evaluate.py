@@ -22,6 +22,7 @@ docs/evaluation.md defines gain, win rate, diversity, their intervals and p valu
 """
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -32,7 +33,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from lib import common
-from lib.common import HERE, fail, fill_in, option, parse
+from lib.common import HERE, about, fail, fill_in, option, parse
 
 STAGES = ("draw", "score", "report")
 OURS = "report.html report.md results.json grid.png frontier.png study study.json key.json".split()
@@ -81,12 +82,11 @@ import torch.distributed as dist
 from PIL import Image
 
 from lib import benchmarks, draw, store
-from lib.blind_study import make_study, study_report
 from lib.formats import split_spec
 from lib.lists import read_metadata
 from lib.pictures import picture_grid, read_image
 from lib.pipelines import check_pipeline, family_of, load_pipeline
-from lib.stats import colour_entropy, compare, headline
+from lib.stats import agreement, colour_entropy, compare, headline, win_rate
 from lib.store import publish, whole_lines, write_text
 from lib.tables import markdown, parse_json, plain, read_prompts, read_text, write_page
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
@@ -277,10 +277,8 @@ def pictures_of(cfg, name, path, own, rows):
             fail(f"--models {name}={path}: {wrong}")
     for _, files in drawn:
         for file in files:
-            try:
+            with about(f"--models {name}={path}"):
                 store.path_inside(here, file)
-            except ValueError as e:
-                fail(f"--models {name}={path}: {e}")
     return Pictures("", path, drawn, {})
 
 
@@ -548,6 +546,105 @@ def report_stage(cfg, found, device):
     print("\n".join([*words["lines"], words["setting"], f"{out}/report.html, and what lies beside it"]))
     if cfg.study:
         make_study(cfg, models)
+
+
+# ----------------------------------------------------------------------------- a blind study, for people
+
+
+def make_study(cfg, models):
+    """OUT/study, to be sent to people, and OUT/key.json, to be kept: who drew which picture of each pair."""
+    rng, (base, *others), chosen, key = np.random.default_rng(cfg.seed), models, [], []
+    prompts = [prompt for prompt, _ in models[base].rows]
+    for other in others:
+        places = {prompts[i]: i for i in rng.permutation(len(prompts)).tolist()}  # a repeated prompt once
+        chosen += [(other, i) for i in list(places.values())[: cfg.study]]
+    for n, j in enumerate(rng.permutation(len(chosen))):
+        sides, i = rng.permutation([base, chosen[j][0]]).tolist(), chosen[j][1]
+        s = rng.integers(cfg.seeds)  # one seed: the same noise, where both were drawn here
+        files = [f"{models[name].folder}/{models[name].rows[i][1][s]}" for name in sides]
+        key.append(dict(id=str(n), prompt=prompts[i], models=sides, files=files))
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for pair in key:
+        for file in pair["files"]:
+            digest.update(Path(file).read_bytes())
+    study, path = digest.hexdigest()[:12], Path(cfg.out) / "key.json"
+    if path.is_file() and read_key(path)["study"] != study:
+        fail(f"{path}: another study is out; its answers need this key. Move key.json and study/ away first")
+
+    def write(tmp):
+        tmp.mkdir()
+        for pair in key:
+            for side, file in enumerate(pair["files"], 1):
+                image = read_image(file)
+                image.save(tmp / f"{pair['id']}_{side}.webp", lossless=max(image.size) <= 64, quality=92)
+        pairs = [{"id": pair["id"], "prompt": pair["prompt"]} for pair in key]
+        write_page(tmp / "index.html", "study.html", {"study": study, "pairs": pairs})
+
+    write_text(path, json.dumps({"study": study, "pairs": key}, indent=1))
+    publish(Path(cfg.out) / "study", write)
+    print(f"{cfg.out}/study/index.html: {len(key)} pairs; send that folder, keep {path}")
+
+
+def read_key(path):
+    """key.json of a study: its number, and pairs of two models each."""
+    with about(f"{path}: damaged, so no answer can be read", "take it from a copy, or make another study"):
+        key = parse_json(read_text(path))
+        pairs = {pair["id"]: sorted(pair["models"]) for pair in key["pairs"]}
+        if not isinstance(key["study"], str) or not all(len(set(models)) == 2 for models in pairs.values()):
+            raise ValueError("no pairs of two models")
+    return key
+
+
+def read_answers(cfg, key):
+    """{pair id: [the answer of each file: "1", "2" or "tie"]}."""
+    votes, people = {pair["id"]: [] for pair in key["pairs"]}, {}
+    for path in cfg.study_answers:
+        with about(f"--study_answers {path}: no answers that the study page saved"):
+            answers = parse_json(text := read_text(path))
+            if answers["study"] != key["study"]:
+                raise ValueError(f"of study {answers['study']}, and {cfg.out}/key.json is of {key['study']}")
+            for pair, answer in answers["answers"].items():
+                if answer not in ("1", "2", "tie"):
+                    raise ValueError(f"pair {pair}: {answer!r} is none of 1, 2, tie")
+                votes[pair].append(answer)
+        if text in people:
+            fail(f"--study_answers {path}: the same answers as {people[text]}; a person counts once")
+        people[text] = path
+    return votes
+
+
+def study_results(key, votes):
+    """Per two models: votes and majorities of one, with Wilson intervals, and how far people agree."""
+    by_models, results = {}, {}
+    for pair in key["pairs"]:
+        base, mine = sorted(pair["models"])
+        said = Counter({"1": pair["models"][0], "2": pair["models"][1]}.get(v) for v in votes[pair["id"]])
+        if said:
+            counts = [said[mine], said[None], said[base]]
+            by_models.setdefault(f"{mine} over {base}", []).append(counts)
+    for name, counts in by_models.items():
+        counts = np.array(counts)  # (N, win tie loss)
+        results[name] = {"votes": win_rate(*np.repeat([[1, 0, 0], [0, 0, 1]], counts.sum(0), axis=1))}
+        results[name]["majority"] = win_rate(counts[:, 0], counts[:, 2])
+        if len(several := counts[counts.sum(1) > 1]):
+            results[name]["agreement"], results[name]["kappa"] = agreement(several)
+    return results
+
+
+def study_report(cfg):
+    """Several people's answers -> OUT/study.json and a table."""
+    key = read_key(Path(cfg.out) / "key.json")
+    results = study_results(key, read_answers(cfg, key))
+    rates = ["votes won (95 %)", "majority of a pair won (95 %)"]
+    header = [f"{len(cfg.study_answers)} people", *rates, "win : tie : loss", "agreement", "Fleiss' kappa"]
+    rate_text = lambda w: f"{w['rate']:.0%} ({w['low']:.0%} to {w['high']:.0%}), n = {w['n']}"
+    rows = []
+    for name, r in results.items():
+        votes = " : ".join(str(r["votes"][k]) for k in ("wins", "ties", "losses"))
+        both = [f"{r['agreement']:.0%}", f"{r['kappa']:.2f}"] if "kappa" in r else ["", ""]
+        rows.append([name, rate_text(r["votes"]), rate_text(r["majority"]), votes, *both])
+    write_text(Path(cfg.out) / "study.json", json.dumps(results, indent=1))
+    print(markdown(header, rows) + "Votes of one pair are not independent: read the majorities' interval.")
 
 
 # ----------------------------------------------------------------------------- main

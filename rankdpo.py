@@ -13,11 +13,9 @@
 
 It reads a folder that synpic.py wrote (metadata.jsonl and images). It writes a pipeline that diffusers'
 `from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl, curves.png and,
-with --sample_every, samples.png. The same command continues a killed run from its newest checkpoint.
-docs/departures.md lists where this departs from the papers.
-
-The curve is the same on 1 and on N processes, for any --device_batch_size and --images_per_forward: noise and
-timestep depend on (seed, step, list) alone.
+with --sample_every, samples.png. The same command continues a killed run from its newest checkpoint. The curve
+is the same on 1 and on N processes, for any --device_batch_size and --images_per_forward: noise and timestep
+depend on (seed, step, list) alone. docs/departures.md lists where this departs from the papers.
 """
 
 from collections import namedtuple
@@ -43,67 +41,74 @@ class Method:
     """What a run is: with another value of one of these it is another run."""
 
     # data
-    data: str = option("outputs/synpic", "folder that synpic.py wrote, or random")
-    model: str = option(
-        None, "folder, hub id, base+adapters or random:sdxl (default for toy lists: the toy's)"
+    data: str = option(
+        "outputs/synpic", "a folder that synpic.py wrote, or random, to measure time and memory"
     )
+    model: str = option(None, "folder, hub id, base+adapters or random:sdxl (for toy lists: the toy's)")
     resolution: int = option(0, "resize and crop images to this side in pixels; 0 = as they are", at_least=0)
     label: str = option("given", "phi as stored, reversed, or phi, sum, normalized_sum, majority, random")
     label_rewards: tuple = option((), "which scores --label and --loss balanced count (default: all)")
     holdout: float = option(0.0, "share of the prompts kept to measure on", at_least=0, below=1)
-    seed: int = option(0, "order of the lists, timesteps, noise", at_least=0)
+    seed: int = option(0, "determines the order of the lists, timesteps and noise", at_least=0)
     # objective
     loss: str = option("rankdpo", "the objective; losses.py has the table", LOSSES)
-    beta: float = option(None, "for MEAN squared errors without a half (default: suits the model)", above=0)
-    ties: str = option("drop", "an even vote of --loss balanced", ("drop", "literal"))
+    beta: float = option(None, "pull towards the reference; errors are MEANS (default: by model)", above=0)
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
-    loser_weight: float = option(None, "of gradients through losers (default: suits the model)", at_least=0)
-    ref_refresh: int = option(0, "steps between copies of the policy into the reference", at_least=0)
-    noise: str = option("shared", "one a list, or one an image (Algorithm 2)", ("shared", "independent"))
-    timesteps: str = option("logit_normal", "of rectified flow", ("logit_normal", "uniform"))
-    experts: int = option(500, "--loss dro: best images of --data, against the policy's own", above=0)
-    expert_by: str = option(None, "--loss dro: a reward or phi (default: HPS or PickScore, else phi)")
-    margin: float = option(0.001, "--loss dro: margin of the hinge", above=0)
-    sampler_steps: int = option(20, "--loss dro: steps of the sampling path, a divisor of 1000", above=1)
-    sampler_refresh: int = option(20, "--loss dro: steps between copies into the sampler", above=0)
-    caption_dropout: float = option(None, "share without text (default: 0, dro: .2)", at_least=0, below=1)
+    loser_weight: float = option(
+        None, "scale the gradient through each pair's less preferred image", at_least=0
+    )
+    ref_refresh: int = option(
+        0, "copy the policy into the reference every so many steps; 0 = never", at_least=0
+    )
+    timesteps: str = option("logit_normal", "how rectified flow draws them", ("logit_normal", "uniform"))
+    experts: int = option(500, "--loss dro: how many of the best images are the experts", above=0)
+    expert_by: str = option(None, "--loss dro: a reward, or phi (default: HPS or PickScore, else phi)")
+    sampler_refresh: int = option(
+        20, "--loss dro: copy the policy into the sampler every so many steps", above=0
+    )
+    caption_dropout: float = option(
+        None, "share of lists trained without text (dro: .2)", at_least=0, below=1
+    )
     # optimiser
-    lr: float = option(None, "peak learning rate of AdamW (default: suits the model)", above=0)
-    schedule: str = option("linear", "the rate after the warm-up: decay to 0, or not", ("linear", "constant"))
+    lr: float = option(None, "learning rate of AdamW after the warm-up (default: by model)", above=0)
+    schedule: str = option(
+        "linear", "after the warm-up: linear decay to 0, or constant", ("linear", "constant")
+    )
     steps: int = option(200, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
-    global_batch_size: int = option(16, "lists a step, over all processes", above=0)
-    weight_decay: float = option(0.01, "AdamW's", at_least=0)
-    max_grad_norm: float = option(1.0, "gradient clipping; 0 = none", at_least=0)
+    global_batch_size: int = option(16, "lists per step, over all processes", above=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", at_least=0)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0 = no clipping", at_least=0)
     ema: float = option(0.0, "decay of an average of the weights, which is then saved", at_least=0, below=1)
     lora_rank: int = option(0, "train adapters of this rank; 0 = all weights", at_least=0)
-    precision: str = option("auto", "of forwards; fp64: of all", ("auto", "fp32", "bf16", "fp64"))
+    precision: str = option(
+        "auto", "type of the passes; fp64: also of weights", ("auto", "fp32", "bf16", "fp64")
+    )
 
 
 @dataclass
 class Config(Method):
     """How it is computed and recorded: this may change between the parts of one run."""
 
-    plan: tuple = option((), "print memory and hours for such GPUs and end: 24 (GB), 40, 8x80")
-    # memory: the fastest setting that fits a GPU is taken where these four are not given
-    device_batch_size: int = option(None, "lists a pass on one device; accumulation follows", above=0)
-    images_per_forward: int = option(None, "images a pass, where memory is short; 0 = all", at_least=0)
+    # memory: the fastest setting that fits a GPU is taken where the first four are not given
+    device_batch_size: int = option(None, "lists per pass on one device; accumulation follows", above=0)
+    images_per_forward: int = option(None, "images per pass, where memory is short; 0 = all", at_least=0)
     gradient_checkpointing: bool = option(None, "recompute activations in the backward pass")
-    keep_gathered: bool = option(None, "sharded: weights are gathered, gradients reduced once a step")
-    compile: bool = option(False, "compile the repeated blocks")
+    keep_gathered: bool = option(None, "several GPUs: gather weights and reduce gradients once per step")
     device: str = option("auto", "cuda, mps or cpu")
+    plan: tuple = option((), "print memory and hours for GPUs of such GB, as 24 40 8x80, and end")
     # record
-    out: str = option("outputs/rankdpo", "where the tuned pipeline, log.jsonl and curves.png go")
-    report: str = option("none", "where numbers and samples go too", ("none", "tensorboard", "wandb"))
+    out: str = option("outputs/rankdpo", "folder for the tuned pipeline, log.jsonl and curves.png")
+    report: str = option("none", "send numbers and samples there, too", ("none", "tensorboard", "wandb"))
     eval_every: int = option(50, "steps between measurements on the held-out lists", above=0)
     sample_every: int = option(0, "steps between rows of pictures in samples.png; 0 = never", at_least=0)
     sample_prompts: int = option(8, "prompts in samples.png", above=0)
-    sample_steps: int = option(None, "sampling steps of samples.png (default: suits the model)", above=0)
-    sample_guidance: float = option(None, "their guidance (default: suits the model)", at_least=0)
-    export_every: int = option(0, "steps between models beside the last, OUT/model-000200", at_least=0)
+    sample_steps: int = option(None, "sampling steps of samples.png (default: by model)", above=0)
+    sample_guidance: float = option(None, "guidance of samples.png (default: by model)", at_least=0)
+    export_every: int = option(0, "steps between models besides the last, OUT/model-000200", at_least=0)
     save_every: int = option(0, "steps between checkpoints; 0 = only at a signal", at_least=0)
     keep: int = option(1, "checkpoints to keep", above=0)
-    resume: bool = option(True, "go on from the newest checkpoint in --out; false starts again")
+    resume: bool = option(True, "go on from the newest checkpoint in --out; false sets the old run aside")
 
 
 if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
@@ -121,26 +126,21 @@ from toy import world
 
 SCORES = ("phi", "sum", "normalized_sum", "majority")  # labels that count all stored scores, or some
 ONLY_FOR = {  # an option that is not at its default: the losses that use it
-    "ties": ("balanced",),
     "weight_by": ("weighted",),
     "ref_refresh": tuple(loss for loss in LOSSES if loss != "dro"),
-    **dict.fromkeys(("experts", "expert_by", "margin", "sampler_steps", "sampler_refresh"), ("dro",)),
+    **dict.fromkeys(("experts", "expert_by", "sampler_refresh"), ("dro",)),
 }
 
 
-def with_model(cfg):
-    """The options, with the toy's model where none is named and the lists are of the toy world."""
+def with_defaults(cfg):
+    """The options with the toy's model, where none is named and the lists are of the toy world, and with
+    Diffusion-DRO's share of dropped captions."""
     if cfg.model is None:
         rows = [] if cfg.data == "random" else lists.read_metadata(cfg.data)
         if not rows or not world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
             fail("--model: must be named; the default, toy/models/sdxl, knows lists of the toy world alone")
         cfg = replace(cfg, model=f"{common.HERE}/toy/models/sdxl")
-    return cfg
-
-
-def is_random(cfg):
-    """random:NAME is a denoiser alone, which can encode nothing."""
-    return cfg.model.startswith("random:")
+    return common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
 
 
 def check_options(cfg):
@@ -162,8 +162,6 @@ def check_options(cfg):
         fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
     if cfg.label == "reversed" and cfg.loss == "weighted":
         fail("--label reversed: turns scores negative, and those cannot weigh an error; take another --loss")
-    if cfg.loss == "dro" and 1000 % cfg.sampler_steps:
-        fail(f"--sampler_steps {cfg.sampler_steps}: must divide 1000, so that every timestep is on a path")
     if cfg.loss == "dro" and cfg.sampler_refresh == 1 and process_rank()[0] == 0:
         print("--sampler_refresh 1: the negatives' gradient is exactly zero, they only gate the hinge")
     engine.check_report(cfg.report)
@@ -213,7 +211,7 @@ def list_weights(cfg, row):
     if cfg.loss == "random_scorer":
         shares = [losses.preference_probability(reward[:, None]) for reward in rewards]  # R of (K,)
         return losses.dpo_weights(torch.stack(shares))
-    return losses.vote_weights(losses.majority_vote(rewards.T[None], cfg.ties))[0]
+    return losses.vote_weights(losses.majority_vote(rewards.T[None]))[0]
 
 
 # of L lists, filled up to the K of the longest: weights by 0, the mask by False
@@ -250,11 +248,10 @@ def generator_of(cfg, position, n, *use):
 
 
 def draw_noise(cfg, position, n, shape):
-    """(u, noise) of a list: u () uniform in [0, 1), noise (k, C, h, w)."""
+    """(u, noise) of a list: u () uniform in [0, 1), noise (k, C, h, w), one for all its images."""
     g = generator_of(cfg, position, n)
     u = torch.rand((), generator=g)
-    noise = torch.randn(shape if cfg.noise == "independent" else (1,) + shape[1:], generator=g)
-    return u, noise.expand(shape)
+    return u, torch.randn(1, *shape[1:], generator=g).expand(shape)
 
 
 def draw_order(cfg, buckets):
@@ -353,7 +350,7 @@ def list_loss(cfg, policy_err, ref_err, batch):
         loss, metrics = losses.finetuning_loss(policy_err, ref_err, weights, mask)
     elif cfg.loss == "dro":  # each list is an expert and a negative
         (expert, negative), (expert_ref, negative_ref) = policy_err.T, ref_err.T
-        loss, metrics = losses.dro_loss(expert, expert_ref, negative, negative_ref, cfg.margin)
+        loss, metrics = losses.dro_loss(expert, expert_ref, negative, negative_ref)
     else:
         loss, metrics = losses.preference_loss(policy_err, ref_err, weights, cfg.beta, mask, cfg.loser_weight)
     return loss, {**metrics, "loss": loss.detach(), "time": batch.time.to(loss.dtype)}
@@ -381,19 +378,19 @@ def summarise(metrics, **more):
 # ----------------------------------------------------------------------------- Diffusion-DRO's negatives
 
 
-def sampling_path(cfg, scheduler, denoise, x, u):
+def sampling_path(scheduler, denoise, x, u):
     """Pure noise x (B, C, h, w) -> the states that DPM-Solver++ (2M) passes at the timesteps 1000 u (B,).
 
-    An image's path goes down from the highest of its levels t, t + 1000 / steps, ... below 1000, without
+    An image's path goes down from the highest of its levels t, t + 50, ... below 1000, without
     guidance. denoise(x, t): what the sampler predicts. On rectified flow alpha is 1 - sigma, and the solver's
     first step Euler's."""
-    stride, shape, before = 1000 // cfg.sampler_steps, (-1, 1, 1, 1), None
+    stride, shape, before = 1000 // pipelines.SAMPLER_STEPS, (-1, 1, 1, 1), None
     t = (1000 * u).long()  # (B,)
     place = t // stride  # of t on its path, 0 = the last step
     lowest = place.min()
     if process_rank()[1] > 1:  # as many passes on each process: the sampler may be sharded
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    for i in range(cfg.sampler_steps - 1, int(lowest), -1):
+    for i in range(pipelines.SAMPLER_STEPS - 1, int(lowest), -1):
         levels = [(t % stride + stride * k + 0.5) / 1000 for k in (i, i - 1)]
         (a, s, time), (a_next, s_next, _) = (pipelines.noise_levels(scheduler, u, "uniform") for u in levels)
         a, s, a_next, s_next = (level.view(shape) for level in (a, s, a_next, s_next))  # (B, 1, 1, 1)
@@ -415,7 +412,7 @@ def add_negatives(cfg, family, scheduler, sampler, batch, positions):
     m, wide = cfg.images_per_forward, batch.x_t.dtype
     denoise = lambda x, t: predict(family, sampler, x, t, caption, m).to(wide)
     x_t, target = batch.x_t.clone(), batch.target.clone()
-    x_t[1::2] = sampling_path(cfg, scheduler, denoise, torch.stack(noise).to(x_t), batch.u)
+    x_t[1::2] = sampling_path(scheduler, denoise, torch.stack(noise).to(x_t), batch.u)
     # predicted in the whole batch, as the errors are: they are exactly 0 where the copy is the policy
     target[1::2] = predict(family, sampler, x_t, batch.t, batch.cond, m).to(wide)[1::2]
     return batch._replace(x_t=x_t, target=target)
@@ -473,6 +470,16 @@ def learning_rate(cfg, step):
     return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * decay
 
 
+def check_gradient(row):
+    """End a run that learns nothing, or whose gradient is no number."""
+    step, norm = row["step"], row["grad_norm"]
+    if step == 0 and norm == 0:
+        fail("step 0: the gradient is zero; do these lists prefer anything? Raise --global_batch_size")
+    if not np.isfinite(norm):
+        mend = "lower --lr or --beta, or try --precision fp32. The last checkpoint is kept"
+        fail(f"step {step}: the gradient is {norm}; {mend}")
+
+
 def complete(cfg, pipe):
     """The options with what suits the model where they were not given."""
     scale = pipelines.scale_of(pipe)
@@ -487,9 +494,8 @@ def main(argv=None):
     cfg = common.parse(Config, __doc__, argv)
     if cfg.plan:
         return memory.print_plan(cfg)
-    cfg = with_model(cfg)
+    cfg = with_defaults(cfg)
     check_options(cfg)
-    cfg = common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
     memory.use_expandable_segments()
     device, (rank, world) = common.start_processes(cfg.device), process_rank()
     free = memory.free_bytes(device)  # before anything is there
@@ -498,9 +504,7 @@ def main(argv=None):
     out = store.own_folder("out", cfg.out, "another rankdpo.py is at work in it")
 
     # ---- lists: which are trained on, in which order, and which of them are encoded already
-    if cfg.data == "random":
-        cfg = replace(cfg, data=common.from_first(lists.write_random, cfg))
-    rows = common.from_first(lists.read_lists, cfg)
+    cfg, rows = common.from_first(lists.read_lists, cfg)
     rows = expert_rows(cfg, rows) if cfg.loss == "dro" else rows
     labels, sizes = stack_labels(cfg, rows), lists.encoded_sizes(cfg, rows)
     train_lists, held_out = lists.split(rows, cfg.holdout, cfg.seed)
@@ -509,7 +513,8 @@ def main(argv=None):
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)
 
     # ---- the base, its defaults, and the newest checkpoint of this very run
-    encoders = bool(cfg.sample_every or (not is_random(cfg) and (missing or cfg.caption_dropout)))
+    encodes = not cfg.model.startswith("random:")  # which is a denoiser alone
+    encoders = bool(cfg.sample_every or (encodes and (missing or cfg.caption_dropout)))
     pipe, family = engine.load_base(cfg, device, dtype, encoders)
     part, denoiser = pipelines.denoiser_of(pipe)
     cfg = complete(cfg, pipe)
@@ -522,10 +527,9 @@ def main(argv=None):
     lists.encode(cfg, rows, sizes, pipe, device, dtype, cache, missing)
     common.wait_for_all(slow=True)
     largest = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n])))
-    usual = lists.read_cached(cache, int(order[0, 0]))  # the first step takes the most frequent size
     cfg, flops = memory.choose(cfg, family, denoiser, largest, labels.mask.shape[1], dtype, device, free)
     no_caption = pipelines.encode_nothing(pipe, device, dtype) if cfg.caption_dropout and encoders else {}
-    samples = engine.prepare_samples(cfg, pipe, part, rows, usual, device, dtype)
+    samples = engine.prepare_samples(cfg, pipe, part, rows, sizes[order[0, 0]], device, dtype)
     data = Data(cache, labels, pipe.scheduler, no_caption, device, dtype)
     pipe = None  # VAE and text encoders have done their work, but for the samples
 
@@ -544,7 +548,6 @@ def main(argv=None):
     if samples and not start_step:
         engine.draw_samples(cfg, samples, policy, autocast, 0)
     if rank == 0:
-        print(f"resumed from step {start_step}" if start_step else f"{len(train_lists)} lists to train on")
         head = dict(world=world, precision=str(dtype), lists=len(train_lists), held_out=len(held_out))
         log = engine.Log(cfg, head, start_step, flops / world, device)
 
@@ -578,8 +581,6 @@ def main(argv=None):
 
         # ---- update
         grad_norm = engine.clip_grad_norm(parameters, cfg.max_grad_norm)
-        if step == 0 and grad_norm == 0:
-            fail("step 0: the gradient is zero; do these lists prefer anything? Raise --global_batch_size")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average:  # its decay starts low, so that the first weights do not weigh for long
@@ -587,9 +588,7 @@ def main(argv=None):
 
         # ---- record
         row = {"step": step, **summarise(metrics, grad_norm=grad_norm), "lr": optimizer.param_groups[0]["lr"]}
-        if not np.isfinite(row["grad_norm"]):
-            problem = f"step {step}: the gradient is {row['grad_norm']}"
-            fail(f"{problem}; lower --lr or --beta, or try --precision fp32. The last checkpoint is kept")
+        check_gradient(row)
         tuned = average or policy  # what will be saved
         if held_out and due(cfg.eval_every, step):
             with autocast:
@@ -605,7 +604,6 @@ def main(argv=None):
         # ---- save
         stopping = common.any_process(bool(stop), device)
         if stopping or due(cfg.save_every, step):
-            common.check_finite(parameters, device, f"step {step}: weights not finite, not saved; lower --lr")
             engine.save_checkpoint(cfg, engine.training_state(cfg, networks, optimizer), recipe, step + 1)
         if stopping:
             fail(f"stopped after {step + 1} steps; the same command goes on there", stop[0] if stop else 143)

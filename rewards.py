@@ -43,7 +43,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from lib.common import HERE, fail, one_line, one_line_errors, option, parse, pick_device
+from lib.common import HERE, about, fail, one_line, one_line_errors, option, parse, pick_device
 
 TOY_REWARDS = tuple(
     f"{name}={HERE / 'toy/rewards' / folder}"
@@ -98,10 +98,8 @@ def load_toyworld(name, source, device):
     from toy import world
 
     def forward(images, prompts):
-        try:
+        with about("reward toyworld"):
             return torch.tensor([float(world.check(p, i)) for i, p in zip(images, prompts)])
-        except ValueError as e:
-            fail(f"reward toyworld: {e}")
 
     return Scorer(name, lambda image: image.convert("RGB"), forward)
 
@@ -215,10 +213,8 @@ def check_reward(spec):
     if source and not Path(source).exists():
         fail(f"{spec}: no such file or folder")
     if source:
-        try:
+        with about(f"reward {name}"):
             find_weights(source, *LOADERS[name][1:])
-        except ValueError as e:
-            fail(f"reward {name}: {e}")
 
 
 def check_rewards(specs):
@@ -336,11 +332,9 @@ def main(argv=None):
     if "diversity" in map(reward_name, cfg.rewards):
         fail("--rewards diversity: compares the pictures of a prompt; name a folder with --score")
     for spec in cfg.rewards:
-        try:
+        with about(cfg.image):
             score = load_reward(spec, pick_device(cfg.device))([cfg.image], [cfg.prompt]).item()
-            print(f"{reward_name(spec):12s} {score:.4f}")
-        except ValueError as e:
-            fail(f"{cfg.image}: {e}")
+        print(f"{reward_name(spec):12s} {score:.4f}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib import common
-from lib.common import HERE, fail, in_range, one_line_errors, option, parse, process_rank
+from lib.common import HERE, about, fail, in_range, one_line_errors, option, parse, process_rank
 
 # Sampling defaults of each generator's model card: (hub id, steps, guidance, side in pixels, type on a GPU).
 MODELS = {
@@ -222,10 +222,8 @@ def draw_preview(out, lists):
     for row in lists[:: len(lists) // 6 or 1][:6]:
         names, cells = made_by(row) or row["file_names"], []
         for phi, name, file in sorted(zip(row["phi"], names, row["file_names"]), key=lambda x: -x[0]):
-            try:
+            with about(out / file):
                 cells.append((read_image(out / file), f"{name}  phi {phi:.2f}"))
-            except ValueError as e:
-                fail(f"{out / file}: {e}")
         grid.append((row["prompt"], cells))
     picture_grid(grid, out / "preview.png")
 

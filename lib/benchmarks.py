@@ -25,7 +25,7 @@ from PIL import Image
 
 from lib import common, pictures, scorers, tables
 from lib.answers import Store, answer_rows, files_version, read_answers
-from lib.common import HERE, fail, one_line, process_rank
+from lib.common import HERE, about, fail, process_rank
 from lib.formats import loading
 from lib.scorers import (
     BERT,
@@ -63,10 +63,8 @@ def read_bench(name, path, limit=0, keep=""):
     if name not in READERS:
         others = "a file of your own is named by --prompts alone"
         fail(f"--bench {name}: there are {', '.join(READERS)}; {others}")
-    try:
+    with about(f"--prompts {path}"):
         rows = list(READERS[name](Path(path)))
-    except ValueError as e:
-        fail(f"--prompts {path}: {e}")
     for where, row in rows:
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             fail(f"{where}: no prompt there; is it {name}'s own file?")
@@ -100,10 +98,8 @@ def inside(path, *names):
 def read_geneval(path):
     path = inside(path, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
     for n, row in tables.read_jsonl(path):  # the row stays as it is: it is what metadata.jsonl says again
-        try:
+        with about(f"{path}, line {n}: no metadata of GenEval"):
             check_metadata(row)
-        except (LookupError, ValueError, TypeError, AttributeError) as e:
-            fail(f"{path}, line {n}: no metadata of GenEval ({one_line(e) or type(e).__name__})")
         yield f"{path}, line {n}", row
 
 
@@ -142,7 +138,7 @@ def read_compbench(path):
 def read_dpg(path):
     table, questions, texts = inside(path, "dpg_bench.csv"), {}, {}
     for n, row in enumerate(prompt_rows(table), 1):
-        try:
+        with about(f"{table}, row {n}: not as DPG-Bench has it"):
             item, number = row["item_id"], int(row["proposition_id"])
             if not item or item.startswith(".") or re.search(r"[/\\\0]", item):
                 raise ValueError(f"item_id {item!r} can be no file name")
@@ -151,8 +147,6 @@ def read_dpg(path):
                 raise ValueError(f"proposition {number} stands twice in item {item}")
             known[number] = (question, [p for p in map(int, row["dependency"].split(",")) if p])  # 0: none
             texts.setdefault(item, row.get("text", ""))
-        except (KeyError, ValueError) as e:
-            fail(f"{table}, row {n}: not as DPG-Bench has it ({type(e).__name__}: {e})")
     if files := sorted((table.parent / "prompts").glob("*.txt")):
         texts = {file.stem: read_text(file).rstrip("\r\n") for file in files}
     for item, text in texts.items():
@@ -267,10 +261,8 @@ def as_needed(path, sources, draw):
         return
     changed = max(source.stat().st_ctime_ns for source in sources)
     if not path.is_file() or path.stat().st_mtime_ns <= changed:
-        try:
+        with about(f"{path}: cannot be drawn from {sources[0]} and its seeds"):
             image = draw([pictures.read_image(source) for source in sources])
-        except ValueError as e:
-            fail(f"{path}: cannot be drawn from {sources[0]} and its seeds: {e}")
         publish(path, image.save, sync=False)
 
 

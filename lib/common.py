@@ -17,7 +17,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -28,12 +28,19 @@ HERE = Path(__file__).resolve().parent.parent  # of the scripts
 # ----------------------------------------------------------------------------- errors
 
 
+def plain_line(text):
+    """Text that may quote anybody's file on one printable line; what is long loses its middle."""
+    text = " ".join(str(text).split())
+    text = text if len(text) <= 1200 else f"{text[:800]} ... {text[-300:]}"
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def fail(message, status=1):
     """Print one line on stderr, below any progress bar, and exit.
 
     Under torchrun the first process prints at once. The others wait three seconds: if the first process has
     failed too, torchrun ends them meanwhile, and the error is printed once."""
-    message = " ".join(str(message).splitlines())  # it may quote a name or a library
+    message = plain_line(message)
     if process_rank()[0] > 0:
         with suppress(ValueError):  # a thread may not set a signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -44,10 +51,20 @@ def fail(message, status=1):
     raise SystemExit(status)
 
 
+@contextmanager
+def about(where, mend=""):
+    """A `with` in which an error ends the run with one line: where it was, what it says, what to do."""
+    try:
+        yield
+    except Exception as e:  # libraries have many of their own
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        fail(f"{where}: {kind}{one_line(e)}{'; ' * bool(mend)}{mend}")
+
+
 def print_problems(problems, what):
     """Print at most 20 problems and how many there are."""
     if problems:
-        print("\n".join(problems[:20]))
+        print("\n".join(map(plain_line, problems[:20])))
         print(f"{len(problems)} {what}; at most 20 of them are listed above")
 
 

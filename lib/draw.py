@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib import common, store
-from lib.common import fail, pick_device, pick_dtype, print_problems, process_rank
+from lib.common import about, fail, pick_device, pick_dtype, print_problems, process_rank
 from lib.formats import split_spec
 from lib.pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
 from lib.store import appending, digest, lock
@@ -126,10 +126,8 @@ def read_options(spec, options):
             fail(f"model {spec!r}: no option {key!r}; there are resolution, dtype, {', '.join(NUMBERS)}")
         elif key in NUMBERS:
             kind, least = NUMBERS[key]
-            try:
+            with about(f"model {spec!r}"):
                 value = common.in_range(key, kind(value), (None, least, None))
-            except ValueError as e:
-                fail(f"model {spec!r}: {e}")
         found[key] = value
     return found
 

@@ -118,10 +118,6 @@ def build_networks(cfg, family, policy, device, dtype):
         # sharded, these copies are on the meta device and take no memory
         copied = {name: copy.deepcopy(policy).requires_grad_(False) for name in copies}
         networks = {"policy": policy, **copied}
-    for network in set(map(module_of, networks.values())) if cfg.compile else ():
-        for module in network.modules():  # the repeated blocks; diffusers names none in SD3
-            if type(module).__name__ in (network._repeated_blocks or network._no_split_modules):
-                module.compile()
     for name, network in networks.items():
         if sharded:
             shard(network, dtype, device, cfg.keep_gathered)
@@ -287,6 +283,8 @@ def save_checkpoint(cfg, state, recipe, step):
     safetensors wants contiguous tensors: a GPU's channels_last weights are laid out on the CPU."""
     (rank, world), final = process_rank(), Path(cfg.out) / f"checkpoints/step-{step:06d}"
     tmp = Path(common.from_first(store.begin, final))
+    values = [t for t in state.values() if t.dim()]
+    common.check_finite(values, values[0].device, f"{final}: not written: weights are not finite; lower --lr")
     state = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in state.items()}
     writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # safetensors: data, never code
     try:
@@ -433,6 +431,7 @@ class Log:
         if start_step:  # by another commit, perhaps, on another machine
             kept[0].setdefault("resumed", []).append({"step": start_step, **head})
         store.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        print(f"resumed from step {start_step}" if start_step else f"{head['lists']} lists to train on")
         self.cfg, self.head, self.flops = cfg, head, flops
         self.began, self.start_step = time.time(), start_step
         self.file, self.last, self.winners = open(path, "a"), {}, []
@@ -486,12 +485,11 @@ class Log:
 Samples = namedtuple("Samples", "pipe part prompts arguments")
 
 
-def prepare_samples(cfg, pipe, part, rows, item, device, dtype):
+def prepare_samples(cfg, pipe, part, rows, size, device, dtype):
     """Samples of the first prompts, which are encoded now, or None. `part`: the pipeline's name of the
-    denoiser; `item`: a list as cached."""
+    denoiser; `size` (height, width) in pixels."""
     if not cfg.sample_every:
         return None
-    size = [side * pipe.vae_scale_factor for side in item["latents"].shape[-2:]]
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
     arguments = pipelines.encode_and_drop_encoders(pipe, prompts, size, device, dtype)
     arguments.update(pipelines.family_of(pipe).sampling(pipe, cfg.sample_steps, cfg.sample_guidance))

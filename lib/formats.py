@@ -24,7 +24,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lib.common import fail, one_line
+from lib.common import about
 from lib.tables import parse_json, read_text
 
 
@@ -85,12 +85,8 @@ def quiet():
 def loading(what):
     """A `with` around the loading of a model: without the bars and warnings of libraries, and whatever fails
     ends the program with one line."""
-    try:
-        with quiet():
-            yield
-    except Exception as e:  # a missing file, a wrong format, no hub: one line says which
-        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
-        fail(f"{what}: could not be loaded: {kind}{one_line(e)}")
+    with about(f"{what}: could not be loaded"), quiet():  # a missing file, a wrong format, no hub
+        yield
 
 
 # ----------------------------------------------------------------------------- what is added to a base

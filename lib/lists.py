@@ -13,6 +13,7 @@ import io
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lib import common, tables
-from lib.common import fail, process_rank
+from lib.common import about, fail, process_rank
 from lib.pictures import look_at, read_pixels
 from lib.store import digest, path_inside, publish, write_text
 from lib.tables import read_jsonl, read_text
@@ -65,12 +66,10 @@ def read_metadata(folder, lists=False, labelled=False):
         fail(f"{folder}/metadata.jsonl: no such file; {hint}")
     mend = "mend or delete that row" + (" (synpic.py --stages label writes phi anew)" if labelled else "")
     for n, row in metadata_rows(path):
-        try:
+        with about(f"{path}, line {n}", mend):
             rows.append(row := checked_row(real, row, lists, labelled))
             if (first := lines.setdefault((row["prompt"], *row["file_names"]), n)) < n:
                 raise ValueError(f"the same prompt and images as line {first}")
-        except (ValueError, TypeError, AttributeError) as e:
-            fail(f"{path}, line {n}: {e}; {mend}")
     if not rows:
         fail(f"{path}: no rows; run synpic.py to the end first, with all of its stages")
     return rows
@@ -217,8 +216,10 @@ def look_at_pictures(folder, rows):
 
 
 def read_lists(cfg):
-    """The trainer's rows of metadata.jsonl, with the phi that --label asks for, the scores that count and
-    the `pictures`. One process reads them for all."""
+    """(options, rows): the trainer's rows of metadata.jsonl with the phi that --label asks for, the scores
+    that count and the `pictures`; --data random becomes a folder. One process reads them for all."""
+    if cfg.data == "random":
+        cfg = replace(cfg, data=write_random(cfg))
     stored = cfg.label in STORED
     rows = read_metadata(cfg.data, lists=True, labelled=stored)
     if cfg.label_rewards or not stored:
@@ -233,7 +234,7 @@ def read_lists(cfg):
     if cfg.label == "random":  # another control
         rows = [dict(row, scores={"random": row["phi"]}) for row in rows]
     check_scores(cfg, rows)
-    return look_at_pictures(cfg.data, rows)
+    return cfg, look_at_pictures(cfg.data, rows)
 
 
 def check_scores(cfg, rows):

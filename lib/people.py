@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import common, pictures, store, tables
-from lib.common import fail
+from lib.common import about, fail
 from lib.lists import is_number, preference_labels
 from lib.store import path_inside, publish
 from lib.tables import read_jsonl, read_text
@@ -52,7 +52,7 @@ def format_of(path, fields):
 def read_records(path):
     """Yield (file, place in it, format, record) of a file; a parquet is read one row group after the other.
     Of ImageRewardDB the rows of a prompt_id are one record."""
-    try:
+    with about(f"--from {path}: not a readable file"):  # pyarrow has its own errors
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
 
@@ -78,8 +78,6 @@ def read_records(path):
                 of_list["rank"].append(row["rank"])
             rows = lists.values()
         yield from ((path, f"{what} {n}", kind, row) for n, row in enumerate(rows, 1))
-    except Exception as e:  # pyarrow has its own errors
-        fail(f"--from {path}: not a readable file ({' '.join(str(e).split())[:200]})")
 
 
 @lru_cache(maxsize=None)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
-from lib.common import fail
+from lib.common import about
 from lib.store import file_digest, publish
 
 # PIL would start Ghostscript for a PostScript file, whatever its name is: these formats only
@@ -50,13 +50,10 @@ def read_image(image):
 
 def read_pixels(path, resolution):
     """An image file as (3, H, W) in [-1, 1]. With a resolution: shorter side resized to it, centre crop."""
-    try:
+    with about(path):
         image = read_image(path)
-    except ValueError as e:
-        fail(f"{path}: {e}; delete it and run synpic.py again")
     if resolution:
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 

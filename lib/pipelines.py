@@ -25,7 +25,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 from PIL import Image
 from safetensors.torch import save_file
 
-from lib.common import fail, process_rank
+from lib.common import about, fail, process_rank
 from lib.formats import find_addition, load_adapters, load_denoiser, quiet, split_spec, stored_as
 from lib.store import digest, file_digest, publish
 
@@ -420,6 +420,9 @@ def add_noise(scheduler, x, noise, u, timesteps="logit_normal"):
     return alpha * x + sigma * noise, t, target
 
 
+SAMPLER_STEPS = 20  # of Diffusion-DRO's sampling paths; it divides 1000, so that every timestep is on one
+
+
 def clean_latents(scheduler, x_t, prediction, alpha, sigma):
     """The latents x (N, C, h, w) that a prediction of eps, v or velocity at x_t implies: add_noise solved for
     x. alpha and sigma broadcast over x_t."""
@@ -475,10 +478,8 @@ def check_pipeline(path):
         fail(f"{path}: has no denoiser: unet or transformer is null in model_index.json")
     for added in additions:
         if Path(added).exists():
-            try:
+            with about(path):  # not clear, torn, or a pickle that is not of weights alone
                 find_addition(added)
-            except Exception as e:  # not clear, torn, or a pickle that is not of weights alone
-                fail(f"{path}: {' '.join(str(e).split())[:300]}")
         elif added.startswith((".", "/")):
             fail(f"{path}: no such file or folder: {added}")
 

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from lib.common import HERE, fail
+from lib.common import HERE, about, fail
 from lib.store import write_text
 
 # ----------------------------------------------------------------------------- reading
@@ -54,12 +54,10 @@ def read_jsonl(path, torn_end=False):
     for n, line in enumerate(lines, 1):
         if not line.strip() or (torn_end and n == len(lines)):
             continue
-        try:
+        with about(f"{path}, line {n}", "mend or delete that line"):
             row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as e:
-            fail(f"{path}, line {n}: {e}; mend or delete that line")
         rows.append((n, row))
     return rows
 
@@ -90,7 +88,7 @@ def prompt_rows(path, column="", also=()):
         return [{"prompt": line} for line in read_text(path).removesuffix("\n").split("\n")]
     if kind == ".jsonl":
         return [row for _, row in read_jsonl(path)]
-    try:
+    with about(f"--prompts {path}: not a readable {kind} file"):  # pandas and pyarrow have their own errors
         if kind == ".json":
             rows = parse_json(read_text(path))
             if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
@@ -110,8 +108,6 @@ def prompt_rows(path, column="", also=()):
             how = dict(sep=",") if kind == ".csv" else dict(sep="\t", quoting=csv.QUOTE_NONE)  # PartiPrompts
             as_it_is = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig")
             return pandas.read_csv(path, **how, **as_it_is).to_dict("records")
-    except Exception as e:  # pandas and pyarrow have their own errors
-        fail(f"--prompts {path}: not a readable {kind} file ({' '.join(str(e).split())[:200]})")
     fail(f"--prompts {path}: a file of prompts ends in .txt, .json, .jsonl, .csv, .tsv or .parquet")
 
 
