@@ -61,7 +61,7 @@ def contents(folder):
 
 def written(folder):
     """What publish wrote into a folder, {name: digest}; {} if it did not write it."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads((Path(folder) / CONTENTS).read_text()))
     return {}
 
@@ -145,7 +145,7 @@ def write_text(path, text):
 
 def read_recipe(folder):
     """What same() wrote into a folder; {} if there is none, or it is damaged."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads((Path(folder) / RECIPE).read_text(encoding="utf-8")))
     return {}
 
