@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import rankdpo
 from lib import engine, pipelines, store
-from lib import lists as lists_module
-from lib.lists import split
+from lib.lists import encoded_sizes, read_lists, split
 
 OPTIONS = """
 --lr nan | --lr inf | --lr 0 | --lr -1 | --lr fast | --beta nan | --beta inf | --beta 0 | --beta -5
@@ -83,7 +82,7 @@ def test_a_picture_that_is_not_there_or_cannot_be_read_is_named_with_its_line(da
         (b"no picture", f"line 1: image {names[1]} is not a readable image"),
         (whole[:-200], f"{names[1]}: not a readable image"),  # whose header is right
     ):
-        path.unlink()
+        path.unlink(missing_ok=True)
         if content:
             path.write_bytes(content)
         fails(rankdpo.main, args, says, capsys=capsys)
@@ -91,13 +90,13 @@ def test_a_picture_that_is_not_there_or_cannot_be_read_is_named_with_its_line(da
     path.write_bytes(whole)
 
 
-def test_a_run_looks_at_each_picture_once(lists, tiny, tmp_path, monkeypatch):
-    """A header and a digest each. With everything encoded, no picture is decoded."""
-    opened, look_at = [], lists_module.look_at
-    monkeypatch.setattr(lists_module, "look_at", lambda *path: opened.append(path[1]) or look_at(*path))
-    monkeypatch.setattr(lists_module, "read_pixels", lambda *path: pytest.fail(f"decodes {path}"))
-    train(lists, tiny, tmp_path)
-    assert sorted(opened) == sorted(name for row in rows_of(lists) for name in row["file_names"])
+def test_each_picture_is_opened_once_for_its_size_and_its_digest(lists, monkeypatch):
+    opened, real = [], Image.open
+    noted = lambda path, *more, **how: opened.append(path) or real(path, *more, **how)
+    monkeypatch.setattr(Image, "open", noted)
+    cfg, rows = read_lists(rankdpo.Config(data=str(lists)))
+    assert encoded_sizes(cfg, rows) == [(32, 32)] * 10
+    assert sorted(opened) == sorted(f"{lists}/{name}" for row in rows for name in row["file_names"])
 
 
 # ----------------------------------------------------------------------------- models
