@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 import evaluate
 import synpic
-from lib import draw, pipelines, tables
+from lib import draw, tables
 from lib.lists import read_metadata
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -23,7 +23,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 def nothing_is_drawn(monkeypatch):
     """A bad input is found before the first picture."""
     drawn = lambda *args: pytest.fail("it was drawn")
-    monkeypatch.setattr(pipelines, "generate_each", drawn)  # evaluate.py draws with it, too
+    monkeypatch.setattr(draw, "generate_each", drawn)  # evaluate.py draws with it, too
 
 
 # ----------------------------------------------------------------------------- options
@@ -466,7 +466,7 @@ def test_ctrl_c_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines, "generate_each", interrupted)
+    monkeypatch.setattr(draw, "generate_each", interrupted)
     fails(synpic.main, synpic_args(tiny, tmp_path / "a"), "interrupted", capsys=capsys)
     two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--prompts", f"{tiny}/prompts.txt"]
     two += ["--rewards", *rewards(tiny), "--out", tmp_path / "b"]

@@ -20,7 +20,7 @@ from test_kills_synpic import killed_at
 
 import evaluate
 import rewards as scorers
-from lib import answers, pictures, pipelines, stats, tables
+from lib import answers, draw, pictures, pipelines, stats, tables
 from toy import world
 
 
@@ -187,14 +187,14 @@ def test_the_page_sorts_and_filters_in_a_browser(compared, tmp_path):
 
 
 def test_more_models_and_seeds_draw_only_what_is_new(tiny, compared, tmp_path, monkeypatch):
-    out, drawn, generate_each = tmp_path / "out", [], pipelines.generate_each
+    out, drawn, generate_each = tmp_path / "out", [], draw.generate_each
     shutil.copytree(compared, out)
 
     def noted(pipe, prompts, seeds, settings):
         drawn.extend((settings["name"], settings["seed"]) for _ in prompts)
         return generate_each(pipe, prompts, seeds, settings)
 
-    monkeypatch.setattr(pipelines, "generate_each", noted)
+    monkeypatch.setattr(draw, "generate_each", noted)
     elsewhere = f"elsewhere={compared}/other"  # a folder of pictures in the place of a model
     models = ("base={}/sdxl", "other={}/sd15", elsewhere, "third={}/sd3")
     evaluate.main(command(tiny, out, models=models))
@@ -248,7 +248,7 @@ def noted(tiny, out, monkeypatch, *more, models, seeds=1):
         drawn.extend((*how, noise, prompt) for noise, prompt in zip(noises, prompts))
         return [(white, None)] * len(prompts)
 
-    monkeypatch.setattr(pipelines, "generate_each", note)
+    monkeypatch.setattr(draw, "generate_each", note)
     evaluate.main([*command(tiny, out, *more, models=models, seeds=seeds), "--stages", "draw"])
     return drawn
 
@@ -413,7 +413,7 @@ def test_a_reward_that_fails_to_load_loses_no_picture(tiny, compared, tmp_path, 
     monkeypatch.setitem(scorers.LOADERS, "pickscore", (broken, *scorers.LOADERS["pickscore"][1:]))
     fails(evaluate.main, [*args, *rewards(tiny)], "pickscore", "broken weights", capsys=capsys)
     monkeypatch.undo()
-    monkeypatch.setattr(pipelines, "generate_each", broken)  # it would be named
+    monkeypatch.setattr(draw, "generate_each", broken)  # it would be named
     scorers.main(["--score", str(out / "base"), "--rewards", rewards(tiny)[2]])  # as in another environment
     evaluate.main([*args, *rewards(tiny)])
     mine, known = results(out)["scores"], results(compared)["scores"]
@@ -438,14 +438,14 @@ def test_missing_and_torn_pictures_are_named_and_left_out(tiny, compared, tmp_pa
 
 
 def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
-    generate = pipelines.generate_each
+    generate = draw.generate_each
 
     def failing(pipe, prompts, seeds, settings):
         done = generate(pipe, prompts, seeds, settings)
         fails_here = lambda p: settings["name"] == "other" and p == PROMPTS[2]
         return [(None, "it is tired") if fails_here(p) else d for p, d in zip(prompts, done)]
 
-    monkeypatch.setattr(pipelines, "generate_each", failing)
+    monkeypatch.setattr(draw, "generate_each", failing)
     args = command(tiny, tmp_path / "out", "--limit", 3, models=("base={}/sdxl", "other={}/sd15"))
     fails(evaluate.main, args, "out/other/00002", "tired", "--on_error skip", capsys=capsys)
     evaluate.main([*args, "--on_error", "skip"])
