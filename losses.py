@@ -158,6 +158,30 @@ def score_weights(scores):
     return _scores("scores", scores, 2).clamp(min=0) / scores.shape[1]
 
 
+def list_weights(loss, phi, rewards):
+    """What the labels of one list, phi (K,) and rewards (R, K), mean to an objective of rankdpo.py: weights
+    of its pairs (K, K), for random_scorer those of each reward (R, K, K), for sft and weighted of its images
+    (K,)."""
+    phi = phi[None]  # (1, K)
+    if loss == "rankdpo":
+        return dcg_weights(phi)[0]
+    if loss in ("dpo", "dro"):
+        return dpo_weights(phi)[0]
+    if loss == "gain":
+        return gain_weights(phi)[0]
+    if loss == "sft":
+        return sft_weights(phi)[0]
+    if loss == "weighted":
+        return score_weights(rewards)[0]
+    if loss == "direct":
+        return direct_weights(rewards.T[None])[0]
+    if loss == "random_scorer":
+        return dpo_weights(torch.stack([preference_probability(reward[:, None]) for reward in rewards]))
+    if loss == "balanced":
+        return vote_weights(majority_vote(rewards.T[None]))[0]
+    raise ValueError(f"list_weights: no objective is called {loss!r}")
+
+
 # ----------------------------------------------------------------------------- errors and the loss
 
 

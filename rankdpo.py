@@ -13,9 +13,10 @@
 
 It reads a folder that synpic.py wrote (metadata.jsonl and images). It writes a pipeline that diffusers'
 `from_pretrained` loads (with --lora_rank: a folder for `pipe.load_lora_weights`), log.jsonl, curves.png and,
-with --sample_every, samples.png. The same command continues a killed run from its newest checkpoint. The curve
-is the same on 1 and on N processes, for any --device_batch_size and --images_per_forward: noise and timestep
-depend on (seed, step, list) alone. docs/departures.md lists where this departs from the papers.
+with --sample_every, samples.png. The same command continues a killed run from its newest checkpoint.
+
+The curve is the same on 1 and on N processes, for any --device_batch_size and --images_per_forward: noise and
+timestep depend on (seed, step, list) alone. docs/departures.md lists where this departs from the papers.
 """
 
 from collections import namedtuple
@@ -41,9 +42,7 @@ class Method:
     """What a run is: with another value of one of these it is another run."""
 
     # data
-    data: str = option(
-        "outputs/synpic", "a folder that synpic.py wrote, or random, to measure time and memory"
-    )
+    data: str = option("outputs/synpic", "a folder that synpic.py wrote; random measures time and memory")
     model: str = option(None, "folder, hub id, base+adapters or random:sdxl (for toy lists: the toy's)")
     resolution: int = option(0, "resize and crop images to this side in pixels; 0 = as they are", at_least=0)
     label: str = option("given", "phi as stored, reversed, or phi, sum, normalized_sum, majority, random")
@@ -55,25 +54,17 @@ class Method:
     beta: float = option(None, "pull towards the reference; errors are MEANS (default: by model)", above=0)
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
     loser_weight: float = option(
-        None, "scale the gradient through each pair's less preferred image", at_least=0
+        None, "scales the gradient through the losers (default: by model)", at_least=0
     )
-    ref_refresh: int = option(
-        0, "copy the policy into the reference every so many steps; 0 = never", at_least=0
-    )
+    ref_refresh: int = option(0, "steps between copies of the policy into the reference", at_least=0)
     timesteps: str = option("logit_normal", "how rectified flow draws them", ("logit_normal", "uniform"))
     experts: int = option(500, "--loss dro: how many of the best images are the experts", above=0)
     expert_by: str = option(None, "--loss dro: a reward, or phi (default: HPS or PickScore, else phi)")
-    sampler_refresh: int = option(
-        20, "--loss dro: copy the policy into the sampler every so many steps", above=0
-    )
-    caption_dropout: float = option(
-        None, "share of lists trained without text (dro: .2)", at_least=0, below=1
-    )
+    sampler_refresh: int = option(20, "--loss dro: steps between copies into the sampler", above=0)
+    caption_dropout: float = option(None, "share of lists without text (dro: .2)", at_least=0, below=1)
     # optimiser
     lr: float = option(None, "learning rate of AdamW after the warm-up (default: by model)", above=0)
-    schedule: str = option(
-        "linear", "after the warm-up: linear decay to 0, or constant", ("linear", "constant")
-    )
+    schedule: str = option("linear", "after the warm-up: decay to 0, or not", ("linear", "constant"))
     steps: int = option(200, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
     global_batch_size: int = option(16, "lists per step, over all processes", above=0)
@@ -81,9 +72,7 @@ class Method:
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0 = no clipping", at_least=0)
     ema: float = option(0.0, "decay of an average of the weights, which is then saved", at_least=0, below=1)
     lora_rank: int = option(0, "train adapters of this rank; 0 = all weights", at_least=0)
-    precision: str = option(
-        "auto", "type of the passes; fp64: also of weights", ("auto", "fp32", "bf16", "fp64")
-    )
+    precision: str = option("auto", "of the passes; fp64: of all", ("auto", "fp32", "bf16", "fp64"))
 
 
 @dataclass
@@ -191,36 +180,16 @@ def expert_rows(cfg, rows):
     return [dict(more, prompt=prompt, file_names=[name], pictures=[looks[name]]) for name, prompt in best]
 
 
-def list_weights(cfg, row):
-    """What the labels of a list mean to --loss: weights of its pairs (K, K), for random_scorer those of each
-    reward (R, K, K), or weights of its images (K,)."""
-    phi = torch.tensor([row["phi"]])  # (1, K)
-    if cfg.loss == "rankdpo":
-        return losses.dcg_weights(phi)[0]
-    if cfg.loss in ("dpo", "dro"):
-        return losses.dpo_weights(phi)[0]
-    if cfg.loss == "gain":
-        return losses.gain_weights(phi)[0]
-    if cfg.loss == "sft":
-        return losses.sft_weights(phi)[0]
-    if cfg.loss == "weighted":
-        return losses.score_weights(torch.tensor([row["scores"][cfg.weight_by]]))[0]
-    rewards = torch.tensor(list(row["scores"].values()))  # (R, K)
-    if cfg.loss == "direct":
-        return losses.direct_weights(rewards.T[None])[0]
-    if cfg.loss == "random_scorer":
-        shares = [losses.preference_probability(reward[:, None]) for reward in rewards]  # R of (K,)
-        return losses.dpo_weights(torch.stack(shares))
-    return losses.vote_weights(losses.majority_vote(rewards.T[None]))[0]
-
-
-# of L lists, filled up to the K of the longest: weights by 0, the mask by False
+# all lists, padded to the K of the longest: weights with 0, the mask with False
 Labels = namedtuple("Labels", "weights mask")
 
 
 def stack_labels(cfg, rows):
     """Labels of L lists: weights (L, [R,] K, K) or (L, K), mask (L, K) True for real images."""
-    weights = [list_weights(cfg, row) for row in rows]
+    weights = []
+    for row in rows:
+        scores = [row["scores"][cfg.weight_by]] if cfg.loss == "weighted" else list(row["scores"].values())
+        weights.append(losses.list_weights(cfg.loss, torch.tensor(row["phi"]), torch.tensor(scores)))
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
     K = max(w.shape[-1] for w in weights)
@@ -515,8 +484,7 @@ def main(argv=None):
     # ---- the base, its defaults, and the newest checkpoint of this very run
     encodes = not cfg.model.startswith("random:")  # which is a denoiser alone
     encoders = bool(cfg.sample_every or (encodes and (missing or cfg.caption_dropout)))
-    pipe, family = engine.load_base(cfg, device, dtype, encoders)
-    part, denoiser = pipelines.denoiser_of(pipe)
+    pipe, family, part, denoiser = engine.load_base(cfg, device, dtype, encoders)
     cfg = complete(cfg, pipe)
     recipe = common.from_first(engine.recipe_of, cfg, fields(Method), rows, denoiser)
     checkpoint_folder, start_step = common.from_first(engine.find_checkpoint, cfg, recipe)
@@ -525,7 +493,6 @@ def main(argv=None):
 
     # ---- latents and text encoded once; the memory setting; what samples need
     lists.encode(cfg, rows, sizes, pipe, device, dtype, cache, missing)
-    common.wait_for_all(slow=True)
     largest = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n])))
     cfg, flops = memory.choose(cfg, family, denoiser, largest, labels.mask.shape[1], dtype, device, free)
     no_caption = pipelines.encode_nothing(pipe, device, dtype) if cfg.caption_dropout and encoders else {}
@@ -548,8 +515,7 @@ def main(argv=None):
     if samples and not start_step:
         engine.draw_samples(cfg, samples, policy, autocast, 0)
     if rank == 0:
-        head = dict(world=world, precision=str(dtype), lists=len(train_lists), held_out=len(held_out))
-        log = engine.Log(cfg, head, start_step, flops / world, device)
+        log = engine.Log(cfg, len(train_lists), len(held_out), start_step, flops / world, device, dtype)
 
     # ---- the training loop
     stop, batches = engine.signals(), read_ahead(cfg, data, order, start_step)
@@ -613,7 +579,6 @@ def main(argv=None):
     engine.save_model(cfg, "model", average or policy, part, about)
     if rank == 0:
         print(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
-    common.wait_for_all(slow=True)  # a process that left now would end the others
 
 
 if __name__ == "__main__":

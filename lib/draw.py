@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from lib import common, store
 from lib.common import about, fail, pick_device, pick_dtype, print_problems, process_rank
-from lib.formats import split_spec
-from lib.pipelines import check_pipeline, fingerprint, generate_each, load_pipeline, noise_seed
+from lib.formats import fingerprint, split_spec
+from lib.pipelines import check_pipeline, generate_each, load_pipeline, noise_seed
 from lib.store import appending, digest, lock
 
 # ----------------------------------------------------------------------------- drawing

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from tqdm import tqdm
 
-from lib import common, pictures, pipelines, store, tables
+from lib import common, formats, pictures, pipelines, store, tables
 from lib.common import fail, process_rank
 
 # on purpose: one process saves for itself, and copies of adapters are sets of one network
@@ -43,7 +43,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled|Already found a
 
 
 def load_base(cfg, device, dtype, encoders):
-    """The pipeline of --model, with no weights but those that this process uses, and its family."""
+    """The pipeline of --model, with no weights but those that this process uses, its family, and the name and
+    module of its denoiser."""
     place = "cpu", torch.float32
     if cfg.model.startswith("random:") and not is_sharded(cfg):  # made in the type in which they will lie
         place = device, dtype if cfg.lora_rank else torch.float32
@@ -53,7 +54,7 @@ def load_base(cfg, device, dtype, encoders):
     family = pipelines.family_of(pipe, trainable=True)
     if encoders and (missing := [name for name in family.encoders if getattr(pipe, name) is None]):
         fail(f"{cfg.model}: has no {', '.join(missing)}, which lists, samples or dropped captions need")
-    return pipe, family
+    return pipe, family, *pipelines.denoiser_of(pipe)
 
 
 Networks = namedtuple("Networks", "policy reference sampler average")  # the last two are None without use
@@ -323,7 +324,7 @@ def recipe_of(cfg, options, rows, policy):
     """What makes a run this run: its options (fields of cfg), the weights it begins with, its lists. Content
     counts: data and models may be moved."""
     lists = [[row["prompt"], row["phi"], row["scores"], [d for _, _, d in row["pictures"]]] for row in rows]
-    parts = pipelines.fingerprint(cfg.model)
+    parts = formats.fingerprint(cfg.model)
     local = {"unet", "transformer"} & parts.keys()
     weights = {name: parts.pop(name) for name in list(parts) if name in local or name[0] == "+"}
     if not local:  # the base is from the hub: which revision?
@@ -358,9 +359,11 @@ def find_checkpoint(cfg, recipe):
 
 
 def save_model(cfg, name, network, part, about):
-    """OUT/NAME: the pipeline with this network as its `part`, or an adapter set alone. By every process."""
+    """OUT/NAME: the pipeline with this network as its `part`, or an adapter set alone. Every process calls
+    this and returns when it is written: one that ended before would end the others."""
     adapters = network.name if isinstance(network, AdapterSet) else ""
     pipelines.save_tuned(Path(cfg.out) / name, cfg.model, module_of(network), part, adapters, about)
+    common.wait_for_all(slow=True)
 
 
 # ----------------------------------------------------------------------------- log
@@ -419,8 +422,9 @@ class Log:
     """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. --report
     gets the same numbers, and the pictures of --sample_every. `flops`: of a list on one device."""
 
-    def __init__(self, cfg, head, start_step, flops, device):
-        path, head = Path(cfg.out) / "log.jsonl", {**head, **common.provenance(device)}
+    def __init__(self, cfg, lists, held_out, start_step, flops, device, dtype):
+        path, head = Path(cfg.out) / "log.jsonl", dict(lists=lists, held_out=held_out, precision=str(dtype))
+        head.update(world=process_rank()[1], **common.provenance(device))
         there = start_step and path.is_file()
         rows = [row for _, row in tables.read_jsonl(path, torn_end=True)] if there else []
         numbers = ["step", *(key for lines in CURVES.values() for key in lines)]
@@ -431,7 +435,7 @@ class Log:
         if start_step:  # by another commit, perhaps, on another machine
             kept[0].setdefault("resumed", []).append({"step": start_step, **head})
         store.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        print(f"resumed from step {start_step}" if start_step else f"{head['lists']} lists to train on")
+        print(f"resumed from step {start_step}" if start_step else f"{lists} lists to train on")
         self.cfg, self.head, self.flops = cfg, head, flops
         self.began, self.start_step = time.time(), start_step
         self.file, self.last, self.winners = open(path, "a"), {}, []

@@ -277,10 +277,10 @@ DENOISING = ("unet", "transformer", "scheduler")  # parts of a model that encode
 def find_cache(cfg, rows, dtype, wanted):
     """(folder, missing): data/.cache/HASH with a file for each list, and the lists among `wanted` that it
     lacks, of the chunks that fall to this process. The hash is of all that was encoded."""
-    from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
+    from lib import formats  # diffusers takes seconds, which readers of lists do not need
 
     images = [[row["prompt"], [d for _, _, d in row["pictures"]]] for row in rows]
-    encoders = {k: v for k, v in pipelines.fingerprint(cfg.model).items() if k not in DENOISING}
+    encoders = {k: v for k, v in formats.fingerprint(cfg.model).items() if k not in DENOISING}
     cache = Path(cfg.data) / ".cache" / digest([images, encoders, cfg.resolution, str(dtype)])
     rank, world = process_rank()
     mine = (n for n in sorted(wanted) if n // CHUNK % world == rank)
@@ -344,12 +344,17 @@ def write_cached(cache, n, tensors):
     publish(cache_file(cache, n), write, sync=False, unique=True)
 
 
-@torch.no_grad()
 def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
+    """Encode the lists `missing`; return when all processes have done their share."""
+    if missing:
+        encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing)
+    common.wait_for_all(slow=True)
+
+
+@torch.no_grad()
+def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
     """Write latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file for
-    each list, which all processes read. Threads decode the next lists' images meanwhile."""
-    if not missing:
-        return
+    each list, which all processes read. Threads decode the next lists' images while one is encoded."""
     from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
 
     family = pipelines.family_of(pipe)

@@ -12,7 +12,6 @@ that is only sampled (PixArt, Stable Cascade) overrides `sampling` alone. No oth
 """
 
 import hashlib
-import os
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -25,9 +24,9 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 from PIL import Image
 from safetensors.torch import save_file
 
-from lib.common import about, fail, process_rank
-from lib.formats import find_addition, load_adapters, load_denoiser, quiet, split_spec, stored_as
-from lib.store import digest, file_digest, publish
+from lib.common import fail, one_line, process_rank
+from lib.formats import find_addition, load_adapters, load_denoiser, loading, quiet, split_spec, stored_as
+from lib.store import publish
 
 # ----------------------------------------------------------------------------- families
 
@@ -434,36 +433,15 @@ def clean_latents(scheduler, x_t, prediction, alpha, sigma):
 
 # ----------------------------------------------------------------------------- load and save
 
-SAVED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth")  # configurations, vocabularies, weights
-
-
-def fingerprint(path):
-    """{part: hash} of all that changes a picture or a latent of load_pipeline(path).
-
-    Parts of a base folder are named after their folders ("scheduler", "vae", "unet"). Its model_index.json is
-    "pipeline", and what is added to it is "+1", "+2". A hub id stands for itself: its files may not be here
-    yet. A copy has the fingerprint of its original."""
-    base, *additions = split_spec(path)
-    hashes = {"pipeline": base, **{f"+{n}": added for n, added in enumerate(additions, 1)}}
-    files = {"pipeline": [Path(base, "model_index.json")]}
-    for file in sorted(Path(base).glob("*/*")) if os.path.isdir(base) else ():
-        files.setdefault(file.parent.name, []).append(file)
-    for n, added in enumerate(map(Path, additions), 1):
-        folders = (added, added / "unet", added / "transformer")
-        files[f"+{n}"] = [added, *(file for folder in folders for file in sorted(folder.glob("*")))]
-    for name, there in files.items():
-        there = [file for file in there if file.suffix in SAVED and file.is_file()]
-        if there:
-            names = [file.name if len(there) > 1 else "" for file in there]
-            hashes[name] = digest([names, [file_digest(file) for file in there]])
-    return hashes
-
 
 def check_pipeline(path):
     """Fail early, before hours of work with another model, if `path` names no pipeline here or on the hub."""
     base, *additions = split_spec(path)
     local = Path(base).exists() or base.startswith((".", "/")) or base.count("/") > 1
     if local and not Path(base, "model_index.json").is_file():
+        if Path(base).is_file():
+            with loading(path):  # a model in a single file, or a pointer of git-lfs, says so
+                find_addition(base)
         what = "not a diffusers pipeline folder (no model_index.json in it)"
         fail(f"{path}: {what}; adapters or a denoiser alone are named BASE+{base}")
     try:
@@ -471,14 +449,14 @@ def check_pipeline(path):
         names = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
     except Exception as e:  # damaged; the hub has many errors: not found, no licence agreed to, no network
         where = f"{base}/model_index.json: damaged" if local else f"{path}: no such folder, nor on the hub"
-        fail(f"{where} ({' '.join(str(e).split())[:200]})")
+        fail(f"{where} ({one_line(e)})")
     if local and (missing := [name for name in names if not Path(base, name).is_dir()]):
         fail(f"{path}: not a whole pipeline folder, {', '.join(missing)} is missing")
     if [None, None] in (parts.get("unet"), parts.get("transformer")):
         fail(f"{path}: has no denoiser: unet or transformer is null in model_index.json")
     for added in additions:
         if Path(added).exists():
-            with about(path):  # not clear, torn, or a pickle that is not of weights alone
+            with loading(path):  # not clear, torn, or a pickle that is not of weights alone
                 find_addition(added)
         elif added.startswith((".", "/")):
             fail(f"{path}: no such file or folder: {added}")
@@ -502,24 +480,20 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, denoiser=True, encode
         from diffusers.pipelines.deprecated import wuerstchen
 
         diffusers.pipelines.wuerstchen = wuerstchen
-    try:
-        with quiet():
-            found = [(added, *find_addition(added)) for added in additions]
-            adapters = any(kind == "adapters" for _, kind, _ in found)
-            denoiser, encoders = denoiser or adapters, encoders or adapters
-            kwargs = dict(load_parts(base, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
-            try:  # it joins the two pipelines of Stable Cascade
-                pipe = AutoPipelineForText2Image.from_pretrained(base, **kwargs)
-            except ValueError:  # diffusers has no text-to-image entry for this family
-                pipe = DiffusionPipeline.from_pretrained(base, **kwargs)
-            for added, kind, files in found:
-                if kind == "adapters":
-                    load_adapters(pipe, denoiser_of(pipe)[0], added, files[0])
-                elif denoiser:
-                    load_denoiser(denoiser_of(pipe)[1], added, files)
-    except Exception as e:  # torn weights, no hub, another format: libraries raise many kinds
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        fail(f"{path}: could not load a pipeline: {reason}")
+    with loading(path):  # torn weights, no hub, another format: libraries raise many kinds
+        found = [(added, *find_addition(added)) for added in additions]
+        adapters = any(kind == "adapters" for _, kind, _ in found)
+        denoiser, encoders = denoiser or adapters, encoders or adapters
+        kwargs = dict(load_parts(base, dtype, denoiser, encoders), dtype=dtype, use_safetensors=True)
+        try:  # it joins the two pipelines of Stable Cascade
+            pipe = AutoPipelineForText2Image.from_pretrained(base, **kwargs)
+        except ValueError:  # diffusers has no text-to-image entry for this family
+            pipe = DiffusionPipeline.from_pretrained(base, **kwargs)
+        for added, kind, files in found:
+            if kind == "adapters":
+                load_adapters(pipe, denoiser_of(pipe)[0], added, files[0])
+            elif denoiser:
+                load_denoiser(denoiser_of(pipe)[1], added, files)
     check_tokenizers(base, pipe)
     for name, part in pipe.components.items():
         numbers = part.parameters() if isinstance(part, torch.nn.Module) else ()

@@ -3,14 +3,16 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lib import pipelines
-from lib.formats import split_spec
-from lib.pipelines import fingerprint, load_pipeline
+from lib.formats import file_digest, fingerprint, load_adapters, split_spec
+from lib.pipelines import load_pipeline
+from toy import build
 from toy.build import TOY
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -86,10 +88,10 @@ def test_a_large_file_is_known_by_each_of_its_tensors(suffix, tmp_path):
     for value in (0, 1):
         state["b"][:] = value
         torch.save(state, file) if suffix == ".bin" else save_file(state, file)
-        seen.add(tuple(pipelines.file_digest(file)))
+        seen.add(tuple(file_digest(file)))
     assert file.stat().st_size > 40 << 20 and len(seen) == 2
     file.write_bytes(file.read_bytes()[: 30 << 20])  # torn: the loader says so
-    assert len(pipelines.file_digest(file)) == 2
+    assert len(file_digest(file)) == 2
 
 
 # ----------------------------------------------------------------------------- formats of whole pipelines
@@ -149,7 +151,7 @@ class Planted:
 def test_a_pickle_in_a_bin_file_runs_no_code(model, capsys):
     restore(model, as_bin)
     torch.save({"conv_in.weight": Planted()}, model / "unet/diffusion_pytorch_model.bin")
-    with pytest.raises(SystemExit, match="could not load a pipeline: unet"):
+    with pytest.raises(SystemExit, match="could not be loaded: unet"):
         load_pipeline(model)
     assert "planted" not in capsys.readouterr().out
 
@@ -275,6 +277,250 @@ def test_a_folder_of_peft_is_fused_with_its_scale(name, part, tiny, folder):
     assert equal(pipe, load_pipeline(f"{tiny / name}+{folder}/adapter_model.safetensors"))
     (folder / "adapter_config.json").write_text(json.dumps(dict(options, use_dora=True)))
     refused(tiny / name, folder, "use_dora is not supported")
+
+
+# ----------------------------------------------------------------------------- adapters in anybody's names
+
+A_B, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+BLOCK, SINGLE = "transformer.transformer_blocks.0.attn", "transformer.single_transformer_blocks.0"
+QKV, ADDED = (
+    [f"{BLOCK}.{name}" for name in names.split()]
+    for names in ("to_q to_k to_v", "add_q_proj add_k_proj add_v_proj")
+)
+MID, KOHYA_MID = (
+    "unet.mid_block.attentions.0.transformer_blocks.0",
+    "mid_block_attentions_0_transformer_blocks_0",
+)
+ATTN, FILES_ATTN = "encoder.layers.0.self_attn", "text_model.encoder.layers.0.self_attn"
+KOHYA_TEXT = FILES_ATTN.replace(".", "_")
+FORMATS = {  # family, names of A and B, whether alpha is beside them, {module in the file: the pipeline's}
+    "qwen": ("qwen", A_B, False, {name: name for name in [*QKV, *ADDED, f"{BLOCK}.to_out.0"]}),
+    "qwen with alpha": ("qwen", DOWN_UP, True, {name.partition(".")[2]: name for name in QKV}),
+    "qwen comfyui": (
+        "qwen",
+        A_B,
+        True,
+        {name.replace("transformer", "diffusion_model", 1): name for name in QKV},
+    ),
+    "qwen diffsynth": (
+        "qwen",
+        ("lora_A.default.weight", "lora_B.default.weight"),
+        False,
+        {name.partition(".")[2]: name for name in QKV},
+    ),
+    "qwen kohya": ("qwen", DOWN_UP, True, {"lora_unet_transformer_blocks_0_attn_to_q": QKV[0]}),
+    "flux": ("flux", A_B, True, {name: name for name in QKV}),
+    "flux mixed": ("flux", DOWN_UP, True, {name: name for name in QKV}),
+    "flux xlabs": (
+        "flux",
+        ("down.weight", "up.weight"),
+        False,
+        {
+            "double_blocks.0.processor.qkv_lora1": QKV,
+            "double_blocks.0.processor.qkv_lora2": ADDED,
+            "double_blocks.0.processor.proj_lora1": f"{BLOCK}.to_out.0",
+            "single_blocks.0.processor.proj_lora": f"{SINGLE}.proj_out",
+        },
+    ),
+    "flux comfyui": (
+        "flux",
+        DOWN_UP,
+        True,
+        {
+            "diffusion_model.double_blocks.0.img_attn.qkv": QKV,
+            f"text_encoders.clip_l.transformer.{FILES_ATTN}.k_proj": f"text_encoder.{ATTN}.k_proj",
+        },
+    ),
+    "flux kohya": (
+        "flux",
+        DOWN_UP,
+        True,
+        {
+            "lora_unet_double_blocks_0_txt_attn_qkv": ADDED,
+            "lora_unet_single_blocks_0_linear2": f"{SINGLE}.proj_out",
+            "lora_unet_img_in": "transformer.x_embedder",
+            "lora_unet_final_layer_linear": "transformer.proj_out",
+            f"lora_te1_{KOHYA_TEXT}_q_proj": f"text_encoder.{ATTN}.q_proj",
+        },
+    ),
+    "sd3": ("sd3", A_B, False, {name: name for name in [*QKV, *ADDED]}),
+    "sd3 with alpha": (
+        "sd3",
+        A_B,
+        True,
+        {QKV[0]: QKV[0], f"text_encoder_2.{FILES_ATTN}.q_proj": f"text_encoder_2.{FILES_ATTN}.q_proj"},
+    ),
+    "sdxl kohya": (
+        "sdxl",
+        DOWN_UP,
+        True,
+        {
+            "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": f"{MID}.attn1.to_q",
+            "lora_unet_input_blocks_3_0_in_layers_2": "unet.down_blocks.1.resnets.0.conv1",
+            f"lora_te1_{KOHYA_TEXT}_q_proj": f"text_encoder.{ATTN}.q_proj",
+            f"lora_te2_{KOHYA_TEXT}_out_proj": f"text_encoder_2.{FILES_ATTN}.out_proj",
+        },
+    ),
+    "sdxl kohya, diffusers' blocks": (
+        "sdxl",
+        DOWN_UP,
+        True,
+        {f"lora_unet_{KOHYA_MID}_attn1_to_out_0": f"{MID}.attn1.to_out.0"},
+    ),
+    "sdxl as diffusers once wrote it": (
+        "sdxl",
+        ("down.weight", "up.weight"),
+        False,
+        {
+            f"{MID}.attn1.processor.to_out_lora": f"{MID}.attn1.to_out.0",
+            f"text_encoder.{FILES_ATTN}.to_out_lora": f"text_encoder.{ATTN}.out_proj",
+        },
+    ),
+    "sd15 kohya": (
+        "sd15",
+        DOWN_UP,
+        True,
+        {
+            f"lora_unet_{KOHYA_MID}_attn1_to_q": f"{MID}.attn1.to_q",
+            f"lora_te_{KOHYA_TEXT}_q_proj": f"text_encoder.{ATTN}.q_proj",
+        },
+    ),
+}
+
+
+def family(name):
+    """A tiny pipeline with random weights, of the parts that adapters change."""
+    torch.manual_seed(0)
+    if name in build.PIPELINES:
+        return build.build_pipeline(name, None)
+    size = dict(in_channels=16, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
+    size.update(num_layers=1, axes_dims_rope=(4, 6, 6))
+    if name == "qwen":
+        return diffusers.QwenImagePipeline(*[None] * 4, diffusers.QwenImageTransformer2DModel(**size))
+    clip = build.text_encoder(build.make_tokenizer(), False)
+    transformer = diffusers.FluxTransformer2DModel(num_single_layers=1, pooled_projection_dim=64, **size)
+    return diffusers.FluxPipeline(None, None, clip, None, None, None, transformer)
+
+
+def pair(module, names, out, into, kernel=()):
+    """Adapters of rank 4 under a module's name, {name: A, name: B}."""
+    a, b = torch.randn(4, into, *kernel), torch.randn(out, 4, *[1] * len(kernel))
+    return {f"{module}.{names[0]}": a, f"{module}.{names[1]}": b}
+
+
+def load(pipe, state, folder):
+    save_file(state, folder / "a.safetensors")
+    load_adapters(pipe, pipelines.denoiser_of(pipe)[0], folder, folder / "a.safetensors")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_adapters_are_fused_whatever_their_names(form, folder):
+    """W + alpha / r B A in float64, of weights that share an A by their rows of B; no other weight moves."""
+    name, names, alpha, modules = FORMATS[form]
+    pipe, state, wanted = family(name), {}, {}
+    before = {key: p.detach().double() for key, p in weights(pipe).items()}
+    for module, shared in modules.items():
+        keys = [f"{key}.weight" for key in ([shared] if isinstance(shared, str) else shared)]
+        rows, (into, *kernel) = [len(before[key]) for key in keys], before[keys[0]].shape[1:]
+        factors = pair(module, names, sum(rows), into, kernel)
+        state.update(factors, **{f"{module}.alpha": torch.tensor(1.0)} if alpha else {})
+        a, b = (t.double().flatten(1) for t in factors.values())
+        for key, part in zip(keys, b.split(rows)):
+            wanted[key] = before[key] + (0.25 if alpha else 1) * (part @ a).view_as(before[key])
+    load(pipe, state, folder)
+    after = weights(pipe)
+    assert all((after[key] - w).abs().max() < 1e-5 for key, w in {**before, **wanted}.items())
+    assert {key for key in after if not torch.equal(after[key].double(), before[key])} == wanted.keys()
+
+
+def test_the_scale_may_be_in_the_header(folder):
+    state = pair(QKV[0], A_B, 96, 96)
+    options = {"transformer.lora_alpha": 6, "transformer.use_rslora": True}
+    pipes = [family("sd3") for _ in range(2)]
+    before = pipes[0].transformer.transformer_blocks[0].attn.to_q.weight.detach().clone()
+    load(pipes[0], state, folder)
+    save_file(state, folder / "a.safetensors", {"lora_adapter_metadata": json.dumps(options)})
+    load_adapters(pipes[1], "transformer", folder, folder / "a.safetensors")
+    one, three = (pipe.transformer.transformer_blocks[0].attn.to_q.weight - before for pipe in pipes)
+    assert torch.allclose(three, 3 * one, atol=1e-5)  # 6 / 4 ** .5
+
+
+T5, FIRST = (
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    {"lora_unet_double_blocks_0_img_attn_proj": (32, 32)},
+)
+REFUSED = {  # family, {module: (out, in)}, other tensors of one number, what the message says
+    "T5 of FLUX": ("flux", {**FIRST, T5: (32, 32)}, [], f"2 of 4 tensors fit no module of the base: {T5}"),
+    "CLIP of FLUX in another program's names": (
+        "flux",
+        {QKV[0]: (32, 32), f"lora_te1_{KOHYA_TEXT}_q_proj": (64, 64)},
+        [],
+        "2 of 4 .* lora_te1_",
+    ),
+    "sd-scripts' SD3": (
+        "sd3",
+        {"lora_unet_joint_blocks_0_x_block_attn_qkv": (288, 96)},
+        [],
+        "2 of 2 .* lora_unet_joint_",
+    ),
+    "another size": ("sd3", {QKV[0]: (96, 64)}, [], f"2 of 2 .* {QKV[0]}"),
+    "a module of no known name": (
+        "sdxl",
+        {f"lora_unet_{KOHYA_MID}_attn9_to_q": (48, 48)},
+        [],
+        "2 of 2 .*attn9",
+    ),
+    "biases": ("flux", FIRST, [f"{next(iter(FIRST))}.diff_b"], "img_attn_proj.diff_b is no LoRA"),
+    "an alpha of nothing": ("sd3", {QKV[0]: (96, 96)}, ["x.alpha"], "x.alpha is no LoRA"),
+    "a DoRA": ("sd3", {QKV[0]: (96, 96)}, [f"{QKV[0]}.dora_scale"], "dora_scale is no LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_tensor_that_is_not_applied_is_named(kind, folder):
+    name, modules, others, says = REFUSED[kind]
+    state = {key: torch.ones(1) for key in others}
+    for module, shape in modules.items():
+        state.update(pair(module, DOWN_UP, *shape))
+    with pytest.raises(ValueError, match=says):
+        load(family(name), state, folder)
+
+
+def test_adapters_that_add_nothing_may_be_of_any_part(folder):
+    state = {**pair(next(iter(FIRST)), DOWN_UP, 32, 32), **pair(T5, DOWN_UP, 32, 32)}
+    state[f"{T5}.lora_up.weight"].zero_()  # as programs write it for an encoder that was not trained
+    load(family("flux"), state, folder)
+
+
+ORIGINAL = {
+    "model.diffusion_model.input_blocks.0.0.weight, conditioner.embedders.0.x": "StableDiffusionXLPipeline",
+    "model.diffusion_model.input_blocks.0.0.weight, cond_stage_model.x": "StableDiffusionPipeline",
+    "model.diffusion_model.joint_blocks.0.x": "StableDiffusion3Pipeline",
+    "model.diffusion_model.double_blocks.0.x": "FluxPipeline",
+}
+
+
+@pytest.mark.parametrize("names", ORIGINAL)
+def test_a_model_in_a_single_file_is_told_how_to_convert(names, base, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.ones(1) for name in names.split(", ")}, file)
+    for path in (file, f"{base}+{file}"):
+        with pytest.raises(SystemExit, match=f"{ORIGINAL[names]}.from_single_file.*{file}"):
+            pipelines.check_pipeline(str(path))
+
+
+@pytest.mark.parametrize(
+    "name", ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin")
+)
+def test_a_pointer_of_git_lfs_is_named(name, base, model, tmp_path):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+    for file in (model / name).parent.glob("*.safetensors"):
+        file.unlink()
+    added = tmp_path / f"style{(model / name).suffix}"
+    for file, path in ((model / name, model), (added, f"{base}+{added}"), (added, added)):
+        file.write_text(pointer)
+        with pytest.raises(SystemExit, match=f"{file}: is a pointer of git-lfs.*git lfs pull"):
+            load_pipeline(path)
 
 
 # ----------------------------------------------------------------------------- a denoiser alone
