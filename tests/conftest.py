@@ -64,9 +64,6 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
-# ----------------------------------------------------------------------------- fixtures
-
-
 def remembered(function, key):
     """The function, computed once for each key(*args)."""
     known = {}
@@ -136,9 +133,6 @@ def uneven(lists, tmp_path_factory):
             row[key] = row[key][:k]
         row["scores"] = {name: values[:k] for name, values in row["scores"].items()}
     return write_rows(folder, rows)
-
-
-# ----------------------------------------------------------------------------- helpers
 
 
 def tiny_vae(**more):

@@ -1,7 +1,4 @@
-"""Bad input to the trainer: every case ends in one clear line, or is mended with a notice; none silently.
-
-pytest -q tests/test_bad_input_rankdpo.py
-"""
+"""Bad input to the trainer: every case ends in one clear line, or is mended with a notice; none silently."""
 
 import json
 import os
@@ -99,9 +96,6 @@ def test_each_picture_is_opened_once_for_its_size_and_its_digest(lists, monkeypa
     assert sorted(opened) == sorted(f"{lists}/{name}" for row in rows for name in row["file_names"])
 
 
-# ----------------------------------------------------------------------------- models
-
-
 def drop_tensor(path):
     state = load_file(path)
     save_file(dict(list(state.items())[1:]), path, {"format": "pt"})
@@ -121,50 +115,34 @@ def poison(path):
     save_file(state, path, {"format": "pt"})
 
 
+WEIGHTS, SCHEDULER = "diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"
+INDEX = lambda **values: lambda m: edit(m / "model_index.json", **values)
 MODELS = {  # damage to a copy of a pipeline -> what the message says
     "no index": (lambda m: (m / "model_index.json").unlink(), "model_index.json"),
     "torn index": (lambda m: (m / "model_index.json").write_text("{"), "damaged"),
-    "index of another": (
-        lambda m: (m / "model_index.json").write_text('{"_class_name": "X"}'),
-        "could not load",
-    ),
+    "index of another": (lambda m: (m / "model_index.json").write_text('{"_class_name": "X"}'), "not load"),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "tokenizer"),
     "empty tokenizer": (lambda m: (m / "tokenizer_2/tokenizer.json").unlink(), "tokenizer_2"),
     "no text encoder": (lambda m: shutil.rmtree(m / "text_encoder"), "text_encoder"),
-    "text encoder lacks a tensor": (
-        lambda m: drop_tensor(m / "text_encoder/model.safetensors"),
-        "text_encoder",
-    ),
-    "vae lacks a tensor": (lambda m: drop_tensor(m / "vae/diffusion_pytorch_model.safetensors"), "vae"),
-    "unet lacks a tensor": (lambda m: drop_tensor(m / "unet/diffusion_pytorch_model.safetensors"), "unet"),
-    "torn unet": (
-        lambda m: (m / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"1"),
-        "could not load",
-    ),
+    "text encoder lacks a tensor": (lambda m: drop_tensor(m / "text_encoder/model.safetensors"), "text_enc"),
+    "vae lacks a tensor": (lambda m: drop_tensor(m / "vae" / WEIGHTS), "vae"),
+    "unet lacks a tensor": (lambda m: drop_tensor(m / "unet" / WEIGHTS), "unet"),
+    "torn unet": (lambda m: (m / "unet" / WEIGHTS).write_bytes(b"1"), "could not load"),
     "no unet": (lambda m: shutil.rmtree(m / "unet"), "unet is missing"),
     "no scheduler": (lambda m: shutil.rmtree(m / "scheduler"), "scheduler is missing"),
-    "vae not finite": (lambda m: poison(m / "vae/diffusion_pytorch_model.safetensors"), "vae holds"),
-    "text encoder not finite": (
-        lambda m: poison(m / "text_encoder_2/model.safetensors"),
-        "text_encoder_2 holds",
-    ),
+    "vae not finite": (lambda m: poison(m / "vae" / WEIGHTS), "vae holds"),
+    "text encoder not finite": (lambda m: poison(m / "text_encoder_2/model.safetensors"), "encoder_2 holds"),
     "scale not finite": (lambda m: edit(m / "vae/config.json", scaling_factor=float("nan")), "encodes"),
-    "noise not finite": (
+    "noise": (
         lambda m: edit(m / "scheduler/scheduler_config.json", beta_start=float("nan")),
         "no noise level",
     ),
-    "no vae": (lambda m: edit(m / "model_index.json", vae=[None, None]), "has no vae"),
-    "no second text encoder": (
-        lambda m: edit(m / "model_index.json", text_encoder_2=[None, None]),
-        "has no text_encoder_2",
-    ),
-    "no denoiser": (lambda m: edit(m / "model_index.json", unet=[None, None]), "has no denoiser"),
-    "another family": (
-        lambda m: edit(m / "model_index.json", _class_name="StableDiffusionPipeline"),
-        "do not fit together",
-    ),
+    "no vae": (INDEX(vae=[None, None]), "has no vae"),
+    "no second text encoder": (INDEX(text_encoder_2=[None, None]), "has no text_encoder_2"),
+    "no denoiser": (INDEX(unet=[None, None]), "has no denoiser"),
+    "another family": (INDEX(_class_name="StableDiffusionPipeline"), "do not fit together"),
     "no length of the text": (lambda m: (m / "tokenizer/tokenizer_config.json").unlink(), "model_max_length"),
-    "not finite": (lambda m: poison(m / "unet/diffusion_pytorch_model.safetensors"), "not finite"),
+    "not finite": (lambda m: poison(m / "unet" / WEIGHTS), "not finite"),
 }
 
 
@@ -224,9 +202,6 @@ def test_a_vote_wants_the_same_rewards_for_every_list(data, tiny, tmp_path, caps
     write_rows(data, [row("clip"), row("pickscore")])
     args = train_args(data, tiny, tmp_path, "--loss balanced")
     fails(rankdpo.main, args, "the scores of every reward for every list", capsys=capsys)
-
-
-# ----------------------------------------------------------------------------- our own state
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +329,7 @@ def test_a_damaged_log_does_not_stop_a_run_and_one_of_something_else_is_named(un
     command, out = unfinished
     for kind in LOGS.values():
         kind(out / "log.jsonl")
-        log = engine.Log(rankdpo.Config(out=str(out)), {}, 3, 1.0, torch.device("cpu"))
+        log = engine.Log(rankdpo.Config(out=str(out)), 10, 0, 3, 1.0, torch.device("cpu"), torch.float32)
         log.file.close()
         assert "config" in log_of(out)[0] and all(row["step"] < 3 for row in log_of(out)[1:])
     for text in (b"\xff\xfe", b"not json\n{}\n", b'{"config": 1}\n{"step": "x"}\n'):
@@ -391,9 +366,6 @@ def test_what_somebody_else_left_in_out_stays(lists, tiny, tmp_path, capsys):
     (tmp_path / "b/model/unet/config.json").write_text("{}")  # or the run would be finished
     fails(rankdpo.main, train_args(lists, tiny, tmp_path / "b", args), "b/model: holds", "not written here")
     assert (tmp_path / "b/model/thesis.txt").read_text() == "years of work"
-
-
-# ----------------------------------------------------------------------------- the machine
 
 
 def full_disk(*args, **kwargs):

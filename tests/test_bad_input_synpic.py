@@ -1,7 +1,4 @@
-"""Wrong input of synpic.py and evaluate.py: each ends in one line that names it, before anything is drawn.
-
-pytest -q tests/test_bad_input_synpic.py
-"""
+"""Wrong input of synpic.py and evaluate.py: each ends in one line that names it, before anything is drawn."""
 
 import json
 import os
@@ -25,8 +22,6 @@ def nothing_is_drawn(monkeypatch):
     drawn = lambda *args: pytest.fail("it was drawn")
     monkeypatch.setattr(draw, "generate_each", drawn)  # evaluate.py draws with it, too
 
-
-# ----------------------------------------------------------------------------- options
 
 BAD_OPTIONS = [  # (options, what the line says)
     ("--batch_size 0", "--batch_size", "at least 1"),
@@ -144,8 +139,6 @@ def test_bad_options_of_evaluate(tiny, tmp_path, monkeypatch, capsys, options, s
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------- prompt files
-
 BAD_PROMPTS = [  # (name, content, what the line says)
     ("a.docx", "a red circle", ".txt, .json"),
     ("a.txt", "", "holds no prompt"),
@@ -178,9 +171,6 @@ def test_bad_prompt_files(tmp_path, name, content, says):
     fails(lambda args: tables.read_prompts(*args), [tmp_path / name], *says)
 
 
-# ----------------------------------------------------------------------------- models
-
-
 def damaged_models(tiny, folder):
     """{what the line says: a copy of a tiny pipeline with that fault}."""
     faults = {
@@ -211,9 +201,6 @@ def test_settings_are_kept_once_a_model_has_loaded(tiny, tmp_path, capsys):
     models = ["--models", f"b={tmp_path}/torn", f"a={tiny}/sdxl"]
     fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], "could not load", capsys=capsys)
     assert not (tmp_path / "out/recipe.json").exists()
-
-
-# ----------------------------------------------------------------------------- state of our own
 
 
 @pytest.mark.parametrize("content", [b"{torn", b"[]", b"3", b"\xff\xfe", b'{"models": 3}', DEEP.encode()])
@@ -305,8 +292,6 @@ def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "0.png")
     assert not draw.is_png(tmp_path / "0.png")
 
-
-# ----------------------------------------------------------------------------- lists from elsewhere
 
 BAD_ROWS = [  # (what is changed in the third row, or the line that takes its place; what the line says)
     ("", "{torn", "line 3"),

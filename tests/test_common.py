@@ -1,10 +1,6 @@
-"""Options, processes, files and readers: what common.py promises to every script.
-
-pytest -q tests/test_common.py
-"""
+"""Options, processes, files and readers: what common.py promises to every script."""
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,8 +15,6 @@ from lib import answers, benchmarks, common, lists, pictures, store
 from lib.common import option
 from lib.pictures import open_image, read_pixels
 from lib.store import CONTENTS, appending, publish, write_text
-
-# ----------------------------------------------------------------------------- options
 
 
 @dataclass
@@ -41,12 +35,6 @@ class Example:
 )
 def test_a_wrong_option_ends_in_one_line_that_names_the_nearest(words, says, capsys):
     fails(lambda args: common.parse(Example, "", args), words, says, capsys=capsys)
-
-
-def test_an_option_unlike_all_others_gets_no_proposal(capsys):
-    with pytest.raises(SystemExit):
-        common.parse(Example, "", ["--xyz"])
-    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_help_has_the_headings_of_the_dataclass(capsys):
@@ -88,9 +76,6 @@ def test_help_and_a_misspelt_option_need_no_torch(script, wrong, right, tmp_path
     assert len(refused.stderr.splitlines()) == 1
 
 
-# ----------------------------------------------------------------------------- processes
-
-
 def start(args):
     common.start_processes("cpu")
 
@@ -129,22 +114,6 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch):
     assert common.pick_device("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert common.pick_device().type == "cpu"
-
-
-def test_a_taken_port_ends_in_one_line(tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        process = child(start, [], tmp_path / "said", **env)
-        process.join(60)
-    # a child prints torch's own warning of the port, then our line
-    assert process.exitcode == 1
-    assert f"127.0.0.1:{port}: 2 processes cannot meet there" in (tmp_path / "said").read_text()
-
-
-# ----------------------------------------------------------------------------- files
 
 
 def write_folder(name):
@@ -268,9 +237,6 @@ def test_no_line_is_appended_through_a_link(linked, tmp_path):
             f.write(b"{}\n")
     assert (there / "clip.jsonl").read_text() == "not scores\n"
     assert [p.name for p in there.iterdir()] == ["clip.jsonl"]
-
-
-# ----------------------------------------------------------------------------- readers
 
 
 def test_postscript_is_not_opened_whatever_its_name_is(tmp_path, monkeypatch):

@@ -1,7 +1,4 @@
-"""The trainer's engine: start-up, cache, communication, memory; what a run costs.
-
-pytest -q tests/test_engine.py
-"""
+"""The trainer's engine: start-up, cache, communication, memory; what a run costs."""
 
 import json
 import subprocess
@@ -27,9 +24,6 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-# ----------------------------------------------------------------------------- cache
 
 
 def cache_of(data):
@@ -97,9 +91,6 @@ def test_work_ahead_keeps_the_order_and_passes_errors_on():
         list(common.ahead(lambda n: common.fail("list 3") if n == 3 else n, range(9), depth=2))
 
 
-# ----------------------------------------------------------------------------- start-up
-
-
 def test_what_one_process_reads_the_others_receive(alone, monkeypatch):
     """Weights, buffers that are not saved and tensors that are mere attributes, through the meta device."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
@@ -122,9 +113,6 @@ def test_other_processes_read_no_weights(tiny):
     pipe = pipelines.load_pipeline(tiny / "sd3", denoiser=False, encoders=False)
     assert pipe.vae is None and pipe.text_encoder is None and pipe.tokenizer is not None
     assert all(p.is_meta for p in pipe.transformer.parameters())
-
-
-# ----------------------------------------------------------------------------- lost peers, communication
 
 
 COUNTS = """
@@ -177,9 +165,6 @@ def test_a_lost_process_is_started_again_and_each_step_gathers_once(lists, tiny,
     assert units > 3 and counts == {"reduce": 2 * units, "all_ga": 3 * units}
 
 
-# ----------------------------------------------------------------------------- memory and speed
-
-
 def test_the_rounded_reference_changes_nothing(lists, tiny, tmp_path, monkeypatch):
     """bf16: weights that autocast rounds at each pass are rounded once; s is exactly 0 at the start and after
     a refresh, and the curve is the same bit for bit."""
@@ -190,9 +175,6 @@ def test_the_rounded_reference_changes_nothing(lists, tiny, tmp_path, monkeypatc
     for a, b in zip(rounded, plain, strict=True):
         assert all(a[k] == b[k] for k in ("loss", "accuracy", "best_s", "worst_s", "grad_norm"))
     assert [r["best_s"] == r["worst_s"] == 0 for r in rounded] == [True, False, True]
-
-
-# ----------------------------------------------------------------------------- what is saved
 
 
 @pytest.mark.parametrize("adapters", [True, False])
@@ -206,9 +188,6 @@ def test_the_card_of_a_tuned_folder(tmp_path, adapters):
         assert card.data.pipeline_tag == "text-to-image" and ("lora" in card.data.tags) == adapters
         assert all(text in card.text for text in ("| beta | 2500.0 |", "| accuracy | 0.61 |", base))
         assert ("not known" in card.text) == (licence is None)
-
-
-# ----------------------------------------------------------------------------- --report
 
 
 def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
@@ -227,7 +206,7 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
     @common.one_line_errors
     def part(steps):
         start, end = steps
-        log = engine.Log(cfg, {}, start, 1.0, torch.device("cpu"))
+        log = engine.Log(cfg, 0, 0, start, 1.0, torch.device("cpu"), torch.float32)
         for step in range(start, end):
             row = dict.fromkeys(("loss", "accuracy", "best_s", "worst_s", "grad_norm"), step / 10)
             picture = {"samples": f"samples/{step + 1:06d}.png"} if step % 2 else {}
@@ -244,7 +223,7 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
     assert [row["step"] for row in said] == [0, 0, 1, 2, 2, 3]  # the first are the base's pictures
     assert [row["loss"] for row in said[1:]] == [0, 0.1, 0.2, 0.2, 0.3] and "accuracy_by_time" not in said[1]
     assert {n: row["samples"].width for n, row in enumerate(said) if "samples" in row} == {0: 1, 2: 3, 5: 5}
-    engine.Log(cfg, {}, 0, 1.0, torch.device("cpu")).file.close()  # --resume false
+    engine.Log(cfg, 0, 0, 0, 1.0, torch.device("cpu"), torch.float32).file.close()  # --resume false
     assert starts[2]["id"] != starts[0]["id"]
     common.cleanup.close()
 

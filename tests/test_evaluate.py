@@ -1,8 +1,5 @@
 """evaluate.py: statistics against hand-made ones, a comparison from end to end, what it resumes and refuses,
-a blind study.
-
-pytest -q tests/test_evaluate.py
-"""
+a blind study."""
 
 import base64
 import io
@@ -49,9 +46,6 @@ def results(out):
 def data_of(page):
     text = page.read_text()
     return json.loads(text.split('id="data">')[1].split("</script>")[0])
-
-
-# ----------------------------------------------------------------------------- statistics
 
 
 def test_wilson_interval_golden():
@@ -111,9 +105,6 @@ def test_diversity_is_the_mean_pairwise_distance(tiny, compared):
     same = [files[0]] * 2
     rows = [("a", [str(f) for f in same])]
     assert list(answers.stream_rows(scorers.load_reward(spec), "/", rows, {0}, 4))[0][1][0][0] < 1e-6
-
-
-# ----------------------------------------------------------------------------- from end to end
 
 
 def test_three_models_are_compared(tiny, compared):
@@ -234,9 +225,6 @@ def test_parts_draw_and_score_what_one_process_does(tiny, compared, tmp_path):
         evaluate.main([*args, "--shard", f"{part}/2"])
     evaluate.main([*args, "--stages", "report"])
     assert content(tmp_path / "out") == content(compared)
-
-
-# ----------------------------------------------------------------------------- what a model is
 
 
 def noted(tiny, out, monkeypatch, *more, models, seeds=1):
@@ -361,9 +349,6 @@ def test_columns_and_subsets_of_prompts(tiny, tmp_path, monkeypatch, capsys):
     fails(evaluate.main, args, "1 of 2 prompts", "'a horse'", capsys=capsys)
 
 
-# ----------------------------------------------------------------------------- pictures and words
-
-
 def test_markdown_shows_any_text_as_it_is():
     table = tables.markdown(["<b>", "a|b"], [["bold", "line\nbreak `x` [y](z) *i*"]])
     assert "<b>" not in table and "&lt;b&gt;" in table and "a\\|b" in table and "bold" in table
@@ -380,9 +365,6 @@ def test_a_grid_keeps_proportions_and_says_what_it_cannot_write(tmp_path):
     assert pictures.in_font("red \u4e2d\u6587 circle") == "red [2 CJK] circle"
     assert pictures.in_font("Ёж") == "Ёж"
     assert pictures.in_font("a \U0001f53a") == "a [1 SYMBOL]"
-
-
-# ----------------------------------------------------------------------------- what goes wrong
 
 
 def test_sentences_that_the_checker_does_not_know_are_named(tiny, tmp_path, capsys):
@@ -437,24 +419,6 @@ def test_missing_and_torn_pictures_are_named_and_left_out(tiny, compared, tmp_pa
     assert r["scores"]["base"]["clip"] == [s for i, s in enumerate(known) if i not in (1, 5)]
 
 
-def test_a_model_that_fails_on_one_prompt(tiny, tmp_path, capsys, monkeypatch):
-    generate = draw.generate_each
-
-    def failing(pipe, prompts, seeds, settings):
-        done = generate(pipe, prompts, seeds, settings)
-        fails_here = lambda p: settings["name"] == "other" and p == PROMPTS[2]
-        return [(None, "it is tired") if fails_here(p) else d for p, d in zip(prompts, done)]
-
-    monkeypatch.setattr(draw, "generate_each", failing)
-    args = command(tiny, tmp_path / "out", "--limit", 3, models=("base={}/sdxl", "other={}/sd15"))
-    fails(evaluate.main, args, "out/other/00002", "tired", "--on_error skip", capsys=capsys)
-    evaluate.main([*args, "--on_error", "skip"])
-    assert list(results(tmp_path / "out")["left_out"]) == [PROMPTS[2]]
-
-
-# ----------------------------------------------------------------------------- a blind study
-
-
 def test_a_blind_study_from_pairs_to_win_rates(tiny, compared, tmp_path, capsys):
     shutil.copytree(compared, tmp_path / "out")
     args = [*command(tiny, tmp_path / "out"), "--stages", "report"]
@@ -502,9 +466,6 @@ def test_agreement_golden():
     observed = (1 + 1 + 1 / 3 + 0) / 4
     chance = (6 / 12) ** 2 + (1 / 12) ** 2 + (5 / 12) ** 2
     assert stats.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
-
-
-# ----------------------------------------------------------------------------- benchmarks
 
 
 def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):

@@ -1,7 +1,4 @@
-"""Models along a run, and errors of held-out lists against the base.
-
-pytest -q tests/test_export.py
-"""
+"""Models along a run, and errors of held-out lists against the base."""
 
 import shutil
 
@@ -59,9 +56,6 @@ def test_the_rate_stays_after_the_warm_up():
     ]
     assert np.allclose(rates("constant"), [0.5e-3, 1e-3, 1e-3, 1e-3])
     assert np.allclose(rates("linear"), [0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
-
-
-# ----------------------------------------------------------------------------- held-out errors
 
 
 def held_out(log):
@@ -123,7 +117,7 @@ def test_held_out_errors_are_the_policys_minus_the_bases(lists, tiny, tmp_path):
 def test_the_log_warns_of_growth_and_not_of_noise(tmp_path, capsys):
     def warned(**row):
         cfg = rankdpo.Config(out=str(tmp_path))
-        log = engine.Log(cfg, {}, 0, 0, torch.device("cpu"))
+        log = engine.Log(cfg, 0, 0, 0, 0, torch.device("cpu"), torch.float32)
         for step in range(50):
             log.write(dict(step=step, loss=1, accuracy=1, worst_s=0, **row))
         log.file.close()

@@ -24,9 +24,6 @@ TINY["axes_dims_rope"] = (4, 6, 6)
 NAMES = pytest.mark.parametrize("name", ("flux", "qwen"))
 
 
-# ----------------------------------------------------------------------------- tiny models, real formats
-
-
 def flux_pipeline(folder, dev):
     t5_tokenizer(folder)
     t5 = transformers.T5TokenizerFast.from_pretrained(folder, model_max_length=24)
@@ -96,9 +93,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(root):
     return {name: load_pipeline(root / name) for name in ("flux", "schnell", "qwen")}
-
-
-# ----------------------------------------------------------------------------- the pipeline's own call
 
 
 def call(pipe, prompt, **more):
@@ -175,9 +169,6 @@ def test_the_templates_34_tokens_are_dropped(loaded):
     assert pipe.tokenizer.decode(ids[:34]) == pipe.prompt_template_encode.partition("{}")[0]
 
 
-# ----------------------------------------------------------------------------- drawn
-
-
 @NAMES
 def test_pictures_of_a_batch_are_those_drawn_alone(name, loaded):
     settings = dict(steps=2, guidance=3.0, resolution=32)
@@ -191,21 +182,11 @@ def test_pictures_of_a_batch_are_those_drawn_alone(name, loaded):
     assert not torch.equal(values(other), values(alone[0]))  # guidance matters
 
 
-@NAMES
-def test_what_suits_a_family(name, root, loaded):
-    suits = lambda name: pipelines.family_of(loaded[name]).suits(loaded[name])
-    assert suits("schnell") == dict(steps=4, guidance=0.0)
-    assert suits(name) == {"flux": dict(steps=28, guidance=3.5), "qwen": dict(steps=50, guidance=4.0)}[name]
-
-
 def test_a_shift_that_depends_on_the_resolution_is_of_sampling_alone(loaded):
     u, x = torch.tensor([0.25, 0.5]), torch.zeros(2, 1, 1, 1)
     for name in ("flux", "schnell", "qwen"):
         _, t, _ = add_noise(loaded[name].scheduler, x, x, u, "uniform")
         assert torch.equal(t, 1000 * u), name
-
-
-# ----------------------------------------------------------------------------- trained
 
 
 @NAMES
@@ -262,9 +243,6 @@ def test_steps_teach_the_order_of_a_list(name, lists, root, tmp_path):
     log = train(data, root, tmp_path / "out", "--steps", 30, *more, model=name)
     print(name, [round(r["accuracy"], 2) for r in log[1::7]], log[-1]["held_out_accuracy"])
     assert log[1]["accuracy"] == 0.5 and log[-1]["held_out_accuracy"] > 0.95
-
-
-# ----------------------------------------------------------------------------- refused, and counted
 
 
 @NAMES

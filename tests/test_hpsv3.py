@@ -1,8 +1,5 @@
 """HPSv3 against Qwen2-VL's own processor and forward pass and its head by hand, on random weights; both
-layouts of its checkpoint; what is refused.
-
-    pytest -q tests/test_hpsv3.py
-"""
+layouts of its checkpoint; what is refused."""
 
 import hashlib
 import json
@@ -11,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_rewards import DAMAGE, ODD_IMAGES, PAIRS, picture
+from test_rewards import ODD_IMAGES, PAIRS, picture
 
 from lib import scorers
 from rewards import load_reward
@@ -165,26 +162,6 @@ def test_a_checkpoint_that_is_not_whole_or_not_the_model_is_refused_by_name(tiny
         with pytest.raises(SystemExit, match=f"{says}.*{name}") as e:
             load_reward(f"hpsv3={folder}")
         assert str(folder) in str(e.value) and "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_refused_by_name_or_scores_the_same(tiny_hpsv3, tmp_path, monkeypatch, damage):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    whole, refused = load_reward(f"hpsv3={tiny_hpsv3[0]}")(*PAIR), []
-    for file in sorted(p.name for p in tiny_hpsv3[0].iterdir()):
-        folder = shutil.copytree(tiny_hpsv3[0], tmp_path / file)
-        if damage == "gone":
-            (folder / file).unlink()
-        else:
-            (folder / file).write_bytes(DAMAGE[damage]((folder / file).read_bytes()))
-        try:
-            scores = load_reward(f"hpsv3={folder}")(*PAIR)
-        except SystemExit as e:
-            assert (str(folder) in str(e) or "Qwen/Qwen2-VL-7B-Instruct" in str(e)) and "\n" not in str(e), e
-            refused.append(file)
-        else:
-            assert torch.equal(scores, whole), file
-    assert {"HPSv3.safetensors", "config.json", "tokenizer.json"} <= set(refused)
 
 
 def test_another_models_tokenizer_is_refused(tiny_hpsv3, tmp_path, monkeypatch):

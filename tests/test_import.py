@@ -1,7 +1,4 @@
-"""Pairs from people: each published format, written here as it is published, becomes a Syn-Pic folder.
-
-pytest -q tests/test_import.py
-"""
+"""Pairs from people: each published format, written here as it is published, becomes a Syn-Pic folder."""
 
 import io
 import json
@@ -69,9 +66,6 @@ def content(folder):
 
 def stored(out):
     return len(list((out / "images").rglob("*.*")))
-
-
-# ----------------------------------------------------------------------------- the formats
 
 
 def test_pickapic(tmp_path, capsys):
@@ -175,9 +169,6 @@ def test_pictures_as_datasets_saves_them(tmp_path, capsys):
     assert [pixels_of(tmp_path / "out", row)[0] for row in rows] == [picture(0), picture(1)]
     said = capsys.readouterr().out
     assert "row 3: picture 0 of 'c'" in said and max(map(len, said.splitlines())) < 300
-
-
-# ----------------------------------------------------------------------------- what goes wrong
 
 
 def broken_zip(path, change):

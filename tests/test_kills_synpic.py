@@ -1,7 +1,4 @@
-"""synpic.py killed at moments between two writes, then asked for the first labels again: all is right.
-
-pytest -q tests/test_kills_synpic.py
-"""
+"""synpic.py killed at moments between two writes, then asked for the first labels again: all is right."""
 
 import builtins
 import io
@@ -125,7 +122,7 @@ def test_killed_while_it_labels_anew(small, tmp_path):
 
 
 def test_killed_while_it_draws_scores_and_labels(small, tmp_path):
-    """Every eleventh moment from an empty folder; and two torn pictures, as a crash of the disk leaves them."""
+    """Every eleventh moment from an empty folder, and two pictures torn as by a crash of the disk."""
     (small, args), out, kills = small, tmp_path / "out", 0
     args = [*args, "--out", str(out)]
     while killed_at(11 * kills + 1, args, out):

@@ -1,7 +1,4 @@
-"""What a run takes, counted: FLOPs, bytes, hours, and the setting that fits.
-
-pytest -q tests/test_memory.py
-"""
+"""What a run takes, counted: FLOPs, bytes, hours, and the setting that fits."""
 
 import os
 import re
@@ -106,9 +103,6 @@ def test_counts_of_adapters_are_what_the_allocator_took():
     cfg = rankdpo.Config(lora_rank=64)
     weights = memory.weight_bytes(cfg, trained, frozen, torch.bfloat16, 1, False)
     assert (weights + images * image) / 1e9 == pytest.approx(allocated, rel=0.06)
-
-
-# ----------------------------------------------------------------------------- the plan
 
 
 def test_hours_of_the_papers_run(capsys):

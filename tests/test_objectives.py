@@ -1,7 +1,4 @@
-"""The objectives in the trainer: what each takes from the labels, options of the objective, the average.
-
-pytest -q tests/test_objectives.py
-"""
+"""The objectives in the trainer: what each takes from the labels, options of the objective, the average."""
 
 import math
 import shutil
@@ -22,9 +19,6 @@ ALL = ("--steps", 1, "--global_batch_size", 10)  # the whole set of ten lists, o
 
 def config(**more):
     return rankdpo.Config(**more)
-
-
-# ----------------------------------------------------------------------------- what the labels mean
 
 
 def test_every_objective_begins_where_its_weights_say(lists, tiny, tmp_path):
@@ -48,9 +42,10 @@ def test_every_objective_begins_where_its_weights_say(lists, tiny, tmp_path):
 def test_fine_tuning_weighs_by_comparisons_won_and_by_scores(lists):
     row = rows_of(lists)[0]
     wins = [sum(p > q for q in row["phi"]) for p in row["phi"]]
-    sft = rankdpo.list_weights(config(loss="sft"), row)
+    phi, scores = torch.tensor(row["phi"]), torch.tensor([row["scores"]["clip"]])
+    sft = losses.list_weights("sft", phi, scores)
     assert sft.tolist() == pytest.approx([w / max(1, sum(wins)) for w in wins])
-    weighted = rankdpo.list_weights(config(loss="weighted", weight_by="clip"), row)
+    weighted = losses.list_weights("weighted", phi, scores)
     assert weighted.tolist() == pytest.approx([max(0, x) / 4 for x in row["scores"]["clip"]])
 
 
@@ -62,9 +57,6 @@ def test_what_an_objective_lacks_is_said_before_anything_is_loaded(lists):
     check = lambda says, **options: fails(lambda _: rankdpo.check_options(config(**options)), [], *says)
     check(["--ref_refresh", "rankdpo"], ref_refresh=5, loss="dro")
     check(["--sampler_refresh", "dro"], sampler_refresh=5, loss="sft")
-
-
-# ----------------------------------------------------------------------------- options of the objective
 
 
 def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny, monkeypatch):
@@ -90,9 +82,6 @@ def test_captions_are_dropped_once_a_list_for_both_networks(lists, tiny, monkeyp
     assert not dropped([rankdpo.HELD_OUT] * 3, 0.99).any()
     sd15 = pipelines.load_pipeline(tiny / "sd15")
     assert pipelines.encode_nothing(sd15, "cpu", torch.float32)["embeds"].any()  # an encoded ""
-
-
-# ----------------------------------------------------------------------------- what is measured
 
 
 def test_accuracy_by_time_is_binned_by_sigma(lists, tiny, monkeypatch):
@@ -127,8 +116,6 @@ def test_held_out_accuracy_is_the_averages(lists, tiny, tmp_path, monkeypatch, m
     drop = lambda rows: [{k: r[k] for k in ("loss", "best_s", "grad_norm")} for r in rows[1:]]
     assert drop(log) == drop(plain) == drop(log_of(tmp_path / "ema"))
 
-
-# ----------------------------------------------------------------------------- Diffusion-DRO
 
 DRO = "--loss dro --experts 12 --lr 1e-3 --precision fp64"
 

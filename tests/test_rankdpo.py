@@ -1,7 +1,4 @@
-"""The trainer: the same curve however it is run, exact resume, adapters, watches, samples.
-
-pytest -q tests/test_rankdpo.py
-"""
+"""The trainer: the same curve however it is run, exact resume, adapters, watches, samples."""
 
 import math
 import os
@@ -461,7 +458,8 @@ def test_the_first_loss_is_the_weights_times_ln2(uneven, tiny, tmp_path, loss):
     Image.open(path).resize((70, 50)).save(path)
     more = f"--loss {loss} --steps 1 --global_batch_size 10 --resolution 32"  # the whole set once
     log = short_run(data, tiny, tmp_path / "out", more)
-    total = sum(rankdpo.list_weights(rankdpo.Config(loss=loss), r).sum().item() for r in rows)
+    labels = [(torch.tensor(row["phi"]), torch.tensor(list(row["scores"].values()))) for row in rows]
+    total = sum(losses.list_weights(loss, *label).sum().item() for label in labels)
     assert log[1]["loss"] == pytest.approx(total / len(rows) * math.log(2), abs=1e-5)
     assert log[1]["accuracy"] == 0.5 and log[1]["best_s"] == 0 and log[1]["grad_norm"] > 0
 

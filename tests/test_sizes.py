@@ -1,7 +1,4 @@
-"""Lists of several sizes in one run: refused before anything is encoded, or trained on in buckets.
-
-pytest -q tests/test_sizes.py
-"""
+"""Lists of several sizes in one run: refused before anything is encoded, or trained on in buckets."""
 
 import io
 import shutil
@@ -78,9 +75,6 @@ def whole(mixed, tiny, tmp_path_factory):
     return log, out, shapes, chosen
 
 
-# ----------------------------------------------------------------------------- the order of the lists
-
-
 def test_with_one_size_the_lists_come_as_they_did_without_buckets():
     """Position p of the run holds list p % L of epoch p // L, for any number of processes."""
     cfg = rankdpo.Config(seed=3, steps=7, global_batch_size=8, device_batch_size=3)
@@ -122,9 +116,6 @@ def test_each_step_has_one_size_and_all_lists_are_visited_equally_often():
     assert of_first[:50].tolist() != of_first[50:100].tolist()
 
 
-# ----------------------------------------------------------------------------- one curve
-
-
 def test_a_batch_has_one_size_and_memory_is_chosen_for_the_largest(whole):
     log, _, shapes, chosen = whole
     assert set(shapes) == {(held_out, 8, w) for held_out in (True, False) for w in (8, 12)}
@@ -159,9 +150,6 @@ def test_lists_are_conditioned_on_their_own_size(mixed, whole):
         assert item["latents"].shape[2:] == (h // 4, w // 4)
 
 
-# ----------------------------------------------------------------------------- before anything is encoded
-
-
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_encoded(lists, tiny, tmp_path, capsys):
     data = resized(lists, tmp_path / "data", SIZES)
     lines = (data / "metadata.jsonl").read_text().splitlines()
@@ -187,8 +175,6 @@ def test_what_resolution_crops_is_said_once(mixed, lists, capsys):
     assert sizes(lists, 16) == [(16, 16)] * 10 and sizes(mixed, 0) == SIZES
     assert capsys.readouterr().out == ""
 
-
-# ----------------------------------------------------------------------------- turned pictures
 
 TURNED = ("PNG", "JPEG", "WEBP", "TIFF", "AVIF")  # that can hold EXIF
 

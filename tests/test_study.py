@@ -1,7 +1,4 @@
-"""The study's runner on a tiny model: the order of its runs, a line each, resuming, the report.
-
-pytest -q tests/test_study.py
-"""
+"""The study's runner on a tiny model: the order of its runs, a line each, resuming, the report."""
 
 import json
 

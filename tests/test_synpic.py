@@ -1,7 +1,4 @@
-"""Syn-Pic at scale: every family of generators, the same bytes however it is run, kills, labels, bad images.
-
-pytest -q tests/test_synpic.py
-"""
+"""Syn-Pic at scale: every family of generators, the same bytes however it is run, labels, bad images."""
 
 import itertools
 import json
@@ -37,9 +34,6 @@ from toy import build
 
 def images_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).glob("images/*/*.png"))}
-
-
-# ----------------------------------------------------------------------------- what is written
 
 
 def test_synpic_writes_ranked_rows(lists):
@@ -78,9 +72,6 @@ def test_synpic_resumes_to_the_same_bytes(lists, tiny, tmp_path):
     for f in gone:
         assert (out / f).read_bytes() == (lists / f).read_bytes()
     assert (out / gone[1]).stat().st_mtime_ns == before  # what was there was left alone
-
-
-# ----------------------------------------------------------------------------- generators
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +158,6 @@ def test_defaults_come_from_the_table_and_can_be_overridden():
     assert set(synpic.MODELS) >= {"sdxl", "sd3", "pixart", "cascade"}
 
 
-# --------------------------------------------------------------------------- the same bytes however it is run
-
-
 def test_shards_make_the_same_data_set(lists, tiny, tmp_path):
     out = tmp_path / "parts"
     for i in (1, 0):
@@ -216,9 +204,6 @@ def test_changed_settings_are_refused_and_named(lists, tiny, capsys):
     check(other, "another models sd15_0 guidance (before 7.5, now 9.0)")
     check(["--models", *models[:3]], "another models sd15_0 (before {", "now missing)")
     check(["--models", *models[:3], f"sd15={tiny}/sd3,steps=2"], "models sd15_0 path", "and 3 more")
-
-
-# ----------------------------------------------------------------------------- prompts
 
 
 def test_prompt_files_of_every_kind(tmp_path, capsys):
@@ -274,9 +259,6 @@ def test_a_prompt_of_megabytes_ends_nothing(tmp_path):
     image = Image.new("RGB", (32, 32))
     pictures.picture_grid([("word " * 400_000, [(image, "caption")])], tmp_path / "grid.png")
     assert pictures.read_image(tmp_path / "grid.png").width < 1000
-
-
-# ----------------------------------------------------------------------------- labels
 
 
 def test_every_label_against_hand_made_ones():
@@ -422,9 +404,6 @@ def test_the_summary_counts_what_is_there(lists):
     assert s["kendall_tau"][0][2] == pytest.approx(np.mean(taus))
     assert s["kendall_tau"][1][1] == pytest.approx(1)
     assert s["speed"]["generate"]["sd3_0"]["images"] == 10 and s["speed"]["score"]["clip"]["images"] == 40
-
-
-# ----------------------------------------------------------------------------- what goes wrong
 
 
 @pytest.fixture

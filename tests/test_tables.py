@@ -1,7 +1,4 @@
-"""Every command of docs/tables.md, in the page's order, on tiny models.
-
-pytest -q tests/test_tables.py
-"""
+"""Every command of docs/tables.md, in the page's order, on tiny models."""
 
 import json
 import os

@@ -1,7 +1,4 @@
-"""The toy world: grammar, renderer, exact checker, and what is shipped in toy/.
-
-pytest -q tests/test_toyworld.py
-"""
+"""The toy world: grammar, renderer, exact checker, and what is shipped in toy/."""
 
 import json
 
