@@ -139,16 +139,9 @@ def tiny_vae(**more):
     """A random AutoencoderKL, 3 x 32 x 32 -> 4 x 8 x 8."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        sample_size=32,
-        **more,
-    )
+    more.update(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+    more.update(block_out_channels=(8, 8, 8), latent_channels=4, norm_num_groups=4, sample_size=32)
+    return AutoencoderKL(mid_block_add_attention=False, **more)
 
 
 def rewards(tiny):
@@ -161,12 +154,8 @@ def words(*more):
 
 
 def synpic_args(tiny, out, *more):
-    models = [
-        f"sdxl={tiny}/sdxl,steps=2,guidance=2",
-        f"sdxl={tiny}/sdxl,steps=2,guidance=2,seed=1",
-        f"sd3={tiny}/sd3,steps=2",
-        f"sd15={tiny}/sd15,steps=2",
-    ]
+    sdxl = f"sdxl={tiny}/sdxl,steps=2,guidance=2"
+    models = [sdxl, f"{sdxl},seed=1", f"sd3={tiny}/sd3,steps=2", f"sd15={tiny}/sd15,steps=2"]
     first = ["--prompts", f"{tiny}/prompts.txt", "--out", str(out), "--batch_size", "4"]
     return [*first, "--models", *models, "--rewards", *rewards(tiny), *words(*more)]
 

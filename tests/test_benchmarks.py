@@ -40,8 +40,6 @@ def refuses(text, call, *args):
     assert "\n" not in str(e.value)
 
 
-# ----------------------------------------------------------------------------- readers
-
 LEFT = {"class": "dog", "count": 1}
 ROW = dict(tag="colors", include=[dict(LEFT, color="red")], prompt="a photo of a “red” dog")
 
@@ -185,9 +183,6 @@ def test_a_hub_without_a_net_is_one_line(monkeypatch):
     refuses("there are geneval, t2i-compbench", b.read_bench, "drawbench", "x")
 
 
-# ----------------------------------------------------------------------------- layouts
-
-
 def test_dpg_grid_and_hps_jpgs_follow_their_pictures(tmp_path):
     rows = [dict(prompt="x", tag="anime", stem="coco1", index=3)]
     files = [[f"pictures/00000/{s}.png" for s in range(5)]]
@@ -217,8 +212,6 @@ def test_dpg_grid_and_hps_jpgs_follow_their_pictures(tmp_path):
     (tmp_path / files[0][1]).write_bytes(b"torn")
     refuses("official/coco1.png: cannot be drawn", b.write_layout, "dpg", tmp_path, rows, files)
 
-
-# ----------------------------------------------------------------------------- GenEval's rules
 
 NAMES = ("dog", "cat", "bus", "kite")
 
@@ -367,9 +360,6 @@ def test_geneval_on_the_toy_world_equals_the_exact_checker():
     image, row = Image.fromarray(more), {"include": [{"class": "circle", "count": 1}]}
     objects = objects_around(world.find_objects(image), half=4.5)  # something more: the rules part here
     assert b.geneval_verdict(objects, row)[0] and not world.check("a circle", image)
-
-
-# ----------------------------------------------------------------------------- models
 
 
 @pytest.fixture(scope="module")
@@ -654,9 +644,6 @@ def test_models_that_are_none_are_named(models, tmp_path):
     config = json.loads((Path(models["detector"]) / "config.json").read_text())
     assert len(config["id2label"]) == 80
     assert b.measure("parti", tmp_path, rows, files) == ({}, [])
-
-
-# ----------------------------------------------------------------------------- tables
 
 
 def test_tables_have_the_papers_columns_and_units():

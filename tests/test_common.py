@@ -269,17 +269,10 @@ def test_a_pipe_in_place_of_a_picture_does_not_hang(tmp_path):
 def test_a_picture_is_turned_as_its_exif_says(orientation, tmp_path):
     rng = np.random.default_rng(0)
     upright = Image.fromarray(rng.integers(0, 255, (6, 10, 3), np.uint8))
-    stored = {  # the transpose that undoes what a viewer does
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
-    lying = upright if stored is None else upright.transpose(stored)
+    undo = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split()
+    lying = upright  # 1; for the others the transpose that undoes what a viewer does
+    if orientation > 1:
+        lying = upright.transpose(Image.Transpose[undo[orientation - 2]])
     exif = Image.Exif()
     exif[0x0112] = orientation
     lying.save(tmp_path / "lying.png", exif=exif)

@@ -65,9 +65,6 @@ def whole(uneven, tiny, tmp_path_factory):
     return train(uneven, tiny, out, "--ref_refresh 3"), out
 
 
-# ---------------------------------------------------------------------- the same curve however it is run
-
-
 @pytest.mark.parametrize("m, device_batch", [(1, 32), (2, 2), (0, 3)])
 def test_images_per_forward_gives_the_gradient_of_the_whole_list(
     uneven, tiny, tmp_path, whole, m, device_batch
@@ -92,9 +89,6 @@ def test_sharded_processes_give_the_curve_and_the_weights_of_one(uneven, tiny, t
     assert log[0]["world"] == 2
     close(curve(log), curve(whole[0]))
     same_weights(tmp_path, whole[1])
-
-
-# ----------------------------------------------------------------------------- exact resume
 
 
 def same_run(a, b):
@@ -284,9 +278,6 @@ def test_a_gradient_that_is_not_a_number_stops_the_run(uneven, tiny, tmp_path, m
     assert len(log_of(tmp_path)) == 7 and all(w.isfinite().all() for w in weights(tmp_path).values())
 
 
-# ----------------------------------------------------------------------------- adapters
-
-
 @pytest.mark.parametrize("model,part", [("sdxl", "unet"), ("sd3", "transformer")])
 def test_lora_trains_and_loads_as_diffusers_loads_it(lists, tiny, tmp_path, model, part):
     more = "--steps 3 --lora_rank 4 --lr 1e-2 --images_per_forward 3"
@@ -329,9 +320,6 @@ def test_lora_has_one_curve_and_resumes_with_its_refreshed_reference(uneven, tin
     close(curve(train(uneven, tiny, tmp_path / "b", more, "--images_per_forward 1", processes=2)), curve(log))
     shutil.rmtree(tmp_path / "a/model")
     assert np.array_equal(curve(train(uneven, tiny, tmp_path / "a", more)), curve(log))  # from step 3
-
-
-# ----------------------------------------------------------------------------- other models
 
 
 def test_stable_diffusion_3_5_trains_and_loads_again(lists, tiny, tmp_path):
@@ -406,9 +394,6 @@ def test_what_suits_a_model_is_taken_where_it_is_not_said(capsys):
     assert (toy.beta, toy.lr, toy.sample_steps, toy.sample_guidance) == (100, 2e-4, 16, 2)
 
 
-# ----------------------------------------------------------------------------- samples, the average
-
-
 def test_the_saved_average_is_that_of_the_steps(uneven, tiny, tmp_path):
     """After step 0 the decay is .1, as of a young average: .1 start + .9 of what a run without it saves."""
     for ema in (0, 0.75):
@@ -446,9 +431,6 @@ def test_samples_start_as_the_pipeline_draws_them(lists, tiny, tmp_path):
         assert abs(row[:, i * 34 : i * 34 + 32] - np.asarray(image).astype(int)).max() <= 1
 
 
-# ----------------------------------------------------------------------------- what a run learns
-
-
 @pytest.mark.parametrize("loss", ["rankdpo", "balanced"])
 def test_the_first_loss_is_the_weights_times_ln2(uneven, tiny, tmp_path, loss):
     """Of lists of several lengths, one of them with a picture of another size, which --resolution crops."""
@@ -482,9 +464,6 @@ def test_reversed_labels_turn_the_gradient_around(lists, tiny, tmp_path):
         assert flipped["scores"]["clip"] == [-s for s in row["scores"]["clip"]]
         assert sorted(chance["phi"]) == pytest.approx([0, 1 / 3, 2 / 3, 1])
         assert chance["scores"] == {"random": chance["phi"]} and chance["file_names"] == row["file_names"]
-
-
-# ----------------------------------------------------------------------------- noise
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

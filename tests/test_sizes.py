@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import rankdpo
 import synpic
 from lib import engine, memory
-from lib.lists import by_size, encoded_sizes, list_pixels, look_at_pictures
+from lib.lists import encoded_sizes, list_pixels, look_at_pictures
 from lib.pictures import IMAGE_FORMATS, look_at, read_pixels
 
 WIDTHS = (32, 32, 48, 32, 48, 32, 48, 32, 48, 32)  # of the ten lists; 48 x 32 pixels is the rarer size
@@ -73,18 +73,6 @@ def whole(mixed, tiny, tmp_path_factory):
         patch.setattr(engine, "prepare_samples", of_samples)
         log = run(mixed, tiny, out, "--device_batch_size", 3)
     return log, out, shapes, chosen
-
-
-def test_with_one_size_the_lists_come_as_they_did_without_buckets():
-    """Position p of the run holds list p % L of epoch p // L, for any number of processes."""
-    cfg = rankdpo.Config(seed=3, steps=7, global_batch_size=8, device_batch_size=3)
-    train_lists = [0, 2, 3, 5, 7, 8, 9, 11, 12, 13]
-    epoch = lambda e: np.random.default_rng([3, e]).permutation(train_lists)
-    before = [(p, int(epoch(p // 10)[p % 10])) for p in range(56)]
-    order = rankdpo.draw_order(cfg, by_size([(32, 32)] * 14, train_lists))
-    passes = [rankdpo.micro_batches(cfg, order, step) for step in range(7)]
-    assert [pair for step in passes for batch in step for pair in batch] == before
-    assert [len(batch) for batch in passes[0]] == [3, 3, 2]
 
 
 def test_processes_share_a_step(monkeypatch):

@@ -129,13 +129,9 @@ def others(tmp_path_factory):
 
 
 def test_the_papers_four_generators_and_sd15_draw(tiny, others, tmp_path):
-    models = [
-        f"sdxl={tiny}/sdxl,steps=2",
-        f"sd3={tiny}/sd3,steps=2",
-        f"pixart={others}/pixart,steps=2",
-        f"cascade={others}/cascade,steps=2,resolution=128",
-        f"sd15={tiny}/sd15,steps=2",
-    ]
+    models = [f"{name}={tiny}/{name},steps=2" for name in ("sdxl", "sd3", "sd15")]
+    others = [f"pixart={others}/pixart,steps=2", f"cascade={others}/cascade,steps=2,resolution=128"]
+    models[2:2] = others
     out = tmp_path / "out"
     args = synpic_args(tiny, out, "--limit 3 --batch_size 2")
     synpic.main([*args, "--models", *models])
