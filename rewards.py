@@ -245,7 +245,7 @@ def load_reward(spec, device="cpu", **options):
 
 def reward_version(spec):
     """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever they
-    lie. Of a file, size and first and last megabyte count: hashing 23 GB takes longer than many a run."""
+    lie. All bytes of a file count: a partial fine-tuning changes neither its size nor its ends."""
     name, _, source = spec.partition("=")
     file, function = function_of(spec)
     if function:
