@@ -160,8 +160,8 @@ def check_options(cfg):
 
 
 def expert_rows(cfg, rows):
-    """--loss dro: a row for each of the best pictures with their captions. A picture that stands in several
-    lists counts once. Its phi (1, 0) is the expert's and that of a negative, which the policy draws."""
+    """--loss dro: one row for each of the best pictures with their captions. A picture of several lists
+    counts once. phi is (1, 0): 1 for the expert, 0 for the picture that the policy will draw."""
     scored = [name for name in EXPERTS if all(name in row["scores"] for row in rows)]
     by, values, looks = cfg.expert_by or (*scored, "phi")[0], {}, {}
     for row in rows:
@@ -205,7 +205,7 @@ HELD_OUT = 2**40  # the position of held-out lists, which no step reaches: their
 # what batches are made of: cached latents and text, labels, the noise schedule, a dropped caption
 Data = namedtuple("Data", "cache labels scheduler no_caption device dtype")
 
-# x_t, t, target, cond: a row an image, (N = B K, ...); mask, weights, u, time: a row a list, (B, ...)
+# x_t, t, target, cond: one row per image, (N = B K, ...); mask, weights, u, time: one per list, (B, ...)
 Batch = namedtuple("Batch", "x_t t target cond mask weights u time")
 
 
@@ -224,9 +224,9 @@ def draw_noise(cfg, position, n, shape):
 
 
 def draw_order(cfg, buckets):
-    """The lists of all steps, (steps, G). A step takes lists of one bucket: of that which is furthest behind
-    its share, so that all lists are visited equally often. A bucket is gone through again and again, each
-    time in another order."""
+    """The lists of all steps, (steps, G). Each step takes its lists from one bucket, the one used least for
+    its size, so that all lists are visited equally often. A bucket is repeated, each time in another
+    order."""
     lengths, taken, order = np.array([len(bucket) for bucket in buckets]), np.zeros(len(buckets)), []
     epochs = lambda bucket: (np.random.default_rng([cfg.seed, e]).permutation(bucket) for e in count())
     streams = [chain.from_iterable(epochs(bucket)) for bucket in buckets]
@@ -246,9 +246,9 @@ def micro_batches(cfg, order, step):
 
 
 def load_batch(cfg, data, positions):
-    """[(position, list)] -> a Batch. A list that is shorter than K is filled up with its first image, which
-    the mask keeps out of the loss: all batches have one shape, every process takes equally many passes. Once
-    a list, a caption is dropped (both networks see the same) and a scorer drawn."""
+    """[(position, list)] -> a Batch. A list that is shorter than K is padded with its first image, which the
+    mask keeps out of the loss: all batches have one shape, and every process takes equally many passes. For
+    each list we decide once whether its caption is dropped, and which scorer ranks it."""
     K, index = data.labels.mask.shape[1], [n for _, n in positions]
     wide = torch.promote_types(data.dtype, torch.float32)  # of noise, errors and losses
     items = [lists.read_cached(data.cache, n) for n in index]
@@ -392,8 +392,9 @@ def add_negatives(cfg, family, scheduler, sampler, batch, positions):
 
 @torch.no_grad()
 def held_out_passes(cfg, family, data, buckets, base):
-    """[(positions and lists of a pass, which are there twice, their errors (B, K) under the base)]: every
-    process takes equally many lists of each bucket, so a few are taken twice."""
+    """For each pass: its (position, list) pairs, a flag for lists that only fill up the pass, and their
+    errors (B, K) under the base. Every process takes equally many lists of each bucket, so a few are taken
+    twice."""
     (rank, world), size, passes = process_rank(), cfg.device_batch_size, []
     for bucket in buckets:
         share = range(rank, -(-len(bucket) // world) * world, world)

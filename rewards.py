@@ -245,7 +245,7 @@ def load_reward(spec, device="cpu", **options):
 
 def reward_version(spec):
     """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever they
-    lie. All bytes of a file count: a partial fine-tuning changes neither its size nor its ends."""
+    are. Every byte of them counts."""
     name, _, source = spec.partition("=")
     file, function = function_of(spec)
     if function:
@@ -254,8 +254,8 @@ def reward_version(spec):
 
 
 def version_there(folder, name, lines, spec):
-    """Whose scores count where labels are made of what lies there, the stored_lines: those of `spec`, if it
-    is given and scored here, else the only ones."""
+    """Which version's scores to use, of the stored_lines: that of `spec` if it scored here; otherwise there
+    must be only one."""
     versions = {row.get("version") for _, _, row in lines if row}
     own = reward_version(spec) if spec else None
     if len(versions) > 1 and own not in versions:

@@ -16,7 +16,7 @@ images and rewards) ranks the k images of a prompt, in three stages:
 
     generate   images/00000/sdxl_0.png ...    a picture is written whole or not at all
     score      scores/pickscore.jsonl ...     a row of scores a prompt, appended as they come
-    label      metadata.jsonl, preview.png    a row a prompt: its images, models, seeds, scores, phi, rank
+    label      metadata.jsonl, preview.png    one row per prompt: its images, models, seeds, scores, phi, rank
                summary.json, summary.png  wins, agreement of the rewards, ties, speed, cost
 
 After a kill the same command goes on: the first two stages skip what is done, and labels are always made anew
@@ -63,7 +63,7 @@ class Config:
     from_: str = option(
         "", "import: a file of Pick-a-Pic, HPDv2, HPDv3 or ImageReward, or a folder of shards"
     )
-    pictures: str = option("", "import: folder of its pictures or zips of them; empty = where the file lies")
+    pictures: str = option("", "import: folder of its pictures or zips; empty = the file's own")
     # how it is scored and ranked
     rewards: tuple = option(
         (), "name or name=source, see rewards.py; to label lists, empty = all that scored"
@@ -72,7 +72,7 @@ class Config:
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
     # how it is run
     out: str = option("outputs/synpic", "folder to write")
-    stages: tuple = option(STAGES, "which stages to run; import stands alone", ("import", *STAGES))
+    stages: tuple = option(STAGES, "which stages to run; import runs alone", ("import", *STAGES))
     batch_size: int = option(64, "images a batch, in every stage", at_least=1)
     shard: str = option("0/1", "i/n: make only part i of n, for job arrays; label when all are done")
     on_error: str = option("stop", "images that cannot be drawn or scored: stop, or skip", ("stop", "skip"))

@@ -46,7 +46,7 @@ def load_base(cfg, device, dtype, encoders):
     """The pipeline of --model, with no weights but those that this process uses, its family, and the name and
     module of its denoiser."""
     place = "cpu", torch.float32
-    if cfg.model.startswith("random:") and not is_sharded(cfg):  # made in the type in which they will lie
+    if cfg.model.startswith("random:") and not is_sharded(cfg):  # made in the type that they will have
         place = device, dtype if cfg.lora_rank else torch.float32
     denoiser = process_rank()[0] == 0
     pipe = pipelines.load_pipeline(cfg.model, *place, denoiser=denoiser, encoders=encoders)
@@ -254,8 +254,9 @@ def clip_grad_norm(parameters, largest):
 
 
 def training_state(cfg, networks, optimizer):
-    """All that the next step depends on, as one flat {name: tensor}. Data, noise and rate follow from the
-    step. The reference is part of it where it is refreshed, else every run begins with it."""
+    """All that the next step depends on, as one flat {name: tensor}. The step
+    determines data, noise and learning rate. The reference is part of it where it is refreshed, else every
+    run begins with it."""
     kept = networks if cfg.ref_refresh else networks._replace(reference=None)
     for network in filter(None, networks):
         reshard(network)  # weights are their shards
@@ -271,7 +272,7 @@ def training_state(cfg, networks, optimizer):
 
 
 def moments_of(optimizer, p):
-    """AdamW's state of a parameter, as AdamW makes it in its first step where no step was taken yet."""
+    """AdamW's state of a parameter; before the first step, the zeros that AdamW would start from."""
     if p not in optimizer.state:
         count = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
         moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
@@ -293,7 +294,7 @@ def save_checkpoint(cfg, state, recipe, step):
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=world == 1)
     except (Exception, CheckpointException) as e:  # torch's own, one error a process, is no Exception
         store.remove(tmp)
-        reason = " ".join(str(e).split()).rpartition("Error: ")[2][-200:]  # a traceback stands before it
+        reason = " ".join(str(e).split()).rpartition("Error: ")[2][-200:]  # it follows a traceback
         fail(f"{final}: not written ({reason}); the checkpoint before it is kept")
     common.wait_for_all(slow=True)
     if rank == 0:
@@ -419,8 +420,8 @@ def open_report(cfg, head, start_step):
 
 
 class Log:
-    """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. --report
-    gets the same numbers, and the pictures of --sample_every. `flops`: of a list on one device."""
+    """log.jsonl: a head with all that a run depends on, then one row per step; curves.png at its end.
+    --report gets the same numbers, and the pictures of --sample_every. `flops`: of a list on one device."""
 
     def __init__(self, cfg, lists, held_out, start_step, flops, device, dtype):
         path, head = Path(cfg.out) / "log.jsonl", dict(lists=lists, held_out=held_out, precision=str(dtype))
@@ -461,8 +462,8 @@ class Log:
         return {name: f"{row[key]:.3g}" for name, key in shown.items()}
 
     def warn_of_growth(self, row):
-        """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls. An
-        error below .01 is the noise of a row."""
+        """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls.
+        Values below .01 vary as much from one row to the next."""
         self.winners.append(row["best_s"])
         winner, than = row.get("held_out_best_s"), "the base's on held-out lists"
         if winner is None and row["step"] % 50 == 49:

@@ -1,4 +1,4 @@
-"""How models lie on disk: what a path names, how weights are stored, what is added to a base.
+"""Models on disk: what a path names, how weights are stored, what is added to a base.
 
     split_spec("base+first+second")            # ["base", "first", "second"]
     stored_as("folder", "unet")                # from_pretrained's arguments: fp16 files alone, .bin alone
@@ -130,10 +130,17 @@ def whole(file):
 
 def read_weights(file):
     """{name: tensor} of safetensors or of a file of torch.save, which is read with weights_only."""
-    if file.suffix == ".safetensors":
-        return load_file(whole(file))
-    state = torch.load(whole(file), map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+    file = whole(Path(file))
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # each format has its own
+        raise ValueError(f"{file}: no readable weights ({type(e).__name__})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not state or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"{file}: holds no state dict of tensors")
+    return state
 
 
 def read_header(file):

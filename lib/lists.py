@@ -1,11 +1,10 @@
-"""Ranked lists on disk: metadata.jsonl, a row a list of images; what is encoded once; people's data sets.
+"""Ranked lists on disk: metadata.jsonl, one row per list of images; what is encoded once.
 
 rows = read_metadata(folder, lists=True)                # prompt, file_names, scores, phi
 names, rewards = stored_rewards(folder, rows, label)    # of R scores, a tensor (K, R) a list
 train, held_out = split(rows, holdout, seed)            # indices; no prompt is in both
-sizes = encoded_sizes(cfg, rows)                        # [(height, width)] of lists as they are encoded
-cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, a file a list
-import_stage(cfg)                                       # Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB
+sizes = encoded_sizes(cfg, rows)                        # [(height, width)] of each list
+cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, one file per list
 """
 
 import csv
@@ -333,7 +332,7 @@ def list_pixels(cfg, row, size):
     """(k, 3, H, W) of a list's images, whose `size` is (H, W)."""
     images = [read_pixels(f"{cfg.data}/{name}", cfg.resolution) for name in row["file_names"]]
     for name, image in zip(row["file_names"], images):
-        if image.shape[1:] != size:  # a turn that stands behind the pixels
+        if image.shape[1:] != size:  # a turn that is written behind the pixels
             fail(f"{cfg.data}/{name}: has another size than its header says; save it again")
     return torch.stack(images)
 

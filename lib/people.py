@@ -25,7 +25,7 @@ from losses import preference_rank
 
 LARGEST = 1 << 28  # bytes of a picture: a larger member of a zip is a bomb or no picture
 
-# Published choices of people: the fields of a prompt, of its pictures and of a number a picture, and 1 where
+# Published choices of people: the fields of a prompt, of its pictures and of a number for each, and 1 where
 # higher is better, -1 for ranks. One field alone holds a list. Without numbers the first picture is better.
 FORMATS = {
     "Pick-a-Pic v2": ("caption", ["jpg_0", "jpg_1"], ["label_0", "label_1"], 1),

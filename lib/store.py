@@ -53,6 +53,13 @@ def file_digest(path, ends=0):
 CONTENTS, RECIPE, ENDS = ".contents", "recipe.json", 1 << 20
 
 
+def read_record(path):
+    """A dict of JSON that was written here; {} if it is not there, or damaged."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
+
+
 def contents(folder):
     """{name: digest} of the files in a folder, by their ends: a model has gigabytes."""
     files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != CONTENTS)
@@ -61,9 +68,7 @@ def contents(folder):
 
 def written(folder):
     """What publish wrote into a folder, {name: digest}; {} if it did not write it."""
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        return dict(json.loads((Path(folder) / CONTENTS).read_text()))
-    return {}
+    return read_record(Path(folder) / CONTENTS)
 
 
 def is_whole(folder):
@@ -145,9 +150,7 @@ def write_text(path, text):
 
 def read_recipe(folder):
     """What same() wrote into a folder; {} if there is none, or it is damaged."""
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        return dict(json.loads((Path(folder) / RECIPE).read_text(encoding="utf-8")))
-    return {}
+    return read_record(Path(folder) / RECIPE)
 
 
 def differences(before, now, name=""):

@@ -114,9 +114,9 @@ def prompt_rows(path, column="", also=()):
 def read_prompts(path, limit=0, column="", also=("tag",)):
     """Rows of a prompt file: dicts with a text under "prompt". Blank and repeated prompts are dropped.
 
-    .txt: a prompt a line. .json: a list of strings or objects (HPDv2), or an object of objects. .jsonl, .csv,
-    .tsv, .parquet: the column `column`, else prompt, prompts, caption or text. `path` may be a folder of
-    .parquet shards. Other columns (GenEval's tag) stay in the row; of a parquet only those in `also`."""
+    .txt: one prompt per line. .json: a list of strings or objects (HPDv2), or an object of objects. .jsonl,
+    .csv, .tsv, .parquet: the column `column`, else prompt, prompts, caption or text. `path` may be a folder
+    of .parquet shards. Other columns (GenEval's tag) stay in the row; of a parquet only those in `also`."""
     files = [Path(path)] if Path(path).is_file() else shards(path)
     if not files:
         fail(f"--prompts {path}: no such file, and no folder of .parquet shards")
