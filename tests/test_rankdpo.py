@@ -238,7 +238,7 @@ def test_content_identifies_a_run_wherever_it_lies(uneven, tiny, tmp_path, whole
     data, models = tmp_path / "data", tmp_path / "models"
     copied(uneven, data)
     shutil.copytree(tiny / "sdxl", models / "sdxl")
-    args = "--ref_refresh 3 --save_every 3"
+    args = "--ref_refresh 3 --save_every 3 --keep 2"
     train(data, models, tmp_path / "out", args)
     for gone in ("model", "checkpoints/step-000006"):
         shutil.rmtree(tmp_path / "out" / gone)
