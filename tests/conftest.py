@@ -84,7 +84,7 @@ def model_and_shapes(family, denoiser, item, lora_rank=0):
 
 @pytest.fixture(scope="session", autouse=True)
 def cheaper():
-    """Two thirds of the time of a run of three steps: counting FLOPs of a model that was counted before,
+    """More than half of the time of a run of three steps: counting FLOPs of a model that was counted before,
     asking git for the commit, and drawing curves.png, which one test looks at (real_curves)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "count_flops", remembered(memory.count_flops, model_and_shapes))
