@@ -113,7 +113,7 @@ def test_three_models_are_compared(tiny, compared):
     assert r["headline"]["what"] == "accuracy" and first["gain"] is None and first["model"] == "base"
     assert points[0]["gain"]["gain"] == 0 and points[1]["change"]["n"] == len(PROMPTS)
     assert points[1]["value"] == r["models"]["other"]["means"]["toyworld"]
-    assert Image.open(compared / "frontier.png").width > 300
+    assert pictures.read_image(compared / "frontier.png").width > 300
     report = (compared / "report.md").read_text()
     assert report.index("other: accuracy") < report.index("exact checker")
     base, same, other = (r["models"][n] for n in ("base", "same", "other"))

@@ -360,7 +360,7 @@ def test_every_family_trains_and_loads_again(lists, tiny, tmp_path, model, real_
     assert type(tuned) is type(base) and not unchanged(part)
     assert unchanged("vae") and unchanged("text_encoder")  # only the denoiser is trained
     assert log[0]["config"]["loss"] == "rankdpo" and log[0]["torch"] == torch.__version__ and len(log) == 4
-    assert Image.open(tmp_path / "curves.png").width == 1600
+    assert pictures.read_image(tmp_path / "curves.png").width == 1600
 
 
 @pytest.mark.parametrize("model,forward", [("sdxl", 6.76), ("sd3", 8.90)])
