@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lib import common, pictures, store, tables
 from lib.common import about, fail
 from lib.lists import is_number, preference_labels
-from lib.store import path_inside, publish
+from lib.store import path_inside, publish, write_text
 from lib.tables import read_jsonl, read_text
 from losses import preference_rank
 
@@ -206,6 +206,8 @@ def import_stage(cfg):
     if cfg.pictures and not Path(cfg.pictures).is_dir():
         fail(f"--pictures {cfg.pictures}: no such folder")
     recipe = {"imported": {path.name: store.file_digest(path, ends=1 << 20) for path in paths}}
+    if store.read_recipe(out).keys() == {"imported"} and not (out / "metadata.jsonl").is_file():
+        write_text(out / store.RECIPE, json.dumps(recipe, indent=1))  # the import before came to nothing
     store.same(out, recipe, ("metadata.jsonl", "images"), "choose another --out")
     if (out / "metadata.jsonl").is_file():
         print(f"{out}: was imported already; delete its metadata.jsonl to do it again")

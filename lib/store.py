@@ -65,7 +65,7 @@ CONTENTS, RECIPE, ENDS = ".contents", "recipe.json", 1 << 20
 
 def read_record(path):
     """A dict of JSON that was written here; {} if it is not there, or damaged."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     return {}
 
