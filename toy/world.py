@@ -221,6 +221,17 @@ def check(prompt, image):
     return True
 
 
+def place(prompt, image):
+    """The cell of a 3 x 3 grid, 0 to 8 row by row, where the prompt's first object is; None without one. Of
+    several such objects the topmost counts."""
+    wanted = grammar()[prompt]["objects"][0][0]
+    of_shape = [(y, x) for shape, _, x, y in find_objects(image) if shape == wanted]
+    if not of_shape:
+        return None
+    y, x = min(of_shape)
+    return 3 * int(3 * y / SIZE) + int(3 * x / SIZE)
+
+
 def slip(spec, rng):
     """A spec that is wrong in its category's way: another relation, number or colour, swapped colours, ..."""
     out = dict(spec, objects=list(spec["objects"]))
