@@ -79,9 +79,8 @@ def killed_at(last, args, folder, main=synpic.main):
 
 def look(folder):
     """What a reader finds in between: each file is whole, or not there yet."""
-    for name in ("preview.png", "summary.png"):
-        if (folder / name).is_file():
-            Image.open(folder / name).convert("RGB").close()
+    if (folder / "preview.png").is_file():
+        Image.open(folder / "preview.png").convert("RGB").close()
     if (folder / "summary.json").is_file():
         json.loads((folder / "summary.json").read_text())
     if (folder / "metadata.jsonl").is_file():

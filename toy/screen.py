@@ -1,11 +1,11 @@
 """How the toy world's settings were chosen, on training prompts alone: docs/toyworld.md and docs/study.md.
 
     python toy/screen.py --guidance 1.5 2 3                     # what each generator draws at which guidance
-    python toy/screen.py --name weight.3 --options --loser_weight=.3     # one run, a line per model it keeps
+    python toy/screen.py --name weight.3 --options loser_weight=.3    # one run, a line per model it keeps
     python toy/screen.py --report                               # outputs/screen.jsonl as a table
 
-A run trains as rankdpo.py does, and each of its models draws SHARE prompts of each category of toy/prompts.txt,
-four pictures each, as evaluate.py draws by default. One line of --results for each model is all that is kept.
+A run trains as rankdpo.py does. Each of its models draws SHARE prompts of each category of toy/prompts.txt,
+four pictures each, as evaluate.py draws by default. Each model becomes a line of --results.
 """
 
 import json
@@ -20,16 +20,16 @@ import torch
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
-import common
 import rankdpo
-from common import fail, option
-from evaluate import markdown
-from pipelines import generate_each, load_pipeline, noise_seed
+from lib import common, store, tables
+from lib.common import fail, option
+from lib.pipelines import generate_each, load_pipeline, noise_seed
+from lib.stats import category_mean, entropy, paired_gain
+from lib.tables import markdown
 from rewards import TOY_REWARDS, load_reward, reward_name
-from stats import category_mean, entropy, paired_gain
 from synpic import TOY_MODELS, parse_model
 from toy import study
-from toy.world import CATEGORIES, check, grammar, place
+from toy.world import CATEGORIES, check, free_place, grammar
 
 BASE, SHARE, NOISES = TOY / "models/sdxl", 20, study.NOISES
 
@@ -39,7 +39,7 @@ class Config:
     guidance: tuple = option((), "measure the generators of synpic.py at these, and train nothing")
     name: str = option("", "of the setting that is run")
     seed: int = option(0, "training seed", at_least=0)
-    options: tuple = option((), "of rankdpo.py, each as --name=value")
+    options: tuple = option((), "of rankdpo.py, as name=value")
     report: bool = option(False, "print the table of what has been run")
     data: str = option("outputs/synpic", "folder of lists")
     out: str = option("outputs/screen", "where models and logs go")
@@ -87,16 +87,16 @@ def measure_generators(cfg):
 
 def place_bits(images, prompts):
     """Entropy of where the first object is, of prompts without a relation; 3.17 is even over nine cells."""
-    seen = [place(p, i) for p, i in zip(prompts, images) if grammar()[p]["relation"] is None]
-    return float(entropy(np.bincount([s for s in seen if s is not None], minlength=9) / max(1, len(seen))))
+    cells = sum(free_place(p, image) for p, image in zip(prompts, images))  # (9,)
+    return float(entropy(cells / cells.sum()))
 
 
 def distances(images, prompts, right):
     """Mean over prompts of 1 - cosine between two pictures by the toy CLIP: of all, and of right ones."""
     scorer = load_reward(f"diversity={TOY}/rewards/clip")
-    seen = np.stack([np.asarray(v) for v, _ in scorer.stream(images, prompts)]).reshape(len(right), NOISES, -1)
+    seen = np.stack([np.asarray(v) for v, _ in scorer.stream(images, prompts)])  # unit vectors
     every, among = [], []
-    for of, passed in zip(seen / np.linalg.norm(seen, axis=-1, keepdims=True), right):
+    for of, passed in zip(seen.reshape(len(right), NOISES, -1), right):
         apart = 1 - of @ of.T
         i, j = np.triu_indices(NOISES, 1)
         every.append(apart[i, j].mean())
@@ -119,7 +119,7 @@ def measure(path):
 
 
 def append(cfg, line):
-    with common.appending(Path(cfg.results).resolve(), busy="") as f:
+    with store.appending(Path(cfg.results).resolve(), busy="") as f:
         f.write((json.dumps(line) + "\n").encode())
 
 
@@ -129,17 +129,17 @@ def run(cfg):
     if not Path(cfg.results).is_file():
         append(cfg, dict(name="base", seed=0, options="", step=0, cpu_seconds=0, warnings=0, **measure(BASE)))
     how = ["--model", BASE, "--data", cfg.data, "--out", out, "--resume", "false", "--device", "cpu"]
-    how += ["--seed", cfg.seed, *(word for option in cfg.options for word in option.split("=", 1))]
+    how += ["--seed", cfg.seed, *(f"--{option}" for option in cfg.options)]
     began, lines, write = time.process_time(), [], rankdpo.tqdm.write
     rankdpo.tqdm.write = lambda text, *more, **options: (lines.append(text), write(text, *more, **options))
     rankdpo.main(list(map(str, how)))
     line = dict(name=cfg.name, seed=cfg.seed, options=" ".join(cfg.options))
     line.update(cpu_seconds=round(time.process_time() - began, 1), warnings=len(lines))
-    logged = [row for _, row in common.read_jsonl(out / "log.jsonl")][1:]
+    logged = [row for _, row in tables.read_jsonl(out / "log.jsonl")][1:]
     for row in logged:
         if "exported" in row or row is logged[-1]:
             folder = out / row.get("exported", "model")
-            append(cfg, dict(line, step=row["step"] + 1, winner=row.get("held_out_best_s"), **measure(folder)))
+            append(cfg, dict(line, step=row["step"] + 1, **measure(folder)))
 
 
 # ----------------------------------------------------------------------------- report
@@ -147,8 +147,9 @@ def run(cfg):
 
 def report(cfg):
     """Markdown: a row for each model, its gain over the base with the interval over prompts."""
-    lines, rows = [line for _, line in common.read_jsonl(Path(cfg.results), torn_end=True)], []
-    tags, share = tags_of(training_prompts()), lambda line: np.array([int(c) for c in line["passes"]]) / NOISES
+    lines, rows = [line for _, line in tables.read_jsonl(Path(cfg.results), torn_end=True)], []
+    share = lambda line: np.array([int(c) for c in line["passes"]]) / NOISES  # (P,)
+    tags = tags_of(training_prompts())
     base = next((line for line in lines if line["name"] == "base"), None)
     if base is None:
         fail(f"{cfg.results}: no base; run a setting first")
