@@ -44,11 +44,11 @@ MODELS = {
     "qwen": ("Qwen/Qwen-Image", 50, 4.0, 1328, "bf16"),
 }
 TOY_MODELS = (
-    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=3",
-    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=3,seed=1",
+    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=2",
+    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=2,seed=1",
     f"sd3={HERE}/toy/models/sd3,steps=16,guidance=1.5",
-    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=2",
-    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=2,seed=1",
+    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=1.5",
+    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=1.5,seed=1",
 )
 STAGES = ("generate", "score", "label")
 
