@@ -493,7 +493,7 @@ Samples = namedtuple("Samples", "pipe part prompts arguments check")
 
 def prepare_samples(cfg, pipe, part, rows, size, device, dtype):
     """Samples of the first prompts, which are encoded now, or None. `part`: the pipeline's name of the
-    denoiser; `size` (height, width) in pixels. In the toy world, where a checker counts, three of each prompt."""
+    denoiser; `size` (height, width) in pixels. Toy prompts, which a checker counts, are drawn three times."""
     if not cfg.sample_every:
         return None
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
