@@ -120,14 +120,14 @@ def plot_frontier(path, panels, what):
         axis.margins(0.12)
         axis.set(xlabel=title, ylabel=what if axis is axes[0] else "")
         arrow = dict(arrowstyle="->", color="green")
-        axis.annotate("better", (0.99, 0.99), (0.87, 0.89), "axes fraction", color="green", arrowprops=arrow)
+        paper = dict(facecolor="white", edgecolor="none")
+        where = ((0.99, 0.99), (0.87, 0.89), "axes fraction")
+        axis.annotate("better", *where, color="green", arrowprops=arrow, bbox=paper)
         named = sorted(
             (p for points in runs.values() for p in points if p.get("label")), key=lambda p: p["y"]
         )
-        heights = axis.transAxes.inverted().transform(
-            axis.transData.transform([(p["x"], p["y"]) for p in named])
-        )
-        at, gap = heights[:, 1], min(0.05, 1 / len(named))
+        (low, high), gap = axis.get_ylim(), min(0.05, 1 / len(named))
+        at = np.array([(p["y"] - low) / (high - low) for p in named])
         for n in range(1, len(at)):  # names beside the axis, at the height of their points, apart
             at[n] = max(at[n], at[n - 1] + gap)
         line = dict(arrowstyle="-", color="0.6", lw=0.6)
