@@ -630,9 +630,8 @@ def test_the_summary_says_how_varied_each_generator_is(lists, tiny):
     found, rows = json.loads((lists / "summary.json").read_text())["variety"], rows_of(lists)
     scorer, apart = reward_models.load_reward(f"diversity={tiny}/rewards/clip"), []
     for row in rows:
-        a, b = (
-            embedding for embedding, _ in scorer.stream([lists / f for f in row["file_names"][:2]], ["", ""])
-        )
+        files = [lists / file for file in row["file_names"][:2]]
+        a, b = (embedding for embedding, _ in scorer.stream(files, [row["prompt"]] * 2))
         apart.append(1 - float(np.dot(a, b)))
     assert found["sdxl"]["distance"] == pytest.approx(np.mean(apart), abs=1e-5)
     assert "distance" not in found["sd3"] and "distance" not in found["sd15"]  # of one seed
