@@ -84,13 +84,13 @@ from PIL import Image
 from lib import benchmarks, draw, store
 from lib.formats import split_spec
 from lib.lists import read_metadata
-from lib.pictures import picture_grid, read_image
+from lib.pictures import picture_grid, plot_frontier, read_image
 from lib.pipelines import check_pipeline, family_of, load_pipeline
-from lib.stats import agreement, colour_entropy, compare, headline, win_rate
+from lib.stats import METRICS, agreement, colour_entropy, compare, compare_right, headline, typical, win_rate
 from lib.store import publish, whole_lines, write_text
 from lib.tables import markdown, parse_json, plain, read_prompts, read_text, write_page
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
-from toy.world import COLORS, find_objects, grammar
+from toy.world import COLORS, free_colours, free_place, grammar
 
 # of one model: what draws them, "" for a folder from elsewhere; (P,) of (prompt, files); its sampling options
 Pictures = namedtuple("Pictures", "path folder rows own")
@@ -99,15 +99,37 @@ Pictures = namedtuple("Pictures", "path folder rows own")
 # ----------------------------------------------------------------------------- report
 
 
-def colours_of(pictures):
-    """(P, C): how the objects of each prompt are coloured, by the exact object finder; each picture counts
-    once, however many objects it shows."""
-    colours = np.zeros((len(pictures.rows), len(COLORS)))
-    for i, (_, files) in enumerate(pictures.rows):
-        for file in files:
-            found = [color for _, color, _, _ in find_objects(read_image(f"{pictures.folder}/{file}"))]
-            colours[i] += [found.count(color) / max(1, len(found)) for color in COLORS]
-    return colours
+def free_choices(cfg, models, scores):
+    """What prompts of the toy world leave free, by the exact object finder: `colours`, and `places` of the
+    first object (colour_entropy of both), and `right`, the distance among a prompt's right pictures."""
+    found = dict(colours={}, places={}, right={})
+    if "toyworld" not in map(reward_name, cfg.rewards):
+        return found
+    for key, of_picture, names in (("colours", free_colours, COLORS), ("places", free_place, range(9))):
+        counts = {name: [] for name in models}
+        for name, pictures in models.items():
+            for prompt, files in pictures.rows:
+                seen = [of_picture(prompt, read_image(f"{pictures.folder}/{file}")) for file in files]
+                counts[name].append(np.sum(seen, axis=0))
+        told = np.any(list(counts.values()), axis=(0, 2))  # (P,) whether the prompt leaves it free
+        found[key] = colour_entropy({n: np.array(c)[told] for n, c in counts.items()}, names, cfg.seed)
+    if clip := [spec for spec in with_diversity(cfg) if reward_name(spec) == "diversity"]:
+        scorer = load_reward(clip[0])
+        apart = {n: right_distances(scorer, p, scores[n]["toyworld"]) for n, p in models.items()}
+        found["right"] = compare_right(apart, cfg.seed)
+    return found
+
+
+def right_distances(scorer, pictures, passed):
+    """(P,) CLIP distance among the right pictures of a prompt; nan where fewer than two are right. Among all
+    pictures a model that errs looks diverse, because its errors differ."""
+    found = np.full(len(passed), np.nan)
+    for i, (prompt, files) in enumerate(pictures.rows):
+        right = [f"{pictures.folder}/{file}" for file, ok in zip(files, passed[i]) if ok]
+        if len(right) > 1:
+            results = scorer.of_row(list(scorer.stream(right, [prompt] * len(right))))
+            found[i] = np.mean([distance for distance, _ in results])
+    return found
 
 
 def interval_text(g, digits=3):
@@ -129,12 +151,14 @@ def gain_cells(result, base, metric):
     return [interval_text(gain), p_text(gain)] if gain else ["", ""]
 
 
-def diversity_table(results, colours, trained):
+def diversity_table(results, free, trained):
     """What the gain was paid with; it stands right below the accuracy."""
-    base, rows = next(iter(results)), []
+    base, rows, colours, places, right = next(iter(results)), [], *free.values()
     drift = {name: of["drift"] for name, of in trained.items() if "drift" in of}
     header = ["diversity: what a prompt leaves free", "CLIP distance among seeds", "change (95 %)", "p"]
     header += ["winner's error minus the base's, held-out lists"] * bool(drift)
+    header += ["distance among right pictures (prompts)", "change (95 %)"] * bool(right)
+    header += ["bits of the first object's place (of 3.17)", "change (95 %)"] * bool(places)
     if colours:
         header += [f"bits of free colours (of {np.log2(len(COLORS)):.2f})", "change (95 %)", *COLORS]
     for name, result in results.items():
@@ -142,6 +166,13 @@ def diversity_table(results, colours, trained):
         cells = ["" if mean is None else f"{mean:.3f}", *gain_cells(result, base, "diversity")]
         if drift:
             cells.append(f"{drift[name]:+.4f}" if name in drift else "")
+        if own := right.get(name):
+            cells += [
+                f"{own['mean']:.3f} ({own['n']})",
+                interval_text(own["change"]) if own["change"] else "",
+            ]
+        if own := places.get(name):
+            cells += [f"{own['bits']:.2f}", "" if name == base else interval_text(own["change"], 2)]
         if own := colours.get(name):
             change = "" if name == base else interval_text(own["change"], 2)
             cells += [f"{own['bits']:.2f}", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
@@ -149,7 +180,7 @@ def diversity_table(results, colours, trained):
     return header, rows
 
 
-def tables_of(results, colours, seeds, trained):
+def tables_of(results, free, seeds, trained):
     """[(header, rows)]: accuracy, diversity, means, every pair as in BalancedDPO's table, spread."""
     base, tables, keys = next(iter(results)), [], ("mean", "min", "max", "std")
     rewards = list(results[base]["means"])
@@ -161,8 +192,8 @@ def tables_of(results, colours, seeds, trained):
                 rows.append([name, *(f"{value:.3f}" for value in cells), *gain_cells(result, base, metric)])
             tags = results[base]["categories"][metric]
             tables.append(([title, "overall", *tags, "gain (95 %)", "p"], rows))
-    if "diversity" in rewards or colours or trained:
-        tables.append(diversity_table(results, colours, trained))
+    if "diversity" in rewards or free["colours"] or trained:
+        tables.append(diversity_table(results, free, trained))
     names = [reward for reward in rewards if reward not in ("toyworld", "diversity")]
     if names:
         rows = [[model, *(f"{result['means'][r]:.3f}" for r in names)] for model, result in results.items()]
@@ -212,16 +243,19 @@ def page_rows(found, seeds, budget=1000):
 
 
 def draw_grid(path, found):
-    """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model."""
-    tags, rows = np.array(found.tags), []
-    for i in [i for tag in dict.fromkeys(found.tags) for i in np.flatnonzero(tags == tag)[:2]][:12]:
-        cells = []
-        for name, pictures in found.models.items():
-            passed = found.scores[name].get("toyworld")
-            for s, file in enumerate(pictures.rows[i][1][:4]):
-                verdict = "" if passed is None else (" (wrong)", " (right)")[int(passed[i, s])]
-                cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
-        rows.append((found.rows[i]["prompt"], cells))
+    """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model. Where
+    accuracy is measured, their change from the first to the last model is typical of the category."""
+    rows, of_models = [], list(found.scores.values())
+    metric = next((name for name in METRICS if name in of_models[0]), None)
+    passed = [of[metric] if metric else np.zeros((len(found.tags), 0)) for of in of_models]  # each (P, S)
+    for i in typical(passed[-1].sum(1) - passed[0].sum(1), found.tags)[:12]:
+        cells, counts = [], []
+        for (name, pictures), right in zip(found.models.items(), passed):
+            marks = (right[i] == 1).tolist() or [False] * len(pictures.rows[i][1])
+            counts.append(f"{name} {sum(marks)} of {len(marks)}")
+            for mark, file in list(zip(marks, pictures.rows[i][1]))[:4]:
+                cells.append((read_image(f"{pictures.folder}/{file}"), name, mark))
+        rows.append((found.rows[i]["prompt"] + f" ({', '.join(counts)} right)" * bool(metric), cells))
     picture_grid(rows, path, side=96)
 
 
@@ -421,8 +455,8 @@ def bench_stage(cfg, models, rows, device):
 
 # a comparison in numbers, of the P prompts of which nothing is missing: (P,) rows of the prompt file, (P,)
 # categories, {model: {reward or metric: (P, S)}}, compare() and headline() of them, {model: training()},
-# colour_entropy() or {}, {prompt: what is missing}, what the benchmark's judge differs in
-Found = namedtuple("Found", "models rows tags scores results first trained colours left_out notes")
+# free_choices(), {prompt: what is missing}, what the benchmark's judge differs in
+Found = namedtuple("Found", "models rows tags scores results first trained free left_out notes")
 
 
 def compute(cfg, models, every, tags, of_bench):
@@ -431,17 +465,14 @@ def compute(cfg, models, every, tags, of_bench):
     for name in metrics:
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
     models = {name: p._replace(rows=[p.rows[i] for i in complete]) for name, p in models.items()}
-    rows, tags, colours = [every[i] for i in complete], [tags[i] for i in complete], {}
-    if "toyworld" in map(reward_name, cfg.rewards):
-        free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
-        colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
-        colours = colour_entropy(colours, COLORS, cfg.seed)
+    rows, tags = [every[i] for i in complete], [tags[i] for i in complete]
+    free = free_choices(cfg, models, scores)
     prompts = [row["prompt"] for row in rows]
     results = compare(scores, tags, cfg.seed, prompts)
     first = headline(scores, results, tags, cfg.seed, prompts)
     trained = {name: found for name, p in models.items() if (found := training(p.path))}
     left_out = {every[i]["prompt"]: what for i, what in sorted(problems.items())}
-    return Found(models, rows, tags, scores, results, first, trained, colours, left_out, notes)
+    return Found(models, rows, tags, scores, results, first, trained, free, left_out, notes)
 
 
 def training(path):
@@ -495,7 +526,7 @@ def phrase(cfg, found, device):
         setting += f". {len(found.left_out)} prompts are left out for all models: {first}, ..."
     note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins; Holm's correction covers all "
     note += "gains of this report, all wins of the best seed, all wins of the mean"
-    tables = tables_of(found.results, found.colours, cfg.seeds, found.trained)
+    tables = tables_of(found.results, found.free, cfg.seeds, found.trained)
     if cfg.bench:
         known = {n: {c: of[c] for c in ("Images", "GPU days") if c in of} for n, of in found.trained.items()}
         args = (found.results, found.rows, found.scores, found.notes, known)
@@ -505,31 +536,24 @@ def phrase(cfg, found, device):
 
 
 def draw_frontier(path, first):
-    """frontier.png: gain against diversity, a point a model with its intervals; a run's steps are joined."""
-    from matplotlib.figure import Figure
-
-    figure, runs, none = Figure(figsize=(7, 5), layout="constrained"), {}, dict(gain=0, low=0, high=0)
-    arms = lambda of: [[e["gain"] - e["low"] for e in of], [e["high"] - e["gain"] for e in of]]
-    axis = figure.subplots()
-    axis.margins(0.12)  # for the names of points at the edge
+    """frontier.png: gain against diversity with intervals, a point for each model; runs are joined."""
+    runs, none = {}, dict(gain=0, low=0, high=0)
+    arms = lambda e: (e["gain"] - e["low"], e["high"] - e["gain"])
     for point in first["points"]:
-        runs.setdefault(point["model"].partition("@")[0], []).append(point)
-    for points in runs.values():
-        gains, changes = ([p[key] or none for p in points] for key in ("gain", "change"))
-        x, y = [p["diversity"] for p in points], [gain["gain"] for gain in gains]
-        axis.errorbar(x, y, arms(gains), arms(changes), marker="o", capsize=2, elinewidth=0.8)
-        for p, *at in zip(points, x, y):
-            axis.annotate(p["model"], at, xytext=(5, 5), textcoords="offset points", parse_math=False)
-    axis.set(xlabel="diversity: CLIP distance among seeds (95 %)", ylabel=f"gain: {first['what']} (95 %)")
-    axis.grid(alpha=0.3)
-    publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
+        gain, change = point["gain"] or none, point["change"] or none
+        found = dict(label=point["model"], x=point["diversity"], y=gain["gain"])
+        found.update(x_arms=arms(change), y_arms=arms(gain))
+        runs.setdefault(point["model"].partition("@")[0], []).append(found)
+    plot_frontier(
+        path, {"diversity: CLIP distance among seeds (95 %)": runs}, f"gain: {first['what']} (95 %)"
+    )
 
 
 def report_stage(cfg, found, device):
     """report.md, results.json, report.html, grid.png, and frontier.png where diversity is measured."""
     out, models, (where, words) = Path(cfg.out), found.models, phrase(cfg, found, device)
     record = dict(config=asdict(cfg), **where, prompts=[row["prompt"] for row in found.rows])
-    record.update(tags=found.tags, models=found.results, free_colours=found.colours, left_out=found.left_out)
+    record.update(tags=found.tags, models=found.results, free=found.free, left_out=found.left_out)
     record.update(scores={m: {r: rounded(s) for r, s in of.items()} for m, of in found.scores.items()})
     write_text(out / "results.json", json.dumps(record | dict(headline=found.first, trained=found.trained)))
     parts = [*map(plain, words["lines"]), plain(words["setting"])]

@@ -65,9 +65,9 @@ class Method:
     # optimiser
     lr: float = option(None, "learning rate of AdamW after the warm-up (default: by model)", above=0)
     schedule: str = option("linear", "after the warm-up: decay to 0, or not", ("linear", "constant"))
-    steps: int = option(200, "optimiser steps", above=0)
+    steps: int = option(400, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
-    global_batch_size: int = option(16, "lists per step, over all processes", above=0)
+    global_batch_size: int = option(32, "lists per step, over all processes", above=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", at_least=0)
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0 = no clipping", at_least=0)
     ema: float = option(0.0, "decay of an average of the weights, which is then saved", at_least=0, below=1)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from lib import common, formats, pictures, pipelines, store, tables
 from lib.common import fail, process_rank
+from toy import world
 
 # on purpose: one process saves for itself, and copies of adapters are sets of one network
 warnings.filterwarnings("ignore", "torch.distributed is disabled|Already found a `peft_config`")
@@ -487,18 +488,20 @@ class Log:
 
 # ----------------------------------------------------------------------------- samples
 
-Samples = namedtuple("Samples", "pipe part prompts arguments")
+Samples = namedtuple("Samples", "pipe part prompts arguments check")
 
 
 def prepare_samples(cfg, pipe, part, rows, size, device, dtype):
     """Samples of the first prompts, which are encoded now, or None. `part`: the pipeline's name of the
-    denoiser; `size` (height, width) in pixels."""
+    denoiser; `size` (height, width) in pixels. Toy prompts, which a checker counts, are drawn three times."""
     if not cfg.sample_every:
         return None
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
+    toy = cfg.data != "random" and world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows])
+    prompts = [prompt for prompt in prompts for _ in range(3 if toy else 1)]
     arguments = pipelines.encode_and_drop_encoders(pipe, prompts, size, device, dtype)
     arguments.update(pipelines.family_of(pipe).sampling(pipe, cfg.sample_steps, cfg.sample_guidance))
-    return Samples(pipe, part, prompts, arguments)
+    return Samples(pipe, part, prompts, arguments, world.check if toy else None)
 
 
 @torch.no_grad()
@@ -515,12 +518,13 @@ def draw_samples(cfg, samples, network, autocast, step):
         images = pipe(**samples.arguments, generator=generator, output_type="np").images  # (N, H, W, 3)
     pipe.vae.to("cpu")
     if process_rank()[0] == 0:
-        write_samples(cfg, prompts, np.nan_to_num(images), step)
+        write_samples(cfg, prompts, np.nan_to_num(images), step, samples.check)
     return f"samples/{step:06d}.png"
 
 
-def write_samples(cfg, prompts, images, step):
-    """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far."""
+def write_samples(cfg, prompts, images, step, check=None):
+    """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far. What
+    `check` finds right gets a green frame."""
     out, w, rows = Path(cfg.out), images.shape[2], []
     images = np.pad(images, ((0, 0), (0, 0), (0, w // 16), (0, 0)), constant_values=1)  # a gap beside each
     row = Image.fromarray((np.concatenate(images, axis=1) * 255).round().astype(np.uint8))
@@ -529,5 +533,8 @@ def write_samples(cfg, prompts, images, step):
         if (path := out / f"samples/{step:06d}.png").is_file():
             row, lefts = Image.open(path), range(0, row.width, images.shape[2])
             cells = [row.crop((left, 0, left + w, row.height)) for left in lefts]
-            rows.append((f"step {step}", list(zip(cells, [""] * len(cells) if rows else prompts))))
-    pictures.picture_grid(rows, out / "samples.png")
+            right = [bool(check and check(prompt, cell)) for prompt, cell in zip(prompts, cells)]
+            title = f"step {step}" + f": {sum(right)} of {len(right)} right" * bool(check)
+            captions = [prompt * (not rows and prompt not in prompts[:n]) for n, prompt in enumerate(prompts)]
+            rows.append((title, list(zip(cells, captions, right))))
+    pictures.picture_grid(rows, out / "samples.png", side=64 if check else 128)

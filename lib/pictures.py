@@ -19,6 +19,7 @@ from lib.store import ends_digest, publish
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
 IMAGE_FORMATS += ["AVIF"] if features.check("avif") else []
 ORIENTATION = 0x0112  # EXIF: how a camera was held
+GREEN = (0, 170, 60)  # the frame of a right picture
 
 
 def open_image(image):
@@ -98,6 +99,41 @@ def plot_curves(rows, panels, path):
     publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
 
 
+def plot_frontier(path, panels, what):
+    """Gain against diversity as a PNG: {title of x: {run: [point]}}, the first point is the base. A point is
+    dict(x, y), and perhaps its label and the arms of its interval, x_arms and y_arms (below, above)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, runs) in zip(axes, panels.items()):
+        for points in runs.values():
+            x, y = ([p[key] for p in points] for key in "xy")
+            arms = [np.transpose([p.get(key, (0, 0)) for p in points]) for key in ("y_arms", "x_arms")]
+            axis.errorbar(x, y, *arms, marker="o", capsize=2, elinewidth=0.8)
+        base = next(iter(runs.values()))[0]
+        axis.axhline(base["y"], color="k", ls=":", lw=0.8)
+        axis.axvline(base["x"], color="k", ls=":", lw=0.8)
+        axis.margins(0.12)
+        axis.set(xlabel=title, ylabel=what if axis is axes[0] else "")
+        arrow = dict(arrowstyle="->", color="green")
+        paper = dict(facecolor="white", edgecolor="none")
+        where = ((0.99, 0.99), (0.87, 0.89), "axes fraction")
+        axis.annotate("better", *where, color="green", arrowprops=arrow, bbox=paper)
+        named = sorted(
+            (p for points in runs.values() for p in points if p.get("label")), key=lambda p: p["y"]
+        )
+        (low, high), gap = axis.get_ylim(), min(0.05, 1 / len(named))
+        at = np.array([(p["y"] - low) / (high - low) for p in named])
+        for n in range(1, len(at)):  # names beside the axis, at the height of their points, apart
+            at[n] = max(at[n], at[n - 1] + gap)
+        line = dict(arrowstyle="-", color="0.6", lw=0.6)
+        for p, height in zip(named, at - max(0, at[-1] - 1)):
+            beside = dict(xytext=(1.02, height), textcoords="axes fraction", va="center", arrowprops=line)
+            axis.annotate(p["label"], (p["x"], p["y"]), fontsize=8, parse_math=False, **beside)
+    publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
+
+
 @functools.lru_cache(maxsize=1)
 def grid_font():
     import matplotlib  # it brings DejaVu Sans: Latin, Greek, Cyrillic, Arabic, Hebrew
@@ -119,12 +155,13 @@ def in_font(text):
 
 def picture_grid(rows, path, side=128):
     """Draw [(title, [(image, caption), ...]), ...] as a PNG: a row of pictures under each title, which has at
-    most four lines. A picture fits into `side` pixels, its proportions kept; a caption has at most three."""
+    most four lines. A picture fits into `side` pixels, its proportions kept; a caption has at most three. The
+    cell (image, caption, True) of a right picture gets a green frame."""
     columns = max(len(cells) for _, cells in rows)
     width, canvas, top = max(columns * (side + 8) + 8, 420), [], 6
     for title, cells in rows:
         lines = textwrap.wrap(in_font(title), width // 6)[:4]
-        captions = [textwrap.wrap(in_font(caption), side // 6)[:3] for _, caption in cells]
+        captions = [textwrap.wrap(in_font(caption), side // 6)[:3] for _, caption, *_ in cells]
         canvas.append((lines, captions, top))
         top += 13 * len(lines) + side + 13 * max(map(len, captions), default=0) + 16
     page = Image.new("RGB", (width, top), "white")
@@ -132,9 +169,11 @@ def picture_grid(rows, path, side=128):
     for (_, cells), (lines, captions, top) in zip(rows, canvas):
         pen.text((8, top), "\n".join(lines), fill="black", font=grid_font(), spacing=2)
         top += 13 * len(lines) + 4
-        for c, ((image, _), caption) in enumerate(zip(cells, captions)):
+        for c, ((image, _, *right), caption) in enumerate(zip(cells, captions)):
             left, smaller = 8 + c * (side + 8), max(image.size) < side
             how = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
             page.paste(ImageOps.pad(image.convert("RGB"), (side, side), how, "white"), (left, top))
-            pen.text((left, top + side + 2), "\n".join(caption), fill="black", font=grid_font(), spacing=1)
+            if any(right):
+                pen.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=GREEN, width=3)
+            pen.text((left, top + side + 3), "\n".join(caption), fill="black", font=grid_font(), spacing=1)
     publish(path, page.save)

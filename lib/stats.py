@@ -46,6 +46,17 @@ def paired_gain(base, mine, tags, seed, n=2000):
     return dict(gain=gain, low=low, high=high, p=p, n=len(mine))
 
 
+def typical(change, tags, count=2):
+    """Places of `count` prompts of each category, in their order: those whose change (P,) is nearest to the
+    category's median, the first of equals. Pictures chosen so show what the numbers say."""
+    chosen, tags = [], np.array(tags)
+    for tag in dict.fromkeys(tags.tolist()):
+        members = np.flatnonzero(tags == tag)
+        off = abs(change[members] - np.median(change[members]))
+        chosen += sorted(members[np.argsort(off, kind="stable")[:count]].tolist())
+    return chosen
+
+
 def win_rate(mine, base):
     """How often one is strictly higher; (P,) a score a prompt. p: two-sided sign test, without the ties."""
     wins, losses, n = int((mine > base).sum()), int((mine < base).sum()), len(mine)
@@ -147,9 +158,23 @@ def entropy(share):
     return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
 
 
+def compare_right(apart, seed):
+    """{model: (P,)} distances, nan where a prompt has none -> {model: their mean, how many, and the change to
+    the first model over the prompts that have one of both}."""
+    base, results = next(iter(apart.values())), {}
+    for name, values in apart.items():
+        there = ~np.isnan(values)
+        both, change = there & ~np.isnan(base), None
+        if values is not base and both.any():
+            change = paired_gain(base[both], values[both], ["all"] * both.sum(), seed)
+        if there.any():
+            results[name] = dict(mean=float(values[there].mean()), n=int(there.sum()), change=change)
+    return results
+
+
 def colour_entropy(counts, colours, seed, n=2000):
-    """{model: (P', C)}, names of C colours -> {model: entropy in bits of the colours of all, share of each
-    colour, and the change to the first model with a paired 95 % bootstrap interval over prompts}."""
+    """{model: (P', C)}, names of C colours, or of cells -> {model: entropy in bits of the colours of all, the
+    share of each, and the change to the first model with a paired 95 % bootstrap interval over prompts}."""
     base, results = next(iter(counts.values())), {}
     if not base.sum() or not all(c.sum() for c in counts.values()):
         return {}

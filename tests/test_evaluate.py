@@ -95,6 +95,29 @@ def test_entropy_of_free_colours():
     assert r["same"]["change"]["gain"] == pytest.approx(-np.log2(6)) and r["same"]["share"]["blue"] == 1
 
 
+def test_distance_among_right_pictures_is_compared_where_both_have_two():
+    apart = {"base": np.array([0.5, np.nan, 0.3]), "tuned": np.array([0.4, 0.2, np.nan])}
+    r = stats.compare_right(apart, 0)
+    assert r["base"] == dict(mean=pytest.approx(0.4), n=2, change=None)
+    assert r["tuned"]["mean"] == pytest.approx(0.3) and r["tuned"]["change"]["n"] == 1
+    assert r["tuned"]["change"]["gain"] == pytest.approx(-0.1)
+
+
+def test_right_distances_leave_wrong_pictures_out(tiny, compared):
+    files = [f"00003/samples/000{s}.png" for s in range(2)]
+    pictures = evaluate.Pictures("", f"{compared}/base", [(PROMPTS[3], files)] * 2, {})
+    scorer = scorers.load_reward(f"diversity={tiny}/rewards/clip")
+    found = evaluate.right_distances(scorer, pictures, np.array([[1.0, 1.0], [1.0, 0.0]]))
+    stored = results(compared)["scores"]["base"]["diversity"][3][0]
+    assert found[0] == pytest.approx(stored, abs=2e-6) and np.isnan(found[1])
+
+
+def test_typical_prompts_have_their_categorys_median_change():
+    change = np.array([4, 0, 1, -2, 3, 3])
+    assert stats.typical(change, ["x", "x", "x", "x", "y", "y"], count=1) == [1, 4]  # median .5 and 3
+    assert stats.typical(change, ["x", "x", "x", "x", "y", "y"]) == [1, 2, 4, 5]
+
+
 def test_diversity_is_the_mean_pairwise_distance(tiny, compared):
     files = [compared / f"base/00003/samples/000{s}.png" for s in range(2)]
     spec = f"diversity={tiny}/rewards/clip"
@@ -360,11 +383,19 @@ def test_a_grid_keeps_proportions_and_says_what_it_cannot_write(tmp_path):
     rows = [("a prompt " * 40 + "\u4e2d\u6587", [(wide, "rankdpo right")] * 3)]
     pictures.picture_grid(rows, tmp_path / "g.png", side=96)
     pixels = np.array(Image.open(tmp_path / "g.png"))
+    assert not (pixels == pictures.GREEN).all(-1).any()
     red = (pixels == (255, 0, 0)).all(-1)
     assert red.any(0).sum() == 3 * 96 and red.any(1).sum() == 48  # 2 to 1, as it is
     assert pictures.in_font("red \u4e2d\u6587 circle") == "red [2 CJK] circle"
     assert pictures.in_font("Ёж") == "Ёж"
     assert pictures.in_font("a \U0001f53a") == "a [1 SYMBOL]"
+
+
+def test_a_right_picture_has_a_green_frame(tmp_path):
+    red = Image.new("RGB", (32, 32), "red")
+    pictures.picture_grid([("row", [(red, "", True), (red, "", False)])], tmp_path / "g.png", side=96)
+    green = (np.array(Image.open(tmp_path / "g.png")) == pictures.GREEN).all(-1)
+    assert green.sum() == 102**2 - 96**2 and not green[:, 120:].any()
 
 
 def test_sentences_that_the_checker_does_not_know_are_named(tiny, tmp_path, capsys):

@@ -402,6 +402,18 @@ def test_the_summary_counts_what_is_there(lists):
     assert s["speed"]["generate"]["sd3_0"]["images"] == 10 and s["speed"]["score"]["clip"]["images"] == 40
 
 
+def test_the_summary_says_how_varied_each_generator_is(lists, tiny):
+    found, rows = json.loads((lists / "summary.json").read_text())["variety"], rows_of(lists)
+    scorer, apart = reward_models.load_reward(f"diversity={tiny}/rewards/clip"), []
+    for row in rows:
+        files = [lists / file for file in row["file_names"][:2]]
+        a, b = (embedding for embedding, _ in scorer.stream(files, [row["prompt"]] * 2))
+        apart.append(1 - float(np.dot(a, b)))
+    assert found["sdxl"]["distance"] == pytest.approx(np.mean(apart), abs=1e-5)
+    assert "distance" not in found["sd3"] and "distance" not in found["sd15"]  # of one seed
+    assert all(0 <= of["bits"] <= np.log2(6) for of in found.values())
+
+
 @pytest.fixture
 def faulty(monkeypatch):
     """A generator that raises on one prompt, draws not-a-number on another and black on a third."""
