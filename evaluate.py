@@ -23,6 +23,7 @@ docs/evaluation.md defines gain, win rate, diversity, their intervals and p valu
 
 import base64
 import hashlib
+import html
 import io
 import json
 import os
@@ -84,13 +85,14 @@ from PIL import Image
 from lib import benchmarks, draw, store
 from lib.formats import split_spec
 from lib.lists import read_metadata
-from lib.pictures import picture_grid, plot_frontier, read_image
+from lib.pictures import picture_grid, read_image
 from lib.pipelines import check_pipeline, family_of, load_pipeline
-from lib.stats import METRICS, agreement, colour_entropy, compare, compare_right, headline, typical, win_rate
+from lib.stats import METRICS, by_prompt, category_mean, compare, distinct, paired_gain, typical, win_rate
 from lib.store import publish, whole_lines, write_text
-from lib.tables import markdown, parse_json, plain, read_prompts, read_text, write_page
+from lib.tables import parse_json, read_prompts, read_text
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
-from toy.world import COLORS, free_colours, free_place, grammar
+from toy.diversity import free_choices
+from toy.world import COLORS, grammar
 
 # of one model: what draws them, "" for a folder from elsewhere; (P,) of (prompt, files); its sampling options
 Pictures = namedtuple("Pictures", "path folder rows own")
@@ -99,37 +101,48 @@ Pictures = namedtuple("Pictures", "path folder rows own")
 # ----------------------------------------------------------------------------- report
 
 
-def free_choices(cfg, models, scores):
-    """What prompts of the toy world leave free, by the exact object finder: `colours`, and `places` of the
-    first object (colour_entropy of both), and `right`, the distance among a prompt's right pictures."""
-    found = dict(colours={}, places={}, right={})
-    if "toyworld" not in map(reward_name, cfg.rewards):
-        return found
-    for key, of_picture, names in (("colours", free_colours, COLORS), ("places", free_place, range(9))):
-        counts = {name: [] for name in models}
-        for name, pictures in models.items():
-            for prompt, files in pictures.rows:
-                seen = [of_picture(prompt, read_image(f"{pictures.folder}/{file}")) for file in files]
-                counts[name].append(np.sum(seen, axis=0))
-        told = np.any(list(counts.values()), axis=(0, 2))  # (P,) whether the prompt leaves it free
-        found[key] = colour_entropy({n: np.array(c)[told] for n, c in counts.items()}, names, cfg.seed)
-    if clip := [spec for spec in with_diversity(cfg) if reward_name(spec) == "diversity"]:
-        scorer = load_reward(clip[0])
-        apart = {n: right_distances(scorer, p, scores[n]["toyworld"]) for n, p in models.items()}
-        found["right"] = compare_right(apart, cfg.seed)
-    return found
+def headline(scores, results, tags, seed, prompts=None):
+    """What a reader wants first: dict(what, points), a point a model: its value, its gain over the
+    first model with the interval, and its diversity with the change where that is measured.
+
+    The value is accuracy where that is measured; else the mean over prompts of the share of rewards (each by
+    the mean over seeds) that prefer the model's pictures: equal scores count half, so the first has .5."""
+    base, points = next(iter(results)), []
+    there = results[base]["means"]
+    metric = next((name for name in METRICS if name in there), None)
+    rewards = [name for name in there if name != "diversity"] or list(there)
+    places, found = distinct(list(zip(tags, range(len(tags)) if prompts is None else prompts)))
+    tags = [tag for tag, _ in found]
+    for name, result in results.items():
+        against, means = result["against"].get(base, {}), result["means"]
+        if metric:
+            value, gain = means[metric], against.get(metric, {}).get("gain")
+        else:
+            won = [np.sign(scores[name][r].mean(1) - scores[base][r].mean(1)) for r in rewards]
+            won = by_prompt((np.mean(won, axis=0)[:, None] + 1) / 2, places)[0]  # (P',)
+            value = float(category_mean(won, tags))
+            gain = paired_gain(np.full(len(tags), 0.5), won, tags, seed) if against else None
+        point = dict(model=name, value=value, gain=gain, diversity=means.get("diversity"))
+        points.append(point | dict(change=against.get("diversity", {}).get("gain")))
+    what = "accuracy" if metric else f"preferred by {len(rewards)} reward{'s' * (len(rewards) > 1)}"
+    return dict(what=what, points=points)
 
 
-def right_distances(scorer, pictures, passed):
-    """(P,) CLIP distance among the right pictures of a prompt; nan where fewer than two are right. Among all
-    pictures a model that errs looks diverse, because its errors differ."""
-    found = np.full(len(passed), np.nan)
-    for i, (prompt, files) in enumerate(pictures.rows):
-        right = [f"{pictures.folder}/{file}" for file, ok in zip(files, passed[i]) if ok]
-        if len(right) > 1:
-            results = scorer.of_row(list(scorer.stream(right, [prompt] * len(right))))
-            found[i] = np.mean([distance for distance, _ in results])
-    return found
+def plain(text):
+    """Text of anybody's as markdown that shows it as it is, on one line."""
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
+    return html.escape(text, quote=False)
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines) + "\n"
+
+
+def write_page(path, template, data):
+    """A page of lib/templates and its data, in which a prompt may say </script>."""
+    text = json.dumps(data).replace("<", "\\u003c")
+    write_text(path, read_text(HERE / "lib/templates" / template).replace("<!-- DATA -->", text))
 
 
 def interval_text(g, digits=3):
@@ -466,7 +479,10 @@ def compute(cfg, models, every, tags, of_bench):
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
     models = {name: p._replace(rows=[p.rows[i] for i in complete]) for name, p in models.items()}
     rows, tags = [every[i] for i in complete], [tags[i] for i in complete]
-    free = free_choices(cfg, models, scores)
+    free, specs = dict(colours={}, places={}, right={}), {reward_name(s): s for s in with_diversity(cfg)}
+    if "toyworld" in specs:
+        scorer = load_reward(specs["diversity"]) if "diversity" in specs else None
+        free = free_choices(models, scores, scorer, cfg.seed)
     prompts = [row["prompt"] for row in rows]
     results = compare(scores, tags, cfg.seed, prompts)
     first = headline(scores, results, tags, cfg.seed, prompts)
@@ -572,6 +588,41 @@ def report_stage(cfg, found, device):
         make_study(cfg, models)
 
 
+def plot_frontier(path, panels, what):
+    """Gain against diversity as a PNG: {title of x: {run: [point]}}, the first point is the base. A point is
+    dict(x, y), and perhaps its label and the arms of its interval, x_arms and y_arms (below, above)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, runs) in zip(axes, panels.items()):
+        for points in runs.values():
+            x, y = ([p[key] for p in points] for key in "xy")
+            arms = [np.transpose([p.get(key, (0, 0)) for p in points]) for key in ("y_arms", "x_arms")]
+            axis.errorbar(x, y, *arms, marker="o", capsize=2, elinewidth=0.8)
+        base = next(iter(runs.values()))[0]
+        axis.axhline(base["y"], color="k", ls=":", lw=0.8)
+        axis.axvline(base["x"], color="k", ls=":", lw=0.8)
+        axis.margins(0.12)
+        axis.set(xlabel=title, ylabel=what if axis is axes[0] else "")
+        arrow = dict(arrowstyle="->", color="green")
+        paper = dict(facecolor="white", edgecolor="none")
+        where = ((0.99, 0.99), (0.87, 0.89), "axes fraction")
+        axis.annotate("better", *where, color="green", arrowprops=arrow, bbox=paper)
+        named = sorted(
+            (p for points in runs.values() for p in points if p.get("label")), key=lambda p: p["y"]
+        )
+        (low, high), gap = axis.get_ylim(), min(0.05, 1 / len(named))
+        at = np.array([(p["y"] - low) / (high - low) for p in named])
+        for n in range(1, len(at)):  # names beside the axis, at the height of their points, apart
+            at[n] = max(at[n], at[n - 1] + gap)
+        line = dict(arrowstyle="-", color="0.6", lw=0.6)
+        for p, height in zip(named, at - max(0, at[-1] - 1)):
+            beside = dict(xytext=(1.02, height), textcoords="axes fraction", va="center", arrowprops=line)
+            axis.annotate(p["label"], (p["x"], p["y"]), fontsize=8, parse_math=False, **beside)
+    publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
+
+
 # ----------------------------------------------------------------------------- a blind study, for people
 
 
@@ -635,6 +686,16 @@ def read_answers(cfg, key):
             fail(f"--study_answers {path}: the same answers as {people[text]}; a person counts once")
         people[text] = path
     return votes
+
+
+def agreement(counts):
+    """(N, 3) votes a pair for each answer, two or more a pair -> (share of agreeing pairs of people, Fleiss'
+    kappa: that share beyond chance)."""
+    n = counts.sum(1)  # (N,)
+    observed = ((counts**2).sum(1) - n) / (n * (n - 1))  # (N,)
+    chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
+    kappa = (observed.mean() - chance) / (1 - chance) if chance < 1 else 1.0
+    return float(observed.mean()), float(kappa)
 
 
 def study_results(key, votes):

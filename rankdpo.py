@@ -258,7 +258,7 @@ def load_batch(cfg, data, positions):
         if position < HELD_OUT and coin < (cfg.caption_dropout or 0):
             item.update(data.no_caption)
     fill = lambda t: torch.cat([t, t[:1].expand(K - len(t), *t.shape[1:])])
-    move = lambda t: common.to_device(t, data.device)
+    move = lambda t: engine.to_device(t, data.device)
     x = move(torch.cat([fill(item["latents"]) for item in items])).to(wide)  # (N, C, h, w)
     noise = move(torch.cat([fill(noise) for _, noise in draws])).to(wide)  # (N, C, h, w)
     u = move(torch.stack([u for u, _ in draws]))  # (B,), one timestep a list
@@ -333,7 +333,7 @@ def summarise(metrics, **more):
     value, every list counting once, and the accuracy in ten bins of t / 1000, or of rectified flow's sigma,
     from little noise to much. These and `more`, tensors (), leave the GPU in one transfer: each delays it."""
     columns = [torch.cat([of_pass[name] for of_pass in metrics]) for name in METRICS]
-    table = common.gather(torch.stack(columns, 1))  # (lists, M)
+    table = engine.gather(torch.stack(columns, 1))  # (lists, M)
     numbers = torch.cat([table.flatten(), *(value.view(1) for value in more.values())]).cpu()
     table, rest = numbers[: table.numel()].view(table.shape), numbers[table.numel() :].tolist()
     row = dict(zip(METRICS, table.nanmean(0).tolist()))
@@ -497,9 +497,9 @@ def main(argv=None):
     largest = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n])))
     cfg, flops = memory.choose(cfg, family, denoiser, largest, labels.mask.shape[1], dtype, device, free)
     no_caption = pipelines.encode_nothing(pipe, device, dtype) if cfg.caption_dropout and encoders else {}
-    samples = engine.prepare_samples(cfg, pipe, part, rows, sizes[order[0, 0]], device, dtype)
-    data = Data(cache, labels, pipe.scheduler, no_caption, device, dtype)
-    pipe = None  # VAE and text encoders have done their work, but for the samples
+    check = world.checker(cfg.data, rows)  # None unless these are lists of the toy world
+    samples = engine.prepare_samples(cfg, pipe, rows, sizes[order[0, 0]], device, dtype, check)
+    data, pipe = Data(cache, labels, pipe.scheduler, no_caption, device, dtype), None  # encoders are done
 
     # ---- networks and optimiser. The reference is a frozen copy of the policy, with --lora_rank a second set
     # of adapters in the same network. Several processes shard whole networks and their moments (FSDP2), and
@@ -512,7 +512,7 @@ def main(argv=None):
         exam = held_out_passes(cfg, family, data, lists.by_size(sizes, held_out), reference)
     if checkpoint_folder:  # weights of the policy and of what was copied from it, and AdamW's moments
         engine.load_checkpoint(checkpoint_folder, engine.training_state(cfg, networks, optimizer))
-    common.check_finite(parameters, device, f"{cfg.model}: holds weights that are not finite")
+    engine.check_finite(parameters, device, f"{cfg.model}: holds weights that are not finite")
     if samples and not start_step:
         engine.draw_samples(cfg, samples, policy, autocast, 0)
     if rank == 0:
@@ -569,13 +569,13 @@ def main(argv=None):
             bar.set_postfix(log.write(row))
 
         # ---- save
-        stopping = common.any_process(bool(stop), device)
+        stopping = engine.any_process(bool(stop), device)
         if stopping or due(cfg.save_every, step):
             engine.save_checkpoint(cfg, engine.training_state(cfg, networks, optimizer), recipe, step + 1)
         if stopping:
             fail(f"stopped after {step + 1} steps; the same command goes on there", stop[0] if stop else 143)
 
-    common.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
+    engine.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
     about = log.close() if rank == 0 else {}
     engine.save_model(cfg, "model", average or policy, part, about)
     if rank == 0:

@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 from lib import common, formats, pictures, pipelines, store, tables
 from lib.common import fail, process_rank
-from toy import world
 
 # on purpose: one process saves for itself, and copies of adapters are sets of one network
 warnings.filterwarnings("ignore", "torch.distributed is disabled|Already found a `peft_config`")
@@ -233,6 +232,37 @@ def receive(model, values, device, like=None):
             setattr(module, name, value)
 
 
+def gather(rows):
+    """Concatenate the rows (n, M) of all processes in the order of their ranks -> (world n, M)."""
+    if process_rank()[1] == 1:
+        return rows
+    whole = [torch.empty_like(rows) for _ in range(process_rank()[1])]
+    dist.all_gather(whole, rows.contiguous())
+    return torch.cat(whole)
+
+
+def to_device(t, device):
+    """Copy a CPU tensor to the device; the caller does not wait for a copy to a GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
+
+
+def any_process(flag, device):
+    """True on every process if the flag is set on one of them."""
+    if process_rank()[1] == 1:
+        return bool(flag)
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value)
+    return bool(value)
+
+
+def check_finite(values, device, message):
+    """End the run on every process if one of the tensors holds inf or nan."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in values]
+    if any_process(not torch.stack([p.isfinite().all() for p in local]).all(), device):
+        fail(message)
+
+
 def signals():
     """A list that a SIGTERM or Ctrl-C puts its exit status into. A second Ctrl-C ends the run at once."""
     came = []
@@ -287,7 +317,7 @@ def save_checkpoint(cfg, state, recipe, step):
     (rank, world), final = process_rank(), Path(cfg.out) / f"checkpoints/step-{step:06d}"
     tmp = Path(common.from_first(store.begin, final))
     values = [t for t in state.values() if t.dim()]
-    common.check_finite(values, values[0].device, f"{final}: not written: weights are not finite; lower --lr")
+    check_finite(values, values[0].device, f"{final}: not written: weights are not finite; lower --lr")
     state = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in state.items()}
     writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # safetensors: data, never code
     try:
@@ -319,7 +349,7 @@ def load_checkpoint(folder, state):
         if contiguous[name] is not t:
             t.copy_(contiguous[name])
     values = [t for t in state.values() if t.dim()]
-    common.check_finite(values, values[0].device, f"{folder}: holds weights that are not finite")
+    check_finite(values, values[0].device, f"{folder}: holds weights that are not finite")
 
 
 def recipe_of(cfg, options, rows, policy):
@@ -491,17 +521,16 @@ class Log:
 Samples = namedtuple("Samples", "pipe part prompts arguments check")
 
 
-def prepare_samples(cfg, pipe, part, rows, size, device, dtype):
-    """Samples of the first prompts, which are encoded now, or None. `part`: the pipeline's name of the
-    denoiser; `size` (height, width) in pixels. Toy prompts, which a checker counts, are drawn three times."""
+def prepare_samples(cfg, pipe, rows, size, device, dtype, check):
+    """Samples of the first prompts, which are encoded now, or None. `size` is (height, width) in pixels.
+    Where there is a `check`(prompt, picture) -> bool, each prompt is drawn three times."""
     if not cfg.sample_every:
         return None
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
-    toy = cfg.data != "random" and world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows])
-    prompts = [prompt for prompt in prompts for _ in range(3 if toy else 1)]
+    prompts = [prompt for prompt in prompts for _ in range(3 if check else 1)]
     arguments = pipelines.encode_and_drop_encoders(pipe, prompts, size, device, dtype)
     arguments.update(pipelines.family_of(pipe).sampling(pipe, cfg.sample_steps, cfg.sample_guidance))
-    return Samples(pipe, part, prompts, arguments, world.check if toy else None)
+    return Samples(pipe, pipelines.denoiser_of(pipe)[0], prompts, arguments, check)
 
 
 @torch.no_grad()

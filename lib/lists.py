@@ -345,15 +345,8 @@ def write_cached(cache, n, tensors):
     publish(cache_file(cache, n), write, sync=False, unique=True)
 
 
-def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
-    """Encode the lists `missing`; return when all processes have done their share."""
-    if missing:
-        encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing)
-    common.wait_for_all(slow=True)
-
-
 @torch.no_grad()
-def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
+def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
     """Write latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file for
     each list, which all processes read. Threads decode the next lists' images while one is encoded."""
     from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
@@ -364,16 +357,14 @@ def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
         if h % factor or w % factor:
             sides = f"{w} x {h} pixels, but sides must be multiples of {factor}"
             fail(f"{cfg.data}/{row['file_names'][0]}: {sides}; give another --resolution")
-    if pipe.vae is None:  # random:NAME is a denoiser alone; the shapes are right
-        for n in missing:
-            k, shapes = len(rows[n]["file_names"]), pipelines.shapes_at(pipe, sizes[n][0])
-            g = torch.Generator().manual_seed(n)
-            tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-            write_cached(cache, n, {**tensors, "latents": torch.randn(k, *shapes["latents"], generator=g)})
-        return
-    pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
-    for encoder in pipelines.text_encoders_of(pipe).values():
-        encoder.to(device, dtype)
+    for n in missing if pipe.vae is None else ():  # random:NAME is a denoiser alone; the shapes are right
+        k, shapes = len(rows[n]["file_names"]), pipelines.shapes_at(pipe, sizes[n][0])
+        g = torch.Generator().manual_seed(n)
+        tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+        write_cached(cache, n, {**tensors, "latents": torch.randn(k, *shapes["latents"], generator=g)})
+    missing = [] if pipe.vae is None else missing
+    for part in [pipe.vae, *pipelines.text_encoders_of(pipe).values()] if missing else ():
+        part.to(device, None if part is pipe.vae else dtype)  # the VAE is fp32: SDXL's overflows in fp16
     chunk_of = lambda n: (n // CHUNK, sizes[n])
     missing, encoded = sorted(missing, key=chunk_of), None
     images = common.ahead(lambda n: list_pixels(cfg, rows[n], sizes[n]), missing, depth=8, threads=4)
@@ -389,3 +380,4 @@ def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
         if not all(t.isfinite().all() for t in tensors.values()):
             fail(f"{cfg.model}: encodes list {n}, {rows[n]['prompt']!r}, to numbers that are not finite")
         write_cached(cache, n, tensors)
+    common.wait_for_all(slow=True)

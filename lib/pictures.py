@@ -99,41 +99,6 @@ def plot_curves(rows, panels, path):
     publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
 
 
-def plot_frontier(path, panels, what):
-    """Gain against diversity as a PNG: {title of x: {run: [point]}}, the first point is the base. A point is
-    dict(x, y), and perhaps its label and the arms of its interval, x_arms and y_arms (below, above)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, runs) in zip(axes, panels.items()):
-        for points in runs.values():
-            x, y = ([p[key] for p in points] for key in "xy")
-            arms = [np.transpose([p.get(key, (0, 0)) for p in points]) for key in ("y_arms", "x_arms")]
-            axis.errorbar(x, y, *arms, marker="o", capsize=2, elinewidth=0.8)
-        base = next(iter(runs.values()))[0]
-        axis.axhline(base["y"], color="k", ls=":", lw=0.8)
-        axis.axvline(base["x"], color="k", ls=":", lw=0.8)
-        axis.margins(0.12)
-        axis.set(xlabel=title, ylabel=what if axis is axes[0] else "")
-        arrow = dict(arrowstyle="->", color="green")
-        paper = dict(facecolor="white", edgecolor="none")
-        where = ((0.99, 0.99), (0.87, 0.89), "axes fraction")
-        axis.annotate("better", *where, color="green", arrowprops=arrow, bbox=paper)
-        named = sorted(
-            (p for points in runs.values() for p in points if p.get("label")), key=lambda p: p["y"]
-        )
-        (low, high), gap = axis.get_ylim(), min(0.05, 1 / len(named))
-        at = np.array([(p["y"] - low) / (high - low) for p in named])
-        for n in range(1, len(at)):  # names beside the axis, at the height of their points, apart
-            at[n] = max(at[n], at[n - 1] + gap)
-        line = dict(arrowstyle="-", color="0.6", lw=0.6)
-        for p, height in zip(named, at - max(0, at[-1] - 1)):
-            beside = dict(xytext=(1.02, height), textcoords="axes fraction", va="center", arrowprops=line)
-            axis.annotate(p["label"], (p["x"], p["y"]), fontsize=8, parse_math=False, **beside)
-    publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
-
-
 @functools.lru_cache(maxsize=1)
 def grid_font():
     import matplotlib  # it brings DejaVu Sans: Latin, Greek, Cyrillic, Arabic, Hebrew

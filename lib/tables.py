@@ -6,13 +6,11 @@ markdown(header, rows), write_page(path, template, data)
 """
 
 import csv
-import html
 import json
 import re
 from pathlib import Path
 
-from lib.common import HERE, about, fail
-from lib.store import write_text
+from lib.common import about, fail
 
 # ----------------------------------------------------------------------------- reading
 
@@ -138,23 +136,3 @@ def read_prompts(path, limit=0, column="", also=("tag",)):
     if not kept:
         fail(f"--prompts {path}: holds no prompt")
     return list(kept.values())[: limit or None]
-
-
-# ----------------------------------------------------------------------------- writing tables and pages
-
-
-def plain(text):
-    """Text of anybody's as markdown that shows it as it is, on one line."""
-    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
-    return html.escape(text, quote=False)
-
-
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines) + "\n"
-
-
-def write_page(path, template, data):
-    """A page of lib/templates and its data, in which a prompt may say </script>."""
-    text = json.dumps(data).replace("<", "\\u003c")
-    write_text(path, read_text(HERE / "lib/templates" / template).replace("<!-- DATA -->", text))

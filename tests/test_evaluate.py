@@ -17,8 +17,8 @@ from test_kills_synpic import killed_at
 
 import evaluate
 import rewards as scorers
-from lib import answers, draw, pictures, pipelines, stats, tables
-from toy import world
+from lib import answers, draw, pictures, pipelines, stats
+from toy import diversity, world
 
 
 def command(tiny, out, *more, models=("base={}/sdxl", "same={}/sdxl", "other={}/sd15"), seeds=2):
@@ -90,14 +90,14 @@ def test_p_values_see_what_is_there_and_nothing_else():
 def test_entropy_of_free_colours():
     same, even = np.zeros((5, 6)), np.ones((5, 6)) / 6
     same[:, 2] = 1
-    r = stats.colour_entropy({"even": even, "same": same}, world.COLORS, seed=0)
+    r = diversity.colour_entropy({"even": even, "same": same}, world.COLORS, seed=0)
     assert r["even"]["bits"] == pytest.approx(np.log2(6)) and r["same"]["bits"] == pytest.approx(0, abs=1e-9)
     assert r["same"]["change"]["gain"] == pytest.approx(-np.log2(6)) and r["same"]["share"]["blue"] == 1
 
 
 def test_distance_among_right_pictures_is_compared_where_both_have_two():
     apart = {"base": np.array([0.5, np.nan, 0.3]), "tuned": np.array([0.4, 0.2, np.nan])}
-    r = stats.compare_right(apart, 0)
+    r = diversity.compare_right(apart, 0)
     assert r["base"] == dict(mean=pytest.approx(0.4), n=2, change=None)
     assert r["tuned"]["mean"] == pytest.approx(0.3) and r["tuned"]["change"]["n"] == 1
     assert r["tuned"]["change"]["gain"] == pytest.approx(-0.1)
@@ -107,7 +107,7 @@ def test_right_distances_leave_wrong_pictures_out(tiny, compared):
     files = [f"00003/samples/000{s}.png" for s in range(2)]
     pictures = evaluate.Pictures("", f"{compared}/base", [(PROMPTS[3], files)] * 2, {})
     scorer = scorers.load_reward(f"diversity={tiny}/rewards/clip")
-    found = evaluate.right_distances(scorer, pictures, np.array([[1.0, 1.0], [1.0, 0.0]]))
+    found = diversity.right_distances(scorer, pictures, np.array([[1.0, 1.0], [1.0, 0.0]]))
     stored = results(compared)["scores"]["base"]["diversity"][3][0]
     assert found[0] == pytest.approx(stored, abs=2e-6) and np.isnan(found[1])
 
@@ -174,7 +174,7 @@ def test_the_page_holds_every_score_and_thumbnails_only(compared):
 def test_a_prompt_cannot_break_the_page(tmp_path):
     data = {"rows": [{"prompt": "</script><img src=x>"}], "setting": "<b>", "tables": ["<u>"]}
     for template in ("report.html", "study.html"):
-        tables.write_page(tmp_path / "page.html", template, data)
+        evaluate.write_page(tmp_path / "page.html", template, data)
         text = (tmp_path / "page.html").read_text()
         assert data_of(tmp_path / "page.html") == data and "innerHTML" not in text  # all of it is set as text
         assert not any(word in text for word in ("<u>", "<img src=x", json.dumps(data)[:20] + "</"))
@@ -325,7 +325,7 @@ def test_steps_of_a_run_are_joined(tmp_path):
 def test_without_an_accuracy_the_rewards_vote():
     a, b = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[1.0, 2.0], [1.0, 1.0]])
     scores = {"a": {"clip": a, "pick": a}, "b": {"clip": b, "pick": -b}}
-    first = stats.headline(scores, stats.compare(scores, ["x"] * 2, 0), ["x"] * 2, 0)
+    first = evaluate.headline(scores, stats.compare(scores, ["x"] * 2, 0), ["x"] * 2, 0)
     assert first["what"] == "preferred by 2 rewards"
     values = [p["value"] for p in first["points"]]
     assert values == [0.5, pytest.approx(((1 + 0) / 2 + (0.5 + 0) / 2) / 2)]
@@ -373,7 +373,7 @@ def test_columns_and_subsets_of_prompts(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_markdown_shows_any_text_as_it_is():
-    table = tables.markdown(["<b>", "a|b"], [["bold", "line\nbreak `x` [y](z) *i*"]])
+    table = evaluate.markdown(["<b>", "a|b"], [["bold", "line\nbreak `x` [y](z) *i*"]])
     assert "<b>" not in table and "&lt;b&gt;" in table and "a\\|b" in table and "bold" in table
     assert "line break \\`x\\` \\[y\\](z) \\*i\\*" in table and table.count("\n") == 4
 
@@ -496,7 +496,7 @@ def test_agreement_golden():
     counts = np.array([[3, 0, 0], [0, 0, 3], [2, 0, 1], [1, 1, 1]])
     observed = (1 + 1 + 1 / 3 + 0) / 4
     chance = (6 / 12) ** 2 + (1 / 12) ** 2 + (5 / 12) ** 2
-    assert stats.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
+    assert evaluate.agreement(counts) == pytest.approx((observed, (observed - chance) / (1 - chance)))
 
 
 def test_a_benchmark_stands_beside_the_papers(tiny, tmp_path, monkeypatch):

@@ -33,12 +33,11 @@ sys.path.insert(0, str(TOY.parent))
 
 import losses
 import rankdpo
+from evaluate import markdown, plot_frontier
 from lib import common, store, tables
 from lib.common import fail, option
-from lib.pictures import plot_frontier
 from lib.pipelines import SUITS, generate_each, load_pipeline, noise_seed
 from lib.stats import category_mean, entropy, holm
-from lib.tables import markdown
 from rewards import TOY_REWARDS, load_reward, reward_name
 from toy.world import CATEGORIES, GROUND, check, find_objects, grammar, prompts_of
 

@@ -44,6 +44,11 @@ def knows(folder, rows):
     return small and all(prompt in grammar() for prompt, _ in rows)
 
 
+def checker(folder, rows):
+    """check(), where the rows of metadata.jsonl are of this world, else None."""
+    return check if knows(folder, [(row["prompt"], row["file_names"]) for row in rows]) else None
+
+
 # ----------------------------------------------------------------------------- prompts
 
 
