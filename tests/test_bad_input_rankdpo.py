@@ -89,7 +89,7 @@ def test_a_picture_that_is_not_there_or_cannot_be_read_is_named_with_its_line(da
 
 def test_each_picture_is_opened_once_for_its_size_and_its_digest(lists, monkeypatch):
     opened, real = [], Image.open
-    noted = lambda path, *more, **how: opened.append(path) or real(path, *more, **how)
+    noted = lambda file, *more, **how: opened.append(file.name) or real(file, *more, **how)
     monkeypatch.setattr(Image, "open", noted)
     cfg, rows = read_lists(rankdpo.Config(data=str(lists)))
     assert encoded_sizes(cfg, rows) == [(32, 32)] * 10
@@ -127,7 +127,7 @@ MODELS = {  # damage to a copy of a pipeline -> what the message says
     "text encoder lacks a tensor": (lambda m: drop_tensor(m / "text_encoder/model.safetensors"), "text_enc"),
     "vae lacks a tensor": (lambda m: drop_tensor(m / "vae" / WEIGHTS), "vae"),
     "unet lacks a tensor": (lambda m: drop_tensor(m / "unet" / WEIGHTS), "unet"),
-    "torn unet": (lambda m: (m / "unet" / WEIGHTS).write_bytes(b"1"), "could not load"),
+    "torn unet": (lambda m: (m / "unet" / WEIGHTS).write_bytes(b"1"), "could not be loaded"),
     "no unet": (lambda m: shutil.rmtree(m / "unet"), "unet is missing"),
     "no scheduler": (lambda m: shutil.rmtree(m / "scheduler"), "scheduler is missing"),
     "vae not finite": (lambda m: poison(m / "vae" / WEIGHTS), "vae holds"),

@@ -68,7 +68,7 @@ def whole(mixed, tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankdpo, "load_batch", loaded)
         of_memory = lambda *args: chosen.append(args[3]["latents"].shape[2:]) or choose(*args)
-        of_samples = lambda *args: chosen.append(args[4]) or prepare(*args)
+        of_samples = lambda *args: chosen.append(args[3]) or prepare(*args)
         patch.setattr(memory, "choose", of_memory)
         patch.setattr(engine, "prepare_samples", of_samples)
         log = run(mixed, tiny, out, "--device_batch_size", 3)
