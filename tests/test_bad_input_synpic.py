@@ -175,7 +175,7 @@ def test_settings_are_kept_once_a_model_has_loaded(tiny, tmp_path, capsys):
     shutil.copytree(tiny / "sd15", tmp_path / "torn")
     (tmp_path / "torn/unet/diffusion_pytorch_model.safetensors").write_bytes(b"123")
     models = ["--models", f"b={tmp_path}/torn", f"a={tiny}/sdxl"]
-    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], "could not load", capsys=capsys)
+    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], "could not be loaded", capsys=capsys)
     assert not (tmp_path / "out/recipe.json").exists()
 
 
