@@ -151,8 +151,10 @@ def check_options(cfg):
         fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
     if cfg.label == "reversed" and cfg.loss == "weighted":
         fail("--label reversed: turns scores negative, and those cannot weigh an error; take another --loss")
-    if cfg.loss == "dro" and cfg.sampler_refresh == 1 and process_rank()[0] == 0:
-        print("--sampler_refresh 1: the negatives' gradient is exactly zero, they only gate the hinge")
+    if cfg.loss == "dro" and cfg.sampler_refresh == 1:
+        common.print_first(
+            "--sampler_refresh 1: the negatives' gradient is exactly zero, they only gate the hinge"
+        )
     engine.check_report(cfg.report)
 
 
@@ -173,9 +175,8 @@ def expert_rows(cfg, rows):
     if by == "phi" and tied > cfg.experts:
         fail(f"--expert_by phi: {tied} pictures tie at the top, {cfg.experts} are wanted; name a reward")
     best = best[: cfg.experts]
-    if process_rank()[0] == 0:
-        between = f"{by} {values[best[0]]:g} to {values[best[-1]]:g}"
-        print(f"experts: {len(best)} of {len(values)} pictures, {between}")
+    between = f"{by} {values[best[0]]:g} to {values[best[-1]]:g}"
+    common.print_first(f"experts: {len(best)} of {len(values)} pictures, {between}")
     more = dict(phi=[1.0, 0.0], scores={})
     return [dict(more, prompt=prompt, file_names=[name], pictures=[looks[name]]) for name, prompt in best]
 
@@ -189,13 +190,26 @@ def stack_labels(cfg, rows):
     weights = []
     for row in rows:
         scores = [row["scores"][cfg.weight_by]] if cfg.loss == "weighted" else list(row["scores"].values())
-        weights.append(losses.list_weights(cfg.loss, torch.tensor(row["phi"]), torch.tensor(scores)))
+        labels = torch.tensor(row["phi"]), torch.tensor(scores, dtype=torch.float64)
+        weights.append(losses.list_weights(cfg.loss, *labels).float())
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
     K = max(w.shape[-1] for w in weights)
     pad = lambda w: torch.nn.functional.pad(w, (0, K - w.shape[-1]) * min(w.dim(), 2))
     sizes = torch.tensor([len(row["phi"]) for row in rows])  # (L,)
     return Labels(torch.stack([pad(w) for w in weights]), torch.arange(K) < sizes[:, None])
+
+
+def split(rows, holdout, seed):
+    """(train, held out): indices of lists to train on, and of those to measure on. No prompt is in both."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    shuffled = np.random.default_rng([seed, 2**32 - 1]).permutation(len(prompts))
+    kept = {prompts[i] for i in shuffled[: round(holdout * len(prompts))]}
+    if len(kept) == len(prompts) or (holdout and not kept):
+        none = f"leaves no list to {'train on' if kept else 'measure'}"
+        fail(f"--holdout {holdout} of {len(prompts)} prompts {none}")
+    held_out = [n for n, row in enumerate(rows) if row["prompt"] in kept]
+    return [n for n, row in enumerate(rows) if row["prompt"] not in kept], held_out
 
 
 # ----------------------------------------------------------------------------- batches
@@ -477,7 +491,7 @@ def main(argv=None):
     cfg, rows = common.from_first(lists.read_lists, cfg)
     rows = expert_rows(cfg, rows) if cfg.loss == "dro" else rows
     labels, sizes = stack_labels(cfg, rows), lists.encoded_sizes(cfg, rows)
-    train_lists, held_out = lists.split(rows, cfg.holdout, cfg.seed)
+    train_lists, held_out = split(rows, cfg.holdout, cfg.seed)
     order = draw_order(cfg, lists.by_size(sizes, train_lists))
     wanted = {*order.flatten().tolist(), *held_out}
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)

@@ -72,6 +72,7 @@ from lib import store, tables
 from lib.answers import Store, answer_rows, files_version, read_answers
 from lib.formats import loading
 from lib.lists import metadata_file, read_metadata
+from lib.pictures import SUFFIXES
 from lib.scorers import PUBLISHED, Scorer, crop, find_weights, open_clip_model
 
 # ----------------------------------------------------------------------------- rewards that only judge
@@ -290,8 +291,7 @@ def read_folder(folder):
         fail(f"{folder}: no such folder")
     if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
-    suffixes = (".png", ".jpg", ".jpeg", ".webp")
-    pictures = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in suffixes]
+    pictures = [p for p in sorted(folder.glob("[!.]*")) if p.suffix.lower() in SUFFIXES]
     captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
     if not captioned:
         fail(f"{folder}: neither metadata.jsonl nor pictures with a .txt caption beside them")

@@ -134,6 +134,8 @@ def read_value(field, text):
     if field.type not in KINDS:
         if "\0" in text or (field.default and not text.strip()):  # "" is allowed where it is the default
             raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+        if text.encode(errors="ignore").decode() != text:
+            raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, so no log could name it")
         return text
     try:
         value = {"true": True, "false": False}[text.lower()] if field.type is bool else field.type(text)
@@ -207,6 +209,12 @@ def process_rank():
         found = " ".join(f"{name}={value}" for name, value in given.items())
         raise SystemExit(f"{found}: not what torchrun sets; unset them, or start with torchrun")
     return int(rank), int(world)
+
+
+def print_first(text):
+    """print() on the first process alone."""
+    if process_rank()[0] == 0:
+        print(text)
 
 
 def pick_device(name="auto"):

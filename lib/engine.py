@@ -441,7 +441,9 @@ def open_report(cfg, head, start_step):
     if cfg.report == "wandb":
         import wandb
 
-        place = dict(project=re.sub(r"[/\\#?%:]", "-", out.parent.name) or None, name=out.name, dir=out)
+        named = dict(WANDB_PROJECT=re.sub(r"[/\\#?%:]", "-", out.parent.name) or None, WANDB_NAME=out.name)
+        project, name = (os.environ.get(key, value) for key, value in named.items())
+        place = dict(project=project, name=name, dir=out)
         run = wandb.init(**place, id=head["id"], resume="allow", config=head["config"])
         run.define_metric("*", step_metric="step")  # wandb's own count cannot go back to a checkpoint
         common.cleanup.callback(lambda: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
@@ -486,7 +488,11 @@ class Log:
         self.file.write(text + "\n")
         self.file.flush()
         pictures = {"samples": Path(self.cfg.out) / row["samples"]} if "samples" in row else {}
-        self.report(row["step"], {k: v for k, v in row.items() if isinstance(v, float)}, pictures)
+        try:  # a side channel, which must not end the run
+            self.report(row["step"], {k: v for k, v in row.items() if isinstance(v, float)}, pictures)
+        except Exception as e:
+            tqdm.write(f"--report {self.cfg.report}: {common.one_line(e)}; log.jsonl goes on without it")
+            self.report = lambda *_: None
         self.last = row
         self.warn_of_growth(row)
         shown = {"loss": "loss", "acc": "accuracy", "winner": "best_s", "loser": "worst_s"}
@@ -498,7 +504,7 @@ class Log:
         self.winners.append(row["best_s"])
         winner, than = row.get("held_out_best_s"), "the base's on held-out lists"
         if winner is None and row["step"] % 50 == 49:
-            winner, than = np.mean(self.winners[-25:]), "the reference's"
+            winner, than = np.nanmean(self.winners[-25:]), "the reference's"
         if winner is not None and winner > 0.01:
             grows = f"step {row['step']}: the winner's error is {winner:.3f} above {than}"
             tqdm.write(f"{grows}; pictures may get worse although loss falls: lower --lr or raise --beta")

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lib.common import about, one_line
-from lib.store import digest, file_digest
+from lib.store import digest, file_digest, whole
 from lib.tables import parse_json, read_text
 
 
@@ -118,14 +118,6 @@ def loading(what):
 
 
 # ----------------------------------------------------------------------------- what is added to a base
-
-
-def whole(file):
-    """`file` itself. ValueError for the pointer that git clone leaves in its place without git-lfs."""
-    with open(file, "rb") as f:
-        if f.read(99).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file}: is a pointer of git-lfs, not the file itself; run git lfs pull there")
-    return file
 
 
 def read_weights(file):

@@ -257,18 +257,6 @@ def check_scores(cfg, rows):
         fail(f"--weight_by {name}: {share}; name another reward (there are {there})")
 
 
-def split(rows, holdout, seed):
-    """(train, held out): indices of lists to train on, and of those to measure on. No prompt is in both."""
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    shuffled = np.random.default_rng([seed, 2**32 - 1]).permutation(len(prompts))
-    kept = {prompts[i] for i in shuffled[: round(holdout * len(prompts))]}
-    if len(kept) == len(prompts) or (holdout and not kept):
-        none = f"leaves no list to {'train on' if kept else 'measure'}"
-        fail(f"--holdout {holdout} of {len(prompts)} prompts {none}")
-    held_out = [n for n, row in enumerate(rows) if row["prompt"] in kept]
-    return [n for n, row in enumerate(rows) if row["prompt"] not in kept], held_out
-
-
 # ----------------------------------------------------------------------------- latents and text, encoded once
 
 CHUNK = 16  # lists whose prompts are encoded together: by their place, so whoever does it gets the same
@@ -310,9 +298,9 @@ def encoded_sizes(cfg, rows):
     side, every = cfg.resolution, [[(h, w) for h, w, _ in row["pictures"]] for row in rows]
     if side:
         cuts = [max(1 - side / round(side * max(size) / min(size)) for size in of_list) for of_list in every]
-        if any(cuts) and process_rank()[0] == 0:
+        if any(cuts):
             share = f"{np.count_nonzero(cuts)} of {len(rows)} lists, by up to {100 * max(cuts):.0f} %"
-            print(f"--resolution {side}: crops {share} of a picture")
+            common.print_first(f"--resolution {side}: crops {share} of a picture")
         return [(side, side)] * len(rows)
     for row, of_list in zip(rows, every):
         if len(set(of_list)) > 1:

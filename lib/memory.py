@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib import formats, pipelines
-from lib.common import fail, process_rank
+from lib.common import fail, print_first, process_rank
 from lib.lists import read_metadata
 
 # ----------------------------------------------------------------------------- counting
@@ -240,11 +240,6 @@ def count(cfg, family, denoiser, item, K, dtype, on_gpu):
         return fastest(cfg, K, images, weights, free, gpus, samples)
 
     return passes * flops / 4, setting_in
-
-
-def print_first(text):
-    if process_rank()[0] == 0:
-        print(text)
 
 
 def choose(cfg, family, denoiser, item, K, dtype, device, free):

@@ -56,7 +56,7 @@ def read_records(path):
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
 
-            file = ParquetFile(path)
+            file = ParquetFile(store.whole(path))
             kind = format_of(path, file.schema_arrow.names)
             columns = [c for c in file.schema_arrow.names if c in (*FIELDS[kind], "has_label")]
             groups = (file.read_row_group(n, columns) for n in range(file.num_row_groups))

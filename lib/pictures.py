@@ -13,11 +13,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from lib.common import about
-from lib.store import ends_digest, publish
+from lib.store import ends_digest, publish, whole
 
 # PIL would start Ghostscript for a PostScript file, whatever its name is: these formats only
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
 IMAGE_FORMATS += ["AVIF"] if features.check("avif") else []
+SUFFIXES = [suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS]
 ORIENTATION = 0x0112  # EXIF: how a camera was held
 GREEN = (0, 170, 60)  # the frame of a right picture
 
@@ -31,6 +32,7 @@ def open_image(image):
         if isinstance(image, str | Path) and os.path.exists(image) and not os.path.isfile(image):
             raise ValueError("a folder, a pipe or a device")
         opened = isinstance(image, Image.Image)
+        image = image if opened or not os.path.isfile(image) else whole(image)
         with nullcontext(image) if opened else Image.open(image, formats=IMAGE_FORMATS) as image:
             image.load()
         image = ImageOps.exif_transpose(image)

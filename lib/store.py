@@ -58,6 +58,14 @@ def file_digest(path, ends=0):
         return digest([size, *threads.map(part, range(0, size, step))])
 
 
+def whole(file):
+    """`file` itself. ValueError for the pointer that git clone leaves in its place without git-lfs."""
+    with open(file, "rb") as f:
+        if f.read(99).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file}: is a pointer of git-lfs, not the file itself; run git lfs pull there")
+    return file
+
+
 # ----------------------------------------------------------------------------- replaced whole
 
 CONTENTS, RECIPE, ENDS = ".contents", "recipe.json", 1 << 20

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from lib.common import about, fail
+from lib.store import whole
 
 # ----------------------------------------------------------------------------- reading
 
@@ -97,7 +98,7 @@ def prompt_rows(path, column="", also=()):
         if kind == ".parquet":
             from pyarrow.parquet import read_schema, read_table
 
-            names = read_schema(path).names  # another column may hold pictures, gigabytes of them
+            names = read_schema(whole(path)).names  # another column may hold pictures, gigabytes of them
             wanted = [name for name in (prompt_column(names, column), *also) if name in names]
             return read_table(path, columns=wanted).to_pylist() if wanted else [{}]
         import pandas  # half a second; only here

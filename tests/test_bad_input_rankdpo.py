@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import rankdpo
 from lib import engine, pipelines, store
-from lib.lists import encoded_sizes, read_lists, split
+from lib.lists import encoded_sizes, read_lists
 
 OPTIONS = """
 --lr nan | --lr inf | --lr 0 | --lr -1 | --lr fast | --beta nan | --beta inf | --beta 0 | --beta -5
@@ -397,7 +397,7 @@ def test_a_folder_that_cannot_be_written_is_found_at_once(lists, tiny, tmp_path,
 
 def test_no_prompt_is_trained_on_and_held_out():
     rows = [{"prompt": prompt} for prompt in "abacbdadce"]
-    seen, held = split(rows, 0.4, 0)
+    seen, held = rankdpo.split(rows, 0.4, 0)
     prompts = lambda of: {rows[n]["prompt"] for n in of}
     assert sorted(seen + held) == list(range(10)) and len(prompts(held)) == 2
     assert not prompts(seen) & prompts(held)

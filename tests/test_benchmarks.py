@@ -14,7 +14,7 @@ from PIL import Image
 
 import rewards
 from lib import benchmarks as b
-from lib import common, scorers
+from lib import scorers
 from lib.common import HERE
 from lib.pictures import read_image
 from toy import world
@@ -62,7 +62,7 @@ def test_geneval_reads_its_metadata_and_writes_the_same_bytes(tmp_path):
     "change, complaint",
     [
         ({"include": None}, "line 2: no metadata of GenEval"),
-        ({"include": [{"class": "dog"}]}, "line 2: no metadata of GenEval .'count'"),
+        ({"include": [{"class": "dog"}]}, "line 2: no metadata of GenEval: KeyError: 'count'"),
         ({"include": [{"class": "dog", "count": "1"}]}, "needs a class and a count"),
         ({"include": [{"class": "dog", "count": 1, "color": "teal"}]}, "color 'teal'"),
         ({"include": [{"class": "dog", "count": 1, "position": ["near", 0]}]}, "position .'near'"),
@@ -567,7 +567,7 @@ def test_two_processes_answer_as_one_does(models, monkeypatch, tmp_path):
     (tmp_path / "measured/dpg.jsonl").unlink()
     monkeypatch.setattr("lib.common.wait_for_all", lambda slow: None)
     for rank in (1, 0):
-        monkeypatch.setattr(common, "process_rank", lambda: (rank, 2))
+        monkeypatch.setattr(b, "process_rank", lambda: (rank, 2))
         together = ask()
     assert together == alone and None not in alone.values()
     lines = [len((tmp_path / f"measured/dpg@{rank}of2.jsonl").read_text().split("\n")) - 1 for rank in (0, 1)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import rankdpo
 from lib import engine, pipelines
-from lib.lists import find_cache, read_lists, split
+from lib.lists import find_cache, read_lists
 
 
 def weights(folder):
@@ -92,7 +92,7 @@ def test_held_out_errors_are_the_policys_minus_the_bases(lists, tiny, tmp_path):
     log = train(lists, tiny, tmp_path / "run", *args)
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in log[0]["config"].items()}
     cfg, rows = read_lists(rankdpo.Config(**config))
-    labels, (_, held) = rankdpo.stack_labels(cfg, rows), split(rows, cfg.holdout, cfg.seed)
+    labels, (_, held) = rankdpo.stack_labels(cfg, rows), rankdpo.split(rows, cfg.holdout, cfg.seed)
     cache, _ = find_cache(cfg, rows, torch.float32, [])
     errs = []
     for path in (tmp_path / "run/model", tiny / "sdxl"):
