@@ -111,7 +111,7 @@ from tqdm import tqdm
 
 import losses
 from lib import engine, formats, lists, memory, pipelines, store
-from toy import world
+from toy.world import checker, knows
 
 SCORES = ("phi", "sum", "normalized_sum", "majority")  # labels that count all stored scores, or some
 ONLY_FOR = {  # an option that is not at its default: the losses that use it
@@ -126,7 +126,7 @@ def with_defaults(cfg):
     Diffusion-DRO's share of dropped captions."""
     if cfg.model is None:
         rows = [] if cfg.data == "random" else lists.read_metadata(cfg.data)
-        if not rows or not world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
+        if not rows or not knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
             fail("--model: must be named; the default, toy/models/sdxl, knows lists of the toy world alone")
         cfg = replace(cfg, model=f"{common.HERE}/toy/models/sdxl")
     return common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
@@ -511,7 +511,7 @@ def main(argv=None):
     largest = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n])))
     cfg, flops = memory.choose(cfg, family, denoiser, largest, labels.mask.shape[1], dtype, device, free)
     no_caption = pipelines.encode_nothing(pipe, device, dtype) if cfg.caption_dropout and encoders else {}
-    check = world.checker(cfg.data, rows)  # None unless these are lists of the toy world
+    check = checker(cfg.data, rows)  # None unless these are lists of the toy world
     samples = engine.prepare_samples(cfg, pipe, rows, sizes[order[0, 0]], device, dtype, check)
     data, pipe = Data(cache, labels, pipe.scheduler, no_caption, device, dtype), None  # encoders are done
 
