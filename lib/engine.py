@@ -572,4 +572,4 @@ def write_samples(cfg, prompts, images, step, check=None):
             title = f"step {step}" + f": {sum(right)} of {len(right)} right" * bool(check)
             captions = [prompt * (not rows and prompt not in prompts[:n]) for n, prompt in enumerate(prompts)]
             rows.append((title, list(zip(cells, captions, right))))
-    pictures.picture_grid(rows, out / "samples.png", side=64 if check else 128)
+    pictures.picture_grid(rows, out / "samples.png", side=96 if check else 128)

@@ -21,11 +21,11 @@ TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 
 import rankdpo
+from evaluate import markdown
 from lib import common, store, tables
 from lib.common import fail, option
 from lib.pipelines import generate_each, load_pipeline, noise_seed
 from lib.stats import category_mean, entropy, paired_gain
-from lib.tables import markdown
 from rewards import TOY_REWARDS, load_reward, reward_name
 from synpic import TOY_MODELS, parse_model
 from toy import study
