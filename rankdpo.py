@@ -53,9 +53,7 @@ class Method:
     loss: str = option("rankdpo", "the objective; losses.py has the table", LOSSES)
     beta: float = option(None, "pull towards the reference; errors are MEANS (default: by model)", above=0)
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
-    loser_weight: float = option(
-        None, "scales the gradient through the losers (default: by model)", at_least=0
-    )
+    loser_weight: float = option(None, "scales the losers' gradient (default: by model)", at_least=0)
     ref_refresh: int = option(0, "steps between copies of the policy into the reference", at_least=0)
     timesteps: str = option("logit_normal", "how rectified flow draws them", ("logit_normal", "uniform"))
     experts: int = option(500, "--loss dro: how many of the best images are the experts", above=0)
@@ -63,7 +61,7 @@ class Method:
     sampler_refresh: int = option(20, "--loss dro: steps between copies into the sampler", above=0)
     caption_dropout: float = option(None, "share of lists without text (dro: .2)", at_least=0, below=1)
     # optimiser
-    lr: float = option(None, "learning rate of AdamW after the warm-up (default: by model)", above=0)
+    lr: float = option(None, "learning rate of AdamW, the peak after the warm-up (default: by model)", above=0)
     schedule: str = option("linear", "after the warm-up: decay to 0, or not", ("linear", "constant"))
     steps: int = option(200, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
@@ -434,9 +432,10 @@ def due(every, step):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then --schedule: linear decay to zero, or constant as in Diffusion-DPO."""
-    decay = 1 if cfg.schedule == "constant" else 1 - step / cfg.steps
-    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * decay
+    """Linear warm-up to --lr, then --schedule: linear decay to zero, or constant as in Diffusion-DPO."""
+    if step < cfg.warmup_steps or cfg.schedule == "constant":
+        return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps))
+    return cfg.lr * (cfg.steps - step) / (cfg.steps - cfg.warmup_steps)
 
 
 def check_gradient(row):
