@@ -61,7 +61,7 @@ class Method:
     sampler_refresh: int = option(20, "--loss dro: steps between copies into the sampler", above=0)
     caption_dropout: float = option(None, "share of lists without text (dro: .2)", at_least=0, below=1)
     # optimiser
-    lr: float = option(None, "learning rate of AdamW, the peak after the warm-up (default: by model)", above=0)
+    lr: float = option(None, "learning rate of AdamW, peak after the warm-up (default: by model)", above=0)
     schedule: str = option("linear", "after the warm-up: decay to 0, or not", ("linear", "constant"))
     steps: int = option(200, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
@@ -306,8 +306,7 @@ def predict(family, network, x_t, t, cond, images_per_forward):
 def errors(family, network, batch, images_per_forward):
     """(B, K), fp32 or wider: mean squared errors of a network on a batch."""
     prediction = predict(family, network, batch.x_t, batch.t, batch.cond, images_per_forward)
-    B, K = batch.mask.shape
-    return losses.denoising_error(prediction.unflatten(0, (B, K)), batch.target.unflatten(0, (B, K)))
+    return losses.denoising_error(prediction, batch.target, batch.mask.shape[1])
 
 
 def list_loss(cfg, policy_err, ref_err, batch):

@@ -11,6 +11,7 @@ from conftest import HERE
 from test_train_sh import commands_of, train_sh
 from transformers import get_linear_schedule_with_warmup
 
+import losses
 import rankdpo
 
 RECIPE = dict(BIN="", GPUS="8", PROMPTS="README.md", EVAL_PROMPTS="README.md")
@@ -52,3 +53,28 @@ def test_the_rate_is_that_of_transformers_linear_schedule(warmup):
     wanted = [theirs[step + (step < warmup)] for step in range(cfg.steps)]
     assert [rankdpo.learning_rate(cfg, step) for step in range(cfg.steps)] == pytest.approx(wanted, abs=1e-20)
     assert warmup > 10 or max(wanted) == cfg.lr  # the peak is reached
+
+
+def test_a_padded_list_has_the_loss_of_the_list_alone():
+    """Also where what is padded ties with a real image by its phi of 0."""
+    g = torch.Generator().manual_seed(0)
+    policy, ref = torch.rand(2, 1, 5, generator=g, dtype=torch.float64)
+    phi, mask = torch.tensor([[1.0, 0.5, 0, 0, 0]]), torch.tensor([[True, True, True, False, False]])
+    padded, metrics = losses.rankdpo_loss(policy, ref, phi, 10.0, mask)
+    alone, its = losses.rankdpo_loss(policy[:, :3], ref[:, :3], phi[:, :3], 10.0)
+    assert torch.allclose(padded, alone, rtol=1e-12)
+    assert all(torch.allclose(metrics[name], value, rtol=1e-12) for name, value in its.items())
+    assert not torch.allclose(padded, losses.rankdpo_loss(policy, ref, phi, 10.0)[0], rtol=1e-3)
+
+
+def test_flat_predictions_name_k_and_lists_are_no_phi():
+    flat, target = torch.rand(2, 6, 4, 8, 8)
+    with pytest.raises(ValueError, match="give K"):
+        losses.denoising_error(flat, target)
+    err = losses.denoising_error(flat, target, 3)
+    assert torch.equal(err, losses.denoising_error(flat.unflatten(0, (2, 3)), target.unflatten(0, (2, 3))))
+    with pytest.raises(ValueError, match="with K given"):
+        losses.denoising_error(flat, target, 4)
+    for loss in (losses.dcg_weights, losses.dpo_weights, losses.gain_weights):
+        with pytest.raises(ValueError, match="must be a tensor .B, K., got list"):
+            loss([[1.0, 0.5, 0.0]])
