@@ -98,8 +98,12 @@ class Config(Method):
     resume: bool = option(True, "go on from the newest checkpoint in --out; false sets the old run aside")
 
 
-if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
-    common.parse(Config, __doc__)
+if __name__ == "__main__":  # --help and mistyped options and paths end here, before imports that take seconds
+    given = common.parse(Config, __doc__)
+    if given.data != "random" and not (given.plan or Path(given.data).is_dir()):
+        fail(f"--data {given.data}: no such folder; make it with synpic.py, or name the one that is there")
+    if (path := given.model or "").startswith((".", "/")) and "+" not in path and not Path(path).exists():
+        fail(f"--model {path}: no such file or folder")
 
 import numpy as np
 import torch
@@ -172,8 +176,7 @@ def expert_rows(cfg, rows):
         fail(f"--expert_by phi: {tied} pictures tie at the top, {cfg.experts} are wanted; name a reward")
     best = best[: cfg.experts]
     if process_rank()[0] == 0:
-        between = f"{by} {values[best[0]]:g} to {values[best[-1]]:g}"
-        print(f"experts: {len(best)} of {len(values)} pictures, {between}")
+        print(f"experts: {len(best)} of {len(values)} pictures, {by} {values[best[0]]:g} to {values[best[-1]]:g}")
     more = dict(phi=[1.0, 0.0], scores={})
     return [dict(more, prompt=prompt, file_names=[name], pictures=[looks[name]]) for name, prompt in best]
 
@@ -263,8 +266,7 @@ def load_batch(cfg, data, positions):
     if cfg.loss == "dro":  # a timestep that a sampling path passes
         u = ((1000 * u).floor() + 0.5) / 1000
     names = [name for name in items[0] if name != "latents"]
-    cond = {name: move(torch.stack([item[name] for item in items])) for name in names}
-    cond = {name: c.repeat_interleave(K, 0) for name, c in cond.items()}  # (N, ...)
+    cond = {name: move(torch.stack([x[name] for x in items])).repeat_interleave(K, 0) for name in names}
     timesteps = "uniform" if cfg.loss == "dro" else cfg.timesteps
     x_t, t, target = pipelines.add_noise(data.scheduler, x, noise, u.repeat_interleave(K), timesteps)
     weights, mask = (values[index] for values in data.labels)

@@ -1,11 +1,9 @@
-"""Ranked lists on disk: metadata.jsonl, a row a list of images; what is encoded once; people's data sets.
+"""Ranked lists on disk: metadata.jsonl, a row a list of images; what is encoded once.
 
 rows = read_metadata(folder, lists=True)                # prompt, file_names, scores, phi
 names, rewards = stored_rewards(folder, rows, label)    # of R scores, a tensor (K, R) a list
 train, held_out = split(rows, holdout, seed)            # indices; no prompt is in both
-sizes = read_sizes(cfg, rows)                           # [(height, width)], from the files' headers
 cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, a file a list
-import_stage(cfg)                                       # Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB
 """
 
 import csv

@@ -3,6 +3,7 @@
 pytest -q tests/test_user.py
 """
 
+import os
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 
 import losses
 import rankdpo
+from lib import store
 
 RECIPE = dict(BIN="", GPUS="8", PROMPTS="README.md", EVAL_PROMPTS="README.md")
 
@@ -78,3 +80,14 @@ def test_flat_predictions_name_k_and_lists_are_no_phi():
     for loss in (losses.dcg_weights, losses.dpo_weights, losses.gain_weights):
         with pytest.raises(ValueError, match="must be a tensor .B, K., got list"):
             loss([[1.0, 0.5, 0.0]])
+
+
+def test_published_files_have_the_mode_of_the_umask(tmp_path):
+    def write(tmp):
+        (tmp / "unet").mkdir(parents=True)
+        os.close(os.open(tmp / "unet/model.safetensors", os.O_CREAT | os.O_WRONLY, 0o600))
+
+    (tmp_path / "plain").write_text("")
+    store.publish(tmp_path / "model", write)
+    mode = lambda name: (tmp_path / name).stat().st_mode & 0o777
+    assert mode("model/unet/model.safetensors") == mode("plain") == mode("model/.contents")
