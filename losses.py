@@ -50,8 +50,9 @@ def preference_probability(rewards):
     return wins.sum((-1, -2)).to(rewards) / (R * (K - 1))  # (..., K)                       Algorithm 1
 
 
-def preference_rank(phi):
-    """tau (..., K) as floats, 1 = best. Tied images share their average rank: their order never matters.
+def preference_rank(phi, mask=None):
+    """tau (..., K) as floats, 1 = best. Tied images share their average rank: their order never matters. With
+    a mask (..., K) only real images, those that are True, count.
 
     ValueError unless phi (..., K) is in [0, 1]: all weights below are made of ranks, so labels are checked
     here, once a list, and not in the loss, where a look at a GPU's values would hold the step up."""
@@ -59,8 +60,9 @@ def preference_rank(phi):
         raise ValueError(f"phi: expected a tensor (..., K), got {phi!r:.100}")
     if not ((phi >= 0) & (phi <= 1)).all():  # also NaN
         raise ValueError("phi: must lie in [0, 1]; it is the share of an image's pairwise wins")
-    better = (phi.unsqueeze(-2) > phi.unsqueeze(-1)).sum(-1)  # (..., K) images ahead of i
-    equal = (phi.unsqueeze(-2) == phi.unsqueeze(-1)).sum(-1)  # (..., K) itself included
+    real = torch.ones_like(phi, dtype=torch.bool) if mask is None else mask.bool()
+    better = (real.unsqueeze(-2) & (phi.unsqueeze(-2) > phi.unsqueeze(-1))).sum(-1)  # (..., K) ahead of i
+    equal = (real.unsqueeze(-2) & (phi.unsqueeze(-2) == phi.unsqueeze(-1))).sum(-1)  # (..., K) and itself
     return better + (equal.to(torch.promote_types(phi.dtype, torch.float32)) + 1) / 2
 
 
@@ -99,9 +101,7 @@ def _scores(name, x, dim):
 
 def dpo_weights(phi):
     """(B, K) -> (B, K, K): 1 where i is preferred to j (phi_i > phi_j), else 0. Equal phi is no pair."""
-    if phi.dim() != 2:
-        raise ValueError(f"dpo_weights: phi must be (B, K), got {tuple(phi.shape)}")
-    tau = preference_rank(phi)  # (B, K)
+    tau = _ranks("dpo_weights", phi)  # (B, K)
     return (tau.unsqueeze(2) < tau.unsqueeze(1)).to(tau)
 
 
@@ -112,15 +112,20 @@ def gain_weights(phi):
     return preferred * (gain.unsqueeze(2) - gain.unsqueeze(1)).abs()
 
 
-def dcg_weights(phi):
+def _ranks(name, phi, mask=None):
+    if not isinstance(phi, torch.Tensor) or phi.dim() != 2:
+        got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
+        raise ValueError(f"{name}: phi must be a tensor (B, K), got {got}")
+    return preference_rank(phi, mask)
+
+
+def dcg_weights(phi, mask=None):
     """(B, K) -> (B, K, K): Delta_ij where i is preferred to j, else 0. RankDPO Eq. 6:
 
         Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)|,   D(tau) = ln(1 + tau),   tau = 1 is best
 
     phi = (1, 2/3, 1/3, 0) gives Delta_14 = .8214, the largest."""
-    if phi.dim() != 2:
-        raise ValueError(f"dcg_weights: phi must be (B, K), got {tuple(phi.shape)}")
-    tau = preference_rank(phi)  # (B, K)
+    tau = _ranks("dcg_weights", phi, mask)  # (B, K)
     preferred = tau.unsqueeze(2) < tau.unsqueeze(1)  # (B, K, K)
     gain, discount = torch.exp2(phi.to(tau)), 1 / torch.log1p(tau)  # (B, K)
     gains = (gain.unsqueeze(2) - gain.unsqueeze(1)).abs()  # (B, K, K)
@@ -185,15 +190,20 @@ def list_weights(loss, phi, rewards):
 # ----------------------------------------------------------------------------- errors and the loss
 
 
-def denoising_error(prediction, target):
-    """(B, K, ...), (B, K, ...) -> (B, K): mean squared error over the trailing dimensions. A network's flat
-    output (B K, ...) takes .unflatten(0, (B, K)) first.
+def denoising_error(prediction, target, K=None):
+    """(B, K, C, h, w) or (B, K, D), both -> (B, K): mean squared error over the trailing dimensions. With K
+    both are a network's flat output and its target, (B K, ...).
 
+    ValueError for four dimensions without K: (B K, C, h, w) and packed tokens (B, K, T, D) look alike.
     fp32 BEFORE subtracting: a half-precision difference times beta = 2500 is worth .04 (fp16) to .29 (bf16)
     in the logit."""
-    if prediction.shape != target.shape or prediction.dim() < 3:
-        shapes = f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}"
-        raise ValueError(f"denoising_error: {shapes} must be equal shapes (B, K, ...)")
+    shapes = f"denoising_error: prediction {tuple(prediction.shape)} and target {tuple(target.shape)}"
+    if K and prediction.shape == target.shape and prediction.dim() > 1 and len(prediction) % K == 0:
+        prediction, target = prediction.unflatten(0, (-1, K)), target.unflatten(0, (-1, K))
+    elif K or prediction.shape != target.shape or prediction.dim() < 3:
+        raise ValueError(f"{shapes} must be equal shapes (B, K, ...), or with K given (B K, ...)")
+    elif prediction.dim() == 4:
+        raise ValueError(f"{shapes}: give K if they are (B K, C, h, w), or (B K, T, D) of (B, K, T, D)")
     wide = torch.promote_types(prediction.dtype, torch.float32)
     return (prediction.to(wide) - target.to(wide)).square().flatten(2).mean(-1)
 
@@ -310,9 +320,15 @@ def dro_loss(expert_err, expert_ref_err, negative_err, negative_ref_err, margin=
     }
 
 
-def rankdpo_loss(policy_err, ref_err, phi, beta):
-    """RankDPO (Eq. 7) for (B, K) errors and preference probabilities phi (B, K) -> loss (B,), metrics."""
-    return preference_loss(policy_err, ref_err, dcg_weights(phi), beta)
+def rankdpo_loss(policy_err, ref_err, phi, beta, mask=None):
+    """RankDPO (Eq. 7) for (B, K) errors and preference probabilities phi (B, K) -> loss (B,), metrics.
+
+    phi: the share of an image's pairwise wins, preference_probability(rewards (B, K, R)). Ranks, 1 = best,
+    are one such reward: preference_probability(-rank.unsqueeze(-1)).
+    beta: of errors that are MEANS, without a factor 1/2: 2500 is usual for noise and v prediction, 50 for
+    rectified flow. See "The scale of beta" above for other code's numbers.
+    mask (B, K): True for real images where lists differ in length; phi of the others is any of [0, 1]."""
+    return preference_loss(policy_err, ref_err, dcg_weights(phi, mask), beta, mask)
 
 
 def dpo_loss(policy_err, ref_err, beta):

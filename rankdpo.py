@@ -53,9 +53,7 @@ class Method:
     loss: str = option("rankdpo", "the objective; losses.py has the table", LOSSES)
     beta: float = option(None, "pull towards the reference; errors are MEANS (default: by model)", above=0)
     weight_by: str = option("hpsv2.1", "the reward whose scores weigh the images of --loss weighted")
-    loser_weight: float = option(
-        None, "scales the gradient through the losers (default: by model)", at_least=0
-    )
+    loser_weight: float = option(None, "scales the losers' gradient (default: by model)", at_least=0)
     ref_refresh: int = option(0, "steps between copies of the policy into the reference", at_least=0)
     timesteps: str = option("logit_normal", "how rectified flow draws them", ("logit_normal", "uniform"))
     experts: int = option(500, "--loss dro: how many of the best images are the experts", above=0)
@@ -63,7 +61,7 @@ class Method:
     sampler_refresh: int = option(20, "--loss dro: steps between copies into the sampler", above=0)
     caption_dropout: float = option(None, "share of lists without text (dro: .2)", at_least=0, below=1)
     # optimiser
-    lr: float = option(None, "learning rate of AdamW after the warm-up (default: by model)", above=0)
+    lr: float = option(None, "learning rate of AdamW, peak after the warm-up (default: by model)", above=0)
     schedule: str = option("linear", "after the warm-up: decay to 0, or not", ("linear", "constant"))
     steps: int = option(400, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
@@ -100,8 +98,12 @@ class Config(Method):
     resume: bool = option(True, "go on from the newest checkpoint in --out; false sets the old run aside")
 
 
-if __name__ == "__main__":  # --help and mistyped options end here, before imports that take seconds
-    common.parse(Config, __doc__)
+if __name__ == "__main__":  # --help and mistyped options and paths end here, before imports that take seconds
+    given = common.parse(Config, __doc__)
+    if given.data != "random" and not (given.plan or Path(given.data).is_dir()):
+        fail(f"--data {given.data}: no such folder; make it with synpic.py, or name the one that is there")
+    if (path := given.model or "").startswith((".", "/")) and "+" not in path and not Path(path).exists():
+        fail(f"--model {path}: no such file or folder")
 
 import numpy as np
 import torch
@@ -279,8 +281,7 @@ def load_batch(cfg, data, positions):
     if cfg.loss == "dro":  # a timestep that a sampling path passes
         u = ((1000 * u).floor() + 0.5) / 1000
     names = [name for name in items[0] if name != "latents"]
-    cond = {name: move(torch.stack([item[name] for item in items])) for name in names}
-    cond = {name: c.repeat_interleave(K, 0) for name, c in cond.items()}  # (N, ...)
+    cond = {name: move(torch.stack([x[name] for x in items])).repeat_interleave(K, 0) for name in names}
     timesteps = "uniform" if cfg.loss == "dro" else cfg.timesteps
     x_t, t, target = pipelines.add_noise(data.scheduler, x, noise, u.repeat_interleave(K), timesteps)
     weights, mask = (values[index] for values in data.labels)
@@ -322,8 +323,7 @@ def predict(family, network, x_t, t, cond, images_per_forward):
 def errors(family, network, batch, images_per_forward):
     """(B, K), fp32 or wider: mean squared errors of a network on a batch."""
     prediction = predict(family, network, batch.x_t, batch.t, batch.cond, images_per_forward)
-    B, K = batch.mask.shape
-    return losses.denoising_error(prediction.unflatten(0, (B, K)), batch.target.unflatten(0, (B, K)))
+    return losses.denoising_error(prediction, batch.target, batch.mask.shape[1])
 
 
 def list_loss(cfg, policy_err, ref_err, batch):
@@ -449,9 +449,10 @@ def due(every, step):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then --schedule: linear decay to zero, or constant as in Diffusion-DPO."""
-    decay = 1 if cfg.schedule == "constant" else 1 - step / cfg.steps
-    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * decay
+    """Linear warm-up to --lr, then --schedule: linear decay to zero, or constant as in Diffusion-DPO."""
+    if step < cfg.warmup_steps or cfg.schedule == "constant":
+        return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps))
+    return cfg.lr * (cfg.steps - step) / (cfg.steps - cfg.warmup_steps)
 
 
 def check_gradient(row):

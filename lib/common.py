@@ -7,6 +7,7 @@ process_rank, pick_device    rank, world size and device, with or without torchr
 
 import argparse
 import functools
+import importlib.util
 import inspect
 import math
 import os
@@ -45,6 +46,9 @@ def fail(message, status=1):
         with suppress(ValueError):  # a thread may not set a signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
     if status == 1:
         raise SystemExit(message)  # python prints it last and exits with 1
     print(message, file=sys.stderr, flush=True)
@@ -126,6 +130,7 @@ def in_range(name, value, limits):
     return value
 
 
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "numpy", "PIL", "tqdm")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -187,6 +192,9 @@ def parse(config, doc, argv=None):
         more.update(type=functools.partial(read_value, f), default=f.default, help=text.replace("%", "%%"))
         groups[heading[f.name]].add_argument(name, dest=f.name, **more)
     values = vars(parser.parse_args(argv))
+    if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:
+        mend = "pip install -r requirements.txt, or source .venv/bin/activate after bash train.sh"
+        fail(f"{parser.prog}: not installed for {sys.executable}: {', '.join(missing)}; {mend}")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -28,6 +28,9 @@ from lib.common import about, one_line
 from lib.store import digest, file_digest, whole
 from lib.tables import parse_json, read_text
 
+# a warning of diffusers 0.42 that names no module
+logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda r: "float32: []" not in r.getMessage())
+
 
 def split_spec(path):
     """The parts of "base+first+second", a list. A + in the name of a path that exists does not split it."""

@@ -2,7 +2,6 @@
 
 rows = read_metadata(folder, lists=True)                # prompt, file_names, scores, phi
 names, rewards = stored_rewards(folder, rows, label)    # of R scores, a tensor (K, R) a list
-train, held_out = split(rows, holdout, seed)            # indices; no prompt is in both
 sizes = encoded_sizes(cfg, rows)                        # [(height, width)] of each list
 cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, one file per list
 """

@@ -68,6 +68,8 @@ def whole(file):
 
 # ----------------------------------------------------------------------------- replaced whole
 
+UMASK = os.umask(0o022)  # there is no other way to read it
+os.umask(UMASK)
 CONTENTS, RECIPE, ENDS = ".contents", "recipe.json", 1 << 20
 
 
@@ -126,6 +128,8 @@ def finish(tmp, path, sync=True):
     """Rename what was written at begin(path). `sync` waits until a file is on the disk. A folder takes two
     renames: a kill between them leaves the old one as .old.NAME."""
     path, old = Path(path), tmp.with_name(tmp.name.replace(".tmp", ".old", 1))
+    for file in filter(Path.is_file, [tmp, *tmp.rglob("*")]):  # safetensors leaves 0600
+        os.chmod(file, 0o666 & ~UMASK)
     if tmp.is_dir():
         (tmp / CONTENTS).write_text(json.dumps(contents(tmp)))
     elif path.is_dir():
