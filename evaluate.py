@@ -430,8 +430,7 @@ def stop_or_skip(cfg, problems, count):
         message = f"{len(problems)} of {count} prompts cannot be compared, the first: {first}"
         if cfg.on_error == "stop" or len(problems) == count:
             fail(f"{message}. Draw and score it, or leave such prompts out with --on_error skip")
-        if common.process_rank()[0] == 0:
-            print(f"{message}; they are left out for all models")
+        common.print_first(f"{message}; they are left out for all models")
 
 
 def stored(cfg, models):
@@ -479,10 +478,7 @@ def compute(cfg, models, every, tags, of_bench):
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
     models = {name: p._replace(rows=[p.rows[i] for i in complete]) for name, p in models.items()}
     rows, tags = [every[i] for i in complete], [tags[i] for i in complete]
-    free, specs = dict(colours={}, places={}, right={}), {reward_name(s): s for s in with_diversity(cfg)}
-    if "toyworld" in specs:
-        scorer = load_reward(specs["diversity"]) if "diversity" in specs else None
-        free = free_choices(models, scores, scorer, cfg.seed)
+    free = free_choices(models, scores, {reward_name(s): s for s in with_diversity(cfg)}, cfg.seed)
     prompts = [row["prompt"] for row in rows]
     results = compare(scores, tags, cfg.seed, prompts)
     first = headline(scores, results, tags, cfg.seed, prompts)

@@ -226,9 +226,7 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None, loser_weight=
     for name, (x, shape) in wanted.items():
         if K < 2 or (x is not None and x.shape != shape):
             shapes = f"policy_err {tuple(policy_err.shape)}, {name} {tuple(x.shape)}"
-            raise ValueError(
-                f"preference_loss: errors are (B, K), weights (B, K, K), mask (B, K), got {shapes}"
-            )
+            raise ValueError(f"preference_loss: errors and mask are (B, K), weights (B, K, K), got {shapes}")
     if not beta > 0:
         raise ValueError(f"preference_loss: beta must be positive, got {beta}")
     wide = torch.promote_types(policy_err.dtype, torch.float32)

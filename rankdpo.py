@@ -102,8 +102,6 @@ if __name__ == "__main__":  # --help and mistyped options and paths end here, be
     given = common.parse(Config, __doc__)
     if given.data != "random" and not (given.plan or Path(given.data).is_dir()):
         fail(f"--data {given.data}: no such folder; make it with synpic.py, or name the one that is there")
-    if (path := given.model or "").startswith((".", "/")) and "+" not in path and not Path(path).exists():
-        fail(f"--model {path}: no such file or folder")
 
 import numpy as np
 import torch

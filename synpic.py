@@ -303,7 +303,7 @@ def print_summary(out, summary):
         print(f"{stage}: {', '.join(each)}")
     by = f"ranked by {summary['label']} of {', '.join(summary['rewards'])}"
     print(
-        f"{summary['lists']} lists in {out}/metadata.jsonl, {by}; look at {out}/preview.png (best to worst)"
+        f"{summary['lists']} lists in {out}/metadata.jsonl, {by}; {out}/preview.png has some, best to worst"
     )
 
 

@@ -105,14 +105,15 @@ def check_metadata(row):
             raise ValueError(f"color {item['color']!r} is none of {', '.join(COLOURS)}")
     for item in wanted:
         relation, target = item.get("position", (RELATIONS[0], None))
-        if relation not in RELATIONS or (target is not None and "position" in wanted[target]):
+        odd = relation not in RELATIONS or ("position" in item and type(target) is not int)
+        if odd or (target is not None and "position" in wanted[target]):
             raise ValueError(f"position {item['position']} is none, or of an item with a position")
 
 
 def read_compbench(path):
     files = {category: path / f"{category}_val.txt" for category in CATEGORIES}
-    if not path.is_dir():
-        files = {path.stem.removesuffix("_val"): path}
+    if not path.is_dir():  # color.txt has the training prompts, too
+        files = {path.stem.removesuffix("_val"): path} if path.stem.endswith("_val") else {}
     files = {category: file for category, file in files.items() if file.is_file() and category in CATEGORIES}
     if not files:
         fail(f"{path}: neither a folder with color_val.txt and such, nor one of those files")

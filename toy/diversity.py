@@ -1,6 +1,6 @@
 """What prompts of the toy world leave free, and how varied a model's pictures are there.
 
-    free_choices(models, scores, scorer, seed)     # for the report of evaluate.py
+    free_choices(models, scores, specs, seed)      # for the report of evaluate.py
 
 An errant model looks diverse, because its errors differ: the distance among right pictures leaves them out.
 """
@@ -9,14 +9,17 @@ import numpy as np
 
 from lib.pictures import read_image
 from lib.stats import entropy, paired_gain
+from rewards import load_reward
 from toy.world import COLORS, free_colours, free_place
 
 
-def free_choices(models, scores, scorer, seed):
+def free_choices(models, scores, specs, seed):
     """What prompts of the toy world leave free, by the exact object finder: `colours`, and `places` of the
-    first object (colour_entropy of both), and with diversity's scorer `right`, the distance among a prompt's
-    right pictures."""
+    first object (colour_entropy of both), and with the reward diversity `right`, the distance among a
+    prompt's right pictures."""
     found = dict(colours={}, places={}, right={})
+    if "toyworld" not in specs:
+        return found
     for key, of_picture, names in (("colours", free_colours, COLORS), ("places", free_place, range(9))):
         counts = {name: [] for name in models}
         for name, pictures in models.items():
@@ -25,7 +28,8 @@ def free_choices(models, scores, scorer, seed):
                 counts[name].append(np.sum(seen, axis=0))
         told = np.any(list(counts.values()), axis=(0, 2))  # (P,) whether the prompt leaves it free
         found[key] = colour_entropy({n: np.array(c)[told] for n, c in counts.items()}, names, seed)
-    if scorer:
+    if "diversity" in specs:
+        scorer = load_reward(specs["diversity"])
         apart = {n: right_distances(scorer, p, scores[n]["toyworld"]) for n, p in models.items()}
         found["right"] = compare_right(apart, seed)
     return found
