@@ -176,7 +176,8 @@ def expert_rows(cfg, rows):
         fail(f"--expert_by phi: {tied} pictures tie at the top, {cfg.experts} are wanted; name a reward")
     best = best[: cfg.experts]
     if process_rank()[0] == 0:
-        print(f"experts: {len(best)} of {len(values)} pictures, {by} {values[best[0]]:g} to {values[best[-1]]:g}")
+        lowest, highest = values[best[-1]], values[best[0]]
+        print(f"experts: {len(best)} of {len(values)} pictures, {by} {highest:g} to {lowest:g}")
     more = dict(phi=[1.0, 0.0], scores={})
     return [dict(more, prompt=prompt, file_names=[name], pictures=[looks[name]]) for name, prompt in best]
 
