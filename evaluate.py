@@ -23,6 +23,7 @@ docs/evaluation.md defines gain, win rate, diversity, their intervals and p valu
 
 import base64
 import hashlib
+import html
 import io
 import json
 import os
@@ -86,11 +87,12 @@ from lib.formats import split_spec
 from lib.lists import read_metadata
 from lib.pictures import picture_grid, read_image
 from lib.pipelines import check_pipeline, family_of, load_pipeline
-from lib.stats import agreement, colour_entropy, compare, headline, win_rate
+from lib.stats import METRICS, by_prompt, category_mean, compare, distinct, paired_gain, typical, win_rate
 from lib.store import publish, whole_lines, write_text
-from lib.tables import markdown, parse_json, plain, read_prompts, read_text, write_page
+from lib.tables import parse_json, read_prompts, read_text
 from rewards import TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
-from toy.world import COLORS, find_objects, grammar
+from toy.diversity import free_choices
+from toy.world import COLORS, grammar
 
 # of one model: what draws them, "" for a folder from elsewhere; (P,) of (prompt, files); its sampling options
 Pictures = namedtuple("Pictures", "path folder rows own")
@@ -99,15 +101,48 @@ Pictures = namedtuple("Pictures", "path folder rows own")
 # ----------------------------------------------------------------------------- report
 
 
-def colours_of(pictures):
-    """(P, C): how the objects of each prompt are coloured, by the exact object finder; each picture counts
-    once, however many objects it shows."""
-    colours = np.zeros((len(pictures.rows), len(COLORS)))
-    for i, (_, files) in enumerate(pictures.rows):
-        for file in files:
-            found = [color for _, color, _, _ in find_objects(read_image(f"{pictures.folder}/{file}"))]
-            colours[i] += [found.count(color) / max(1, len(found)) for color in COLORS]
-    return colours
+def headline(scores, results, tags, seed, prompts=None):
+    """What a reader wants first: dict(what, points), a point a model: its value, its gain over the
+    first model with the interval, and its diversity with the change where that is measured.
+
+    The value is accuracy where that is measured; else the mean over prompts of the share of rewards (each by
+    the mean over seeds) that prefer the model's pictures: equal scores count half, so the first has .5."""
+    base, points = next(iter(results)), []
+    there = results[base]["means"]
+    metric = next((name for name in METRICS if name in there), None)
+    rewards = [name for name in there if name != "diversity"] or list(there)
+    places, found = distinct(list(zip(tags, range(len(tags)) if prompts is None else prompts)))
+    tags = [tag for tag, _ in found]
+    for name, result in results.items():
+        against, means = result["against"].get(base, {}), result["means"]
+        if metric:
+            value, gain = means[metric], against.get(metric, {}).get("gain")
+        else:
+            won = [np.sign(scores[name][r].mean(1) - scores[base][r].mean(1)) for r in rewards]
+            won = by_prompt((np.mean(won, axis=0)[:, None] + 1) / 2, places)[0]  # (P',)
+            value = float(category_mean(won, tags))
+            gain = paired_gain(np.full(len(tags), 0.5), won, tags, seed) if against else None
+        point = dict(model=name, value=value, gain=gain, diversity=means.get("diversity"))
+        points.append(point | dict(change=against.get("diversity", {}).get("gain")))
+    what = "accuracy" if metric else f"preferred by {len(rewards)} reward{'s' * (len(rewards) > 1)}"
+    return dict(what=what, points=points)
+
+
+def plain(text):
+    """Text of anybody's as markdown that shows it as it is, on one line."""
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
+    return html.escape(text, quote=False)
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines) + "\n"
+
+
+def write_page(path, template, data):
+    """A page of lib/templates and its data, in which a prompt may say </script>."""
+    text = json.dumps(data).replace("<", "\\u003c")
+    write_text(path, read_text(HERE / "lib/templates" / template).replace("<!-- DATA -->", text))
 
 
 def interval_text(g, digits=3):
@@ -129,12 +164,14 @@ def gain_cells(result, base, metric):
     return [interval_text(gain), p_text(gain)] if gain else ["", ""]
 
 
-def diversity_table(results, colours, trained):
+def diversity_table(results, free, trained):
     """What the gain was paid with; it stands right below the accuracy."""
-    base, rows = next(iter(results)), []
+    base, rows, colours, places, right = next(iter(results)), [], *free.values()
     drift = {name: of["drift"] for name, of in trained.items() if "drift" in of}
     header = ["diversity: what a prompt leaves free", "CLIP distance among seeds", "change (95 %)", "p"]
     header += ["winner's error minus the base's, held-out lists"] * bool(drift)
+    header += ["distance among right pictures (prompts)", "change (95 %)"] * bool(right)
+    header += ["bits of the first object's place (of 3.17)", "change (95 %)"] * bool(places)
     if colours:
         header += [f"bits of free colours (of {np.log2(len(COLORS)):.2f})", "change (95 %)", *COLORS]
     for name, result in results.items():
@@ -142,6 +179,13 @@ def diversity_table(results, colours, trained):
         cells = ["" if mean is None else f"{mean:.3f}", *gain_cells(result, base, "diversity")]
         if drift:
             cells.append(f"{drift[name]:+.4f}" if name in drift else "")
+        if own := right.get(name):
+            cells += [
+                f"{own['mean']:.3f} ({own['n']})",
+                interval_text(own["change"]) if own["change"] else "",
+            ]
+        if own := places.get(name):
+            cells += [f"{own['bits']:.2f}", "" if name == base else interval_text(own["change"], 2)]
         if own := colours.get(name):
             change = "" if name == base else interval_text(own["change"], 2)
             cells += [f"{own['bits']:.2f}", change, *(f"{own['share'][c]:.0%}" for c in COLORS)]
@@ -149,7 +193,7 @@ def diversity_table(results, colours, trained):
     return header, rows
 
 
-def tables_of(results, colours, seeds, trained):
+def tables_of(results, free, seeds, trained):
     """[(header, rows)]: accuracy, diversity, means, every pair as in BalancedDPO's table, spread."""
     base, tables, keys = next(iter(results)), [], ("mean", "min", "max", "std")
     rewards = list(results[base]["means"])
@@ -161,8 +205,8 @@ def tables_of(results, colours, seeds, trained):
                 rows.append([name, *(f"{value:.3f}" for value in cells), *gain_cells(result, base, metric)])
             tags = results[base]["categories"][metric]
             tables.append(([title, "overall", *tags, "gain (95 %)", "p"], rows))
-    if "diversity" in rewards or colours or trained:
-        tables.append(diversity_table(results, colours, trained))
+    if "diversity" in rewards or free["colours"] or trained:
+        tables.append(diversity_table(results, free, trained))
     names = [reward for reward in rewards if reward not in ("toyworld", "diversity")]
     if names:
         rows = [[model, *(f"{result['means'][r]:.3f}" for r in names)] for model, result in results.items()]
@@ -212,16 +256,19 @@ def page_rows(found, seeds, budget=1000):
 
 
 def draw_grid(path, found):
-    """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model."""
-    tags, rows = np.array(found.tags), []
-    for i in [i for tag in dict.fromkeys(found.tags) for i in np.flatnonzero(tags == tag)[:2]][:12]:
-        cells = []
-        for name, pictures in found.models.items():
-            passed = found.scores[name].get("toyworld")
-            for s, file in enumerate(pictures.rows[i][1][:4]):
-                verdict = "" if passed is None else (" (wrong)", " (right)")[int(passed[i, s])]
-                cells.append((read_image(f"{pictures.folder}/{file}"), name + verdict))
-        rows.append((found.rows[i]["prompt"], cells))
+    """grid.png: two prompts of each category, at most twelve in all; up to four pictures of each model. Where
+    accuracy is measured, their change from the first to the last model is typical of the category."""
+    rows, of_models = [], list(found.scores.values())
+    metric = next((name for name in METRICS if name in of_models[0]), None)
+    passed = [of[metric] if metric else np.zeros((len(found.tags), 0)) for of in of_models]  # each (P, S)
+    for i in typical(passed[-1].sum(1) - passed[0].sum(1), found.tags)[:12]:
+        cells, counts = [], []
+        for (name, pictures), right in zip(found.models.items(), passed):
+            marks = (right[i] == 1).tolist() or [False] * len(pictures.rows[i][1])
+            counts.append(f"{name} {sum(marks)} of {len(marks)}")
+            for mark, file in list(zip(marks, pictures.rows[i][1]))[:4]:
+                cells.append((read_image(f"{pictures.folder}/{file}"), name, mark))
+        rows.append((found.rows[i]["prompt"] + f" ({', '.join(counts)} right)" * bool(metric), cells))
     picture_grid(rows, path, side=96)
 
 
@@ -421,8 +468,8 @@ def bench_stage(cfg, models, rows, device):
 
 # a comparison in numbers, of the P prompts of which nothing is missing: (P,) rows of the prompt file, (P,)
 # categories, {model: {reward or metric: (P, S)}}, compare() and headline() of them, {model: training()},
-# colour_entropy() or {}, {prompt: what is missing}, what the benchmark's judge differs in
-Found = namedtuple("Found", "models rows tags scores results first trained colours left_out notes")
+# free_choices(), {prompt: what is missing}, what the benchmark's judge differs in
+Found = namedtuple("Found", "models rows tags scores results first trained free left_out notes")
 
 
 def compute(cfg, models, every, tags, of_bench):
@@ -431,17 +478,17 @@ def compute(cfg, models, every, tags, of_bench):
     for name in metrics:
         scores[name].update({metric: values[complete] for metric, values in metrics[name].items()})
     models = {name: p._replace(rows=[p.rows[i] for i in complete]) for name, p in models.items()}
-    rows, tags, colours = [every[i] for i in complete], [tags[i] for i in complete], {}
-    if "toyworld" in map(reward_name, cfg.rewards):
-        free = [not any(color for _, color in grammar()[row["prompt"]]["objects"]) for row in rows]
-        colours = {name: colours_of(pictures)[free] for name, pictures in models.items()}
-        colours = colour_entropy(colours, COLORS, cfg.seed)
+    rows, tags = [every[i] for i in complete], [tags[i] for i in complete]
+    free, specs = dict(colours={}, places={}, right={}), {reward_name(s): s for s in with_diversity(cfg)}
+    if "toyworld" in specs:
+        scorer = load_reward(specs["diversity"]) if "diversity" in specs else None
+        free = free_choices(models, scores, scorer, cfg.seed)
     prompts = [row["prompt"] for row in rows]
     results = compare(scores, tags, cfg.seed, prompts)
     first = headline(scores, results, tags, cfg.seed, prompts)
     trained = {name: found for name, p in models.items() if (found := training(p.path))}
     left_out = {every[i]["prompt"]: what for i, what in sorted(problems.items())}
-    return Found(models, rows, tags, scores, results, first, trained, colours, left_out, notes)
+    return Found(models, rows, tags, scores, results, first, trained, free, left_out, notes)
 
 
 def training(path):
@@ -495,7 +542,7 @@ def phrase(cfg, found, device):
         setting += f". {len(found.left_out)} prompts are left out for all models: {first}, ..."
     note = "p values: Wilcoxon's signed-rank test of gains, sign test of wins; Holm's correction covers all "
     note += "gains of this report, all wins of the best seed, all wins of the mean"
-    tables = tables_of(found.results, found.colours, cfg.seeds, found.trained)
+    tables = tables_of(found.results, found.free, cfg.seeds, found.trained)
     if cfg.bench:
         known = {n: {c: of[c] for c in ("Images", "GPU days") if c in of} for n, of in found.trained.items()}
         args = (found.results, found.rows, found.scores, found.notes, known)
@@ -505,31 +552,24 @@ def phrase(cfg, found, device):
 
 
 def draw_frontier(path, first):
-    """frontier.png: gain against diversity, a point a model with its intervals; a run's steps are joined."""
-    from matplotlib.figure import Figure
-
-    figure, runs, none = Figure(figsize=(7, 5), layout="constrained"), {}, dict(gain=0, low=0, high=0)
-    arms = lambda of: [[e["gain"] - e["low"] for e in of], [e["high"] - e["gain"] for e in of]]
-    axis = figure.subplots()
-    axis.margins(0.12)  # for the names of points at the edge
+    """frontier.png: gain against diversity with intervals, a point for each model; runs are joined."""
+    runs, none = {}, dict(gain=0, low=0, high=0)
+    arms = lambda e: (e["gain"] - e["low"], e["high"] - e["gain"])
     for point in first["points"]:
-        runs.setdefault(point["model"].partition("@")[0], []).append(point)
-    for points in runs.values():
-        gains, changes = ([p[key] or none for p in points] for key in ("gain", "change"))
-        x, y = [p["diversity"] for p in points], [gain["gain"] for gain in gains]
-        axis.errorbar(x, y, arms(gains), arms(changes), marker="o", capsize=2, elinewidth=0.8)
-        for p, *at in zip(points, x, y):
-            axis.annotate(p["model"], at, xytext=(5, 5), textcoords="offset points", parse_math=False)
-    axis.set(xlabel="diversity: CLIP distance among seeds (95 %)", ylabel=f"gain: {first['what']} (95 %)")
-    axis.grid(alpha=0.3)
-    publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
+        gain, change = point["gain"] or none, point["change"] or none
+        found = dict(label=point["model"], x=point["diversity"], y=gain["gain"])
+        found.update(x_arms=arms(change), y_arms=arms(gain))
+        runs.setdefault(point["model"].partition("@")[0], []).append(found)
+    plot_frontier(
+        path, {"diversity: CLIP distance among seeds (95 %)": runs}, f"gain: {first['what']} (95 %)"
+    )
 
 
 def report_stage(cfg, found, device):
     """report.md, results.json, report.html, grid.png, and frontier.png where diversity is measured."""
     out, models, (where, words) = Path(cfg.out), found.models, phrase(cfg, found, device)
     record = dict(config=asdict(cfg), **where, prompts=[row["prompt"] for row in found.rows])
-    record.update(tags=found.tags, models=found.results, free_colours=found.colours, left_out=found.left_out)
+    record.update(tags=found.tags, models=found.results, free=found.free, left_out=found.left_out)
     record.update(scores={m: {r: rounded(s) for r, s in of.items()} for m, of in found.scores.items()})
     write_text(out / "results.json", json.dumps(record | dict(headline=found.first, trained=found.trained)))
     parts = [*map(plain, words["lines"]), plain(words["setting"])]
@@ -546,6 +586,41 @@ def report_stage(cfg, found, device):
     print("\n".join([*words["lines"], words["setting"], f"{out}/report.html, and what lies beside it"]))
     if cfg.study:
         make_study(cfg, models)
+
+
+def plot_frontier(path, panels, what):
+    """Gain against diversity as a PNG: {title of x: {run: [point]}}, the first point is the base. A point is
+    dict(x, y), and perhaps its label and the arms of its interval, x_arms and y_arms (below, above)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, runs) in zip(axes, panels.items()):
+        for points in runs.values():
+            x, y = ([p[key] for p in points] for key in "xy")
+            arms = [np.transpose([p.get(key, (0, 0)) for p in points]) for key in ("y_arms", "x_arms")]
+            axis.errorbar(x, y, *arms, marker="o", capsize=2, elinewidth=0.8)
+        base = next(iter(runs.values()))[0]
+        axis.axhline(base["y"], color="k", ls=":", lw=0.8)
+        axis.axvline(base["x"], color="k", ls=":", lw=0.8)
+        axis.margins(0.12)
+        axis.set(xlabel=title, ylabel=what if axis is axes[0] else "")
+        arrow = dict(arrowstyle="->", color="green")
+        paper = dict(facecolor="white", edgecolor="none")
+        where = ((0.99, 0.99), (0.87, 0.89), "axes fraction")
+        axis.annotate("better", *where, color="green", arrowprops=arrow, bbox=paper)
+        named = sorted(
+            (p for points in runs.values() for p in points if p.get("label")), key=lambda p: p["y"]
+        )
+        (low, high), gap = axis.get_ylim(), min(0.05, 1 / len(named))
+        at = np.array([(p["y"] - low) / (high - low) for p in named])
+        for n in range(1, len(at)):  # names beside the axis, at the height of their points, apart
+            at[n] = max(at[n], at[n - 1] + gap)
+        line = dict(arrowstyle="-", color="0.6", lw=0.6)
+        for p, height in zip(named, at - max(0, at[-1] - 1)):
+            beside = dict(xytext=(1.02, height), textcoords="axes fraction", va="center", arrowprops=line)
+            axis.annotate(p["label"], (p["x"], p["y"]), fontsize=8, parse_math=False, **beside)
+    publish(path, lambda tmp: figure.savefig(tmp, dpi=120))
 
 
 # ----------------------------------------------------------------------------- a blind study, for people
@@ -611,6 +686,16 @@ def read_answers(cfg, key):
             fail(f"--study_answers {path}: the same answers as {people[text]}; a person counts once")
         people[text] = path
     return votes
+
+
+def agreement(counts):
+    """(N, 3) votes a pair for each answer, two or more a pair -> (share of agreeing pairs of people, Fleiss'
+    kappa: that share beyond chance)."""
+    n = counts.sum(1)  # (N,)
+    observed = ((counts**2).sum(1) - n) / (n * (n - 1))  # (N,)
+    chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
+    kappa = (observed.mean() - chance) / (1 - chance) if chance < 1 else 1.0
+    return float(observed.mean()), float(kappa)
 
 
 def study_results(key, votes):

@@ -18,7 +18,7 @@ one sum for the fine-tuning baselines (`finetuning_loss`) with weights (B, K),
     weighted (Table 5)         score_weights(scores)           the score itself, of one reward
 
 and Diffusion-DRO's hinge between an expert's image and the policy's own (`dro_loss`).
-Shapes: B lists (prompts), K images a list, R rewards. Errors are *lower is better*; phi and rewards higher.
+Shapes: B lists (prompts), K images per list, R rewards. Errors are *lower is better*; phi and rewards higher.
 
 The scale of beta. Here an error is the MEAN of the squared error over C, H, W, without a factor 1/2. Then
     beta = beta_half / 2   if your code has sigmoid(-0.5 * beta_half * ...): 5000 there is 2500 here
@@ -54,7 +54,7 @@ def preference_rank(phi, mask=None):
     """tau (..., K) as floats, 1 = best. Tied images share their average rank: their order never matters. With
     a mask (..., K) only real images, those that are True, count.
 
-    ValueError unless phi (..., K) lies in [0, 1]: all weights below are made of ranks, so labels are checked
+    ValueError unless phi (..., K) is in [0, 1]: all weights below are made of ranks, so labels are checked
     here, once a list, and not in the loss, where a look at a GPU's values would hold the step up."""
     if not isinstance(phi, torch.Tensor) or phi.dim() < 1:
         raise ValueError(f"phi: expected a tensor (..., K), got {phi!r:.100}")
@@ -244,8 +244,8 @@ def preference_loss(policy_err, ref_err, weights, beta, mask=None, loser_weight=
 
 
 def preference_metrics(s, weights, real):
-    """s (B, K), weights (B, K, K), real (B, K) -> {name: (B,)}, one number a list, so that a list counts once
-    however many pairs it has. NaN where a list has no preferred pair; the caller reduces.
+    """s (B, K), weights (B, K, K), real (B, K) -> {name: (B,)}, one number per list, so that a list counts
+    once however many pairs it has. NaN where a list has no preferred pair; the caller reduces.
 
     accuracy: share of the preferred pairs, those with more weight one way, that s orders rightly, ties 1/2;
     best_s, worst_s: s of the image with most weight won and of the one with most weight lost;

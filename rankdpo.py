@@ -63,9 +63,9 @@ class Method:
     # optimiser
     lr: float = option(None, "learning rate of AdamW, peak after the warm-up (default: by model)", above=0)
     schedule: str = option("linear", "after the warm-up: decay to 0, or not", ("linear", "constant"))
-    steps: int = option(200, "optimiser steps", above=0)
+    steps: int = option(400, "optimiser steps", above=0)
     warmup_steps: int = option(10, "steps of linear warm-up", at_least=0)
-    global_batch_size: int = option(16, "lists per step, over all processes", above=0)
+    global_batch_size: int = option(32, "lists per step, over all processes", above=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", at_least=0)
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0 = no clipping", at_least=0)
     ema: float = option(0.0, "decay of an average of the weights, which is then saved", at_least=0, below=1)
@@ -113,7 +113,7 @@ from tqdm import tqdm
 
 import losses
 from lib import engine, formats, lists, memory, pipelines, store
-from toy import world
+from toy.world import checker, knows
 
 SCORES = ("phi", "sum", "normalized_sum", "majority")  # labels that count all stored scores, or some
 ONLY_FOR = {  # an option that is not at its default: the losses that use it
@@ -128,7 +128,7 @@ def with_defaults(cfg):
     Diffusion-DRO's share of dropped captions."""
     if cfg.model is None:
         rows = [] if cfg.data == "random" else lists.read_metadata(cfg.data)
-        if not rows or not world.knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
+        if not rows or not knows(cfg.data, [(row["prompt"], row["file_names"]) for row in rows]):
             fail("--model: must be named; the default, toy/models/sdxl, knows lists of the toy world alone")
         cfg = replace(cfg, model=f"{common.HERE}/toy/models/sdxl")
     return common.fill_in(cfg, {"caption_dropout": 0.2} if cfg.loss == "dro" else {}, "--loss dro")
@@ -153,8 +153,10 @@ def check_options(cfg):
         fail(f"--label_rewards: --label {cfg.label} does not look at them; name --label phi, sum or majority")
     if cfg.label == "reversed" and cfg.loss == "weighted":
         fail("--label reversed: turns scores negative, and those cannot weigh an error; take another --loss")
-    if cfg.loss == "dro" and cfg.sampler_refresh == 1 and process_rank()[0] == 0:
-        print("--sampler_refresh 1: the negatives' gradient is exactly zero, they only gate the hinge")
+    if cfg.loss == "dro" and cfg.sampler_refresh == 1:
+        common.print_first(
+            "--sampler_refresh 1: the negatives' gradient is exactly zero, they only gate the hinge"
+        )
     engine.check_report(cfg.report)
 
 
@@ -162,8 +164,8 @@ def check_options(cfg):
 
 
 def expert_rows(cfg, rows):
-    """--loss dro: a row for each of the best pictures with their captions. A picture that stands in several
-    lists counts once. Its phi (1, 0) is the expert's and that of a negative, which the policy draws."""
+    """--loss dro: one row for each of the best pictures with their captions. A picture of several lists
+    counts once. phi is (1, 0): 1 for the expert, 0 for the picture that the policy will draw."""
     scored = [name for name in EXPERTS if all(name in row["scores"] for row in rows)]
     by, values, looks = cfg.expert_by or (*scored, "phi")[0], {}, {}
     for row in rows:
@@ -175,9 +177,8 @@ def expert_rows(cfg, rows):
     if by == "phi" and tied > cfg.experts:
         fail(f"--expert_by phi: {tied} pictures tie at the top, {cfg.experts} are wanted; name a reward")
     best = best[: cfg.experts]
-    if process_rank()[0] == 0:
-        lowest, highest = values[best[-1]], values[best[0]]
-        print(f"experts: {len(best)} of {len(values)} pictures, {by} {highest:g} to {lowest:g}")
+    between = f"{by} {values[best[0]]:g} to {values[best[-1]]:g}"
+    common.print_first(f"experts: {len(best)} of {len(values)} pictures, {between}")
     more = dict(phi=[1.0, 0.0], scores={})
     return [dict(more, prompt=prompt, file_names=[name], pictures=[looks[name]]) for name, prompt in best]
 
@@ -191,13 +192,26 @@ def stack_labels(cfg, rows):
     weights = []
     for row in rows:
         scores = [row["scores"][cfg.weight_by]] if cfg.loss == "weighted" else list(row["scores"].values())
-        weights.append(losses.list_weights(cfg.loss, torch.tensor(row["phi"]), torch.tensor(scores)))
+        labels = torch.tensor(row["phi"]), torch.tensor(scores, dtype=torch.float64)
+        weights.append(losses.list_weights(cfg.loss, *labels).float())
     if not any(w.any() for w in weights):
         fail(f"{cfg.data}/metadata.jsonl: no list prefers any image to another, so there is nothing to learn")
     K = max(w.shape[-1] for w in weights)
     pad = lambda w: torch.nn.functional.pad(w, (0, K - w.shape[-1]) * min(w.dim(), 2))
     sizes = torch.tensor([len(row["phi"]) for row in rows])  # (L,)
     return Labels(torch.stack([pad(w) for w in weights]), torch.arange(K) < sizes[:, None])
+
+
+def split(rows, holdout, seed):
+    """(train, held out): indices of lists to train on, and of those to measure on. No prompt is in both."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    shuffled = np.random.default_rng([seed, 2**32 - 1]).permutation(len(prompts))
+    kept = {prompts[i] for i in shuffled[: round(holdout * len(prompts))]}
+    if len(kept) == len(prompts) or (holdout and not kept):
+        none = f"leaves no list to {'train on' if kept else 'measure'}"
+        fail(f"--holdout {holdout} of {len(prompts)} prompts {none}")
+    held_out = [n for n, row in enumerate(rows) if row["prompt"] in kept]
+    return [n for n, row in enumerate(rows) if row["prompt"] not in kept], held_out
 
 
 # ----------------------------------------------------------------------------- batches
@@ -207,7 +221,7 @@ HELD_OUT = 2**40  # the position of held-out lists, which no step reaches: their
 # what batches are made of: cached latents and text, labels, the noise schedule, a dropped caption
 Data = namedtuple("Data", "cache labels scheduler no_caption device dtype")
 
-# x_t, t, target, cond: a row an image, (N = B K, ...); mask, weights, u, time: a row a list, (B, ...)
+# x_t, t, target, cond: one row per image, (N = B K, ...); mask, weights, u, time: one per list, (B, ...)
 Batch = namedtuple("Batch", "x_t t target cond mask weights u time")
 
 
@@ -226,9 +240,9 @@ def draw_noise(cfg, position, n, shape):
 
 
 def draw_order(cfg, buckets):
-    """The lists of all steps, (steps, G). A step takes lists of one bucket: of that which is furthest behind
-    its share, so that all lists are visited equally often. A bucket is gone through again and again, each
-    time in another order."""
+    """The lists of all steps, (steps, G). Each step takes its lists from one bucket, the one used least for
+    its size, so that all lists are visited equally often. A bucket is repeated, each time in another
+    order."""
     lengths, taken, order = np.array([len(bucket) for bucket in buckets]), np.zeros(len(buckets)), []
     epochs = lambda bucket: (np.random.default_rng([cfg.seed, e]).permutation(bucket) for e in count())
     streams = [chain.from_iterable(epochs(bucket)) for bucket in buckets]
@@ -248,9 +262,9 @@ def micro_batches(cfg, order, step):
 
 
 def load_batch(cfg, data, positions):
-    """[(position, list)] -> a Batch. A list that is shorter than K is filled up with its first image, which
-    the mask keeps out of the loss: all batches have one shape, every process takes equally many passes. Once
-    a list, a caption is dropped (both networks see the same) and a scorer drawn."""
+    """[(position, list)] -> a Batch. A list that is shorter than K is padded with its first image, which the
+    mask keeps out of the loss: all batches have one shape, and every process takes equally many passes. For
+    each list we decide once whether its caption is dropped, and which scorer ranks it."""
     K, index = data.labels.mask.shape[1], [n for _, n in positions]
     wide = torch.promote_types(data.dtype, torch.float32)  # of noise, errors and losses
     items = [lists.read_cached(data.cache, n) for n in index]
@@ -260,7 +274,7 @@ def load_batch(cfg, data, positions):
         if position < HELD_OUT and coin < (cfg.caption_dropout or 0):
             item.update(data.no_caption)
     fill = lambda t: torch.cat([t, t[:1].expand(K - len(t), *t.shape[1:])])
-    move = lambda t: common.to_device(t, data.device)
+    move = lambda t: engine.to_device(t, data.device)
     x = move(torch.cat([fill(item["latents"]) for item in items])).to(wide)  # (N, C, h, w)
     noise = move(torch.cat([fill(noise) for _, noise in draws])).to(wide)  # (N, C, h, w)
     u = move(torch.stack([u for u, _ in draws]))  # (B,), one timestep a list
@@ -333,7 +347,7 @@ def summarise(metrics, **more):
     value, every list counting once, and the accuracy in ten bins of t / 1000, or of rectified flow's sigma,
     from little noise to much. These and `more`, tensors (), leave the GPU in one transfer: each delays it."""
     columns = [torch.cat([of_pass[name] for of_pass in metrics]) for name in METRICS]
-    table = common.gather(torch.stack(columns, 1))  # (lists, M)
+    table = engine.gather(torch.stack(columns, 1))  # (lists, M)
     numbers = torch.cat([table.flatten(), *(value.view(1) for value in more.values())]).cpu()
     table, rest = numbers[: table.numel()].view(table.shape), numbers[table.numel() :].tolist()
     row = dict(zip(METRICS, table.nanmean(0).tolist()))
@@ -392,8 +406,9 @@ def add_negatives(cfg, family, scheduler, sampler, batch, positions):
 
 @torch.no_grad()
 def held_out_passes(cfg, family, data, buckets, base):
-    """[(positions and lists of a pass, which are there twice, their errors (B, K) under the base)]: every
-    process takes equally many lists of each bucket, so a few are taken twice."""
+    """For each pass: its (position, list) pairs, a flag for lists that only fill up the pass, and their
+    errors (B, K) under the base. Every process takes equally many lists of each bucket, so a few are taken
+    twice."""
     (rank, world), size, passes = process_rank(), cfg.device_batch_size, []
     for bucket in buckets:
         share = range(rank, -(-len(bucket) // world) * world, world)
@@ -477,7 +492,7 @@ def main(argv=None):
     cfg, rows = common.from_first(lists.read_lists, cfg)
     rows = expert_rows(cfg, rows) if cfg.loss == "dro" else rows
     labels, sizes = stack_labels(cfg, rows), lists.encoded_sizes(cfg, rows)
-    train_lists, held_out = lists.split(rows, cfg.holdout, cfg.seed)
+    train_lists, held_out = split(rows, cfg.holdout, cfg.seed)
     order = draw_order(cfg, lists.by_size(sizes, train_lists))
     wanted = {*order.flatten().tolist(), *held_out}
     cache, missing = lists.find_cache(cfg, rows, dtype, wanted)
@@ -497,9 +512,9 @@ def main(argv=None):
     largest = lists.read_cached(cache, max(wanted, key=lambda n: np.prod(sizes[n])))
     cfg, flops = memory.choose(cfg, family, denoiser, largest, labels.mask.shape[1], dtype, device, free)
     no_caption = pipelines.encode_nothing(pipe, device, dtype) if cfg.caption_dropout and encoders else {}
-    samples = engine.prepare_samples(cfg, pipe, part, rows, sizes[order[0, 0]], device, dtype)
-    data = Data(cache, labels, pipe.scheduler, no_caption, device, dtype)
-    pipe = None  # VAE and text encoders have done their work, but for the samples
+    check = checker(cfg.data, rows)  # None unless these are lists of the toy world
+    samples = engine.prepare_samples(cfg, pipe, rows, sizes[order[0, 0]], device, dtype, check)
+    data, pipe = Data(cache, labels, pipe.scheduler, no_caption, device, dtype), None  # encoders are done
 
     # ---- networks and optimiser. The reference is a frozen copy of the policy, with --lora_rank a second set
     # of adapters in the same network. Several processes shard whole networks and their moments (FSDP2), and
@@ -512,7 +527,7 @@ def main(argv=None):
         exam = held_out_passes(cfg, family, data, lists.by_size(sizes, held_out), reference)
     if checkpoint_folder:  # weights of the policy and of what was copied from it, and AdamW's moments
         engine.load_checkpoint(checkpoint_folder, engine.training_state(cfg, networks, optimizer))
-    common.check_finite(parameters, device, f"{cfg.model}: holds weights that are not finite")
+    engine.check_finite(parameters, device, f"{cfg.model}: holds weights that are not finite")
     if samples and not start_step:
         engine.draw_samples(cfg, samples, policy, autocast, 0)
     if rank == 0:
@@ -569,13 +584,13 @@ def main(argv=None):
             bar.set_postfix(log.write(row))
 
         # ---- save
-        stopping = common.any_process(bool(stop), device)
+        stopping = engine.any_process(bool(stop), device)
         if stopping or due(cfg.save_every, step):
             engine.save_checkpoint(cfg, engine.training_state(cfg, networks, optimizer), recipe, step + 1)
         if stopping:
             fail(f"stopped after {step + 1} steps; the same command goes on there", stop[0] if stop else 143)
 
-    common.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
+    engine.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
     about = log.close() if rank == 0 else {}
     engine.save_model(cfg, "model", average or policy, part, about)
     if rank == 0:

@@ -72,6 +72,7 @@ from lib import store, tables
 from lib.answers import Store, answer_rows, files_version, read_answers
 from lib.formats import loading
 from lib.lists import metadata_file, read_metadata
+from lib.pictures import SUFFIXES
 from lib.scorers import PUBLISHED, Scorer, crop, find_weights, open_clip_model
 
 # ----------------------------------------------------------------------------- rewards that only judge
@@ -245,7 +246,7 @@ def load_reward(spec, device="cpu", **options):
 
 def reward_version(spec):
     """A short hash of what a score depends on: the reward, its weights, config and tokenizer, wherever they
-    lie. Of a file, size and first and last megabyte count: hashing 23 GB takes longer than many a run."""
+    are. Every byte of them counts."""
     name, _, source = spec.partition("=")
     file, function = function_of(spec)
     if function:
@@ -254,8 +255,8 @@ def reward_version(spec):
 
 
 def version_there(folder, name, lines, spec):
-    """Whose scores count where labels are made of what lies there, the stored_lines: those of `spec`, if it
-    is given and scored here, else the only ones."""
+    """Which version's scores to use, of the stored_lines: that of `spec` if it scored here; otherwise there
+    must be only one."""
     versions = {row.get("version") for _, _, row in lines if row}
     own = reward_version(spec) if spec else None
     if len(versions) > 1 and own not in versions:
@@ -290,8 +291,7 @@ def read_folder(folder):
         fail(f"{folder}: no such folder")
     if metadata_file(folder):
         return [(row["prompt"], row["file_names"]) for row in read_metadata(folder)]
-    suffixes = (".png", ".jpg", ".jpeg", ".webp")
-    pictures = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in suffixes]
+    pictures = [p for p in sorted(folder.glob("[!.]*")) if p.suffix.lower() in SUFFIXES]
     captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
     if not captioned:
         fail(f"{folder}: neither metadata.jsonl nor pictures with a .txt caption beside them")

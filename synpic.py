@@ -16,8 +16,8 @@ images and rewards) ranks the k images of a prompt, in three stages:
 
     generate   images/00000/sdxl_0.png ...    a picture is written whole or not at all
     score      scores/pickscore.jsonl ...     a row of scores a prompt, appended as they come
-    label      metadata.jsonl, preview.png    a row a prompt: its images, models, seeds, scores, phi, rank
-               summary.json, summary.png  wins, agreement of the rewards, ties, speed, cost
+    label      metadata.jsonl, preview.png    one row per prompt: its images, models, seeds, scores, phi, rank
+               summary.json                   wins, how varied each generator is, agreement, ties, speed
 
 After a kill the same command goes on: the first two stages skip what is done, and labels are always made anew
 from the stored scores. rankdpo.py trains on the folder; datasets.load_dataset("imagefolder", data_dir=...)
@@ -44,11 +44,11 @@ MODELS = {
     "qwen": ("Qwen/Qwen-Image", 50, 4.0, 1328, "bf16"),
 }
 TOY_MODELS = (
-    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=3",
-    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=3,seed=1",
-    f"sd3={HERE}/toy/models/sd3,steps=16,guidance=3",
-    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=5",
-    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=5,seed=1",
+    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=2",
+    f"sdxl={HERE}/toy/models/sdxl,steps=16,guidance=2,seed=1",
+    f"sd3={HERE}/toy/models/sd3,steps=16,guidance=1.5",
+    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=1.5",
+    f"sd15={HERE}/toy/models/sd15,steps=16,guidance=1.5,seed=1",
 )
 STAGES = ("generate", "score", "label")
 
@@ -63,7 +63,7 @@ class Config:
     from_: str = option(
         "", "import: a file of Pick-a-Pic, HPDv2, HPDv3 or ImageReward, or a folder of shards"
     )
-    pictures: str = option("", "import: folder of its pictures or zips of them; empty = where the file lies")
+    pictures: str = option("", "import: folder of its pictures or zips; empty = the file's own")
     # how it is scored and ranked
     rewards: tuple = option(
         (), "name or name=source, see rewards.py; to label lists, empty = all that scored"
@@ -72,11 +72,10 @@ class Config:
     seed: int = option(0, "of the order that --label random gives; a generator's is ,seed=1", at_least=0)
     # how it is run
     out: str = option("outputs/synpic", "folder to write")
-    stages: tuple = option(STAGES, "which stages to run; import stands alone", ("import", *STAGES))
+    stages: tuple = option(STAGES, "which stages to run; import runs alone", ("import", *STAGES))
     batch_size: int = option(64, "images a batch, in every stage", at_least=1)
     shard: str = option("0/1", "i/n: make only part i of n, for job arrays; label when all are done")
     on_error: str = option("stop", "images that cannot be drawn or scored: stop, or skip", ("stop", "skip"))
-    gpu_price: float = option(0.0, "USD a GPU hour, for the cost in the summary; 0 = no cost", at_least=0)
     precision: str = option(
         "auto", "auto: the generator's own, fp32 on a CPU", ("auto", "fp32", "bf16", "fp16")
     )
@@ -104,10 +103,12 @@ from lib.lists import (
 )
 from lib.people import import_stage
 from lib.pictures import picture_grid, read_image
+from lib.stats import entropy
 from lib.store import write_text
 from lib.tables import parse_json, read_prompts
 from losses import preference_rank
-from rewards import LOADERS, TOY_REWARDS, check_rewards, read_scores, reward_name, score_rows
+from rewards import LOADERS, TOY_REWARDS, check_rewards, load_reward, read_scores, reward_name, score_rows
+from toy.world import free_colours, knows
 
 # ----------------------------------------------------------------------------- generators
 
@@ -200,9 +201,8 @@ def label_stage(cfg, lists):
     write_text(out / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in lists))
     draw_preview(out, lists)
     summary = {"label": cfg.label, "rewards": names, **summarise(lists, names)}
-    summary.update(speed_and_cost(cfg, summary["images"]))
+    summary.update(speed_of(out), variety=variety(cfg, lists) if "generators" in summary else {})
     write_text(out / "summary.json", json.dumps(summary, indent=1))
-    draw_summary(out, summary)
     print_summary(out, summary)
 
 
@@ -229,11 +229,8 @@ def draw_preview(out, lists):
 
 
 def summarise(lists, names):
-    """Who wins against whom, how far the rewards agree, ties, phi."""
-    every_phi = np.concatenate([row["phi"] for row in lists])
-    counts, edges = np.histogram(every_phi, bins=10, range=(0, 1))
-    summary = {"lists": len(lists), "images": len(every_phi)}
-    summary["phi_histogram"] = {"edges": edges.round(1).tolist(), "counts": counts.tolist()}
+    """Who wins against whom, how far the rewards agree, ties."""
+    summary = {"lists": len(lists), "images": sum(len(row["phi"]) for row in lists)}
     generators = made_by(lists[0])
     if not generators or any(made_by(row) != generators for row in lists):
         return summary
@@ -253,67 +250,57 @@ def summarise(lists, names):
     return summary
 
 
-def speed_and_cost(cfg, images):
-    """Images a second of one process, hours a stage and, with --gpu_price, the cost, from timings.jsonl."""
-    path, speed, hours = Path(cfg.out) / "timings.jsonl", {}, {}
+def speed_of(out):
+    """Images a second of one process and hours a stage, from timings.jsonl."""
+    path, speed, hours = out / "timings.jsonl", {}, {}
     for line in store.whole_lines(path):
         try:
             t = parse_json(line.decode())
             stage, name, count = str(t["stage"]), str(t["name"]), int(t["images"])
             seconds = in_range("seconds", float(t["seconds"]), (None, 0, None))
         except (ValueError, TypeError, KeyError, OverflowError):
-            print(f"{path}: a damaged line is left out of speed and cost")
+            print(f"{path}: a damaged line is left out of the speed")
             continue
         entry = speed.setdefault(stage, {}).setdefault(name, {"images": 0, "seconds": 0.0})
         entry["images"] += count
         entry["seconds"] += seconds
         entry["images_per_s"] = entry["images"] / max(entry["seconds"], 1e-9)
         hours[stage] = hours.get(stage, 0.0) + seconds / 3600
-    found = {"speed": speed, "hours": hours}
-    if cfg.gpu_price and any(hours.values()):
-        by_stage = {stage: taken * cfg.gpu_price for stage, taken in hours.items()}
-        usd = sum(by_stage.values())
-        found["cost"] = {"usd": usd, "usd_by_stage": by_stage, "usd_for_232k_images": usd * 232_000 / images}
+    return {"speed": speed, "hours": hours}
+
+
+def variety(cfg, lists, most=100):
+    """{generator: how varied its pictures are}, on the first `most` prompts. `distance`: 1 - cosine by CLIP
+    between two seeds, where clip scored and there are two; `bits`: entropy of the colours that prompts of the
+    toy world leave free. What winners lack, the tuned model will lack."""
+    found, lists = {}, lists[:most]
+    clip = [spec for spec in cfg.rewards if reward_name(spec) == "clip" and "score" in cfg.stages]
+    scorers = [load_reward(f"diversity{spec[4:]}", common.pick_device(cfg.device)) for spec in clip]
+    for name in dict.fromkeys(lists[0]["models"]):
+        mine = [i for i, model in enumerate(lists[0]["models"]) if model == name]
+        rows = [(row["prompt"], [row["file_names"][i] for i in mine]) for row in lists]
+        found[name] = {}
+        for scorer in scorers if len(mine) > 1 else ():
+            results = answers.stream_rows(scorer, cfg.out, rows, range(len(rows)), cfg.batch_size)
+            found[name]["distance"] = float(np.mean([value for _, of in results for value, _ in of]))
+        if knows(cfg.out, rows):
+            pictures = [(prompt, Path(cfg.out) / file) for prompt, files in rows for file in files]
+            colours = sum(free_colours(prompt, read_image(path)) for prompt, path in pictures)
+            found[name]["bits"] = float(entropy(colours / max(1, colours.sum())))
     return found
-
-
-def draw_summary(out, summary):
-    """summary.png: two matrices and the histogram of phi."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, key, names, least, colours in (
-        (axes[0], "win_matrix", summary.get("generators"), 0, "YlGn"),
-        (axes[1], "kendall_tau", summary["rewards"], -1, "coolwarm"),
-    ):
-        if key in summary:
-            axis.imshow(summary[key], vmin=least, vmax=1, cmap=colours)
-            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
-            axis.set_yticks(range(len(names)), names, parse_math=False)
-            for (row, column), value in np.ndenumerate(summary[key]):
-                colour = "w" if value > 0.75 else "k"  # on dark ground
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    histogram = summary["phi_histogram"]
-    axes[2].bar(histogram["edges"][:-1], histogram["counts"], width=0.1, align="edge", edgecolor="w")
-    axes[2].set_ylabel("images")
-    titles = ("row above column (share of prompts)", "agreement of rewards (Kendall's tau)", "phi")
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, fontsize=10)
-    store.publish(out / "summary.png", lambda tmp: figure.savefig(tmp, dpi=100))
 
 
 def print_summary(out, summary):
     if "generators" in summary:
         means = [f"{name} {phi:.3f}" for name, phi in zip(summary["generators"], summary["mean_phi"])]
         print(f"mean phi by model: {', '.join(means)}; share of tied pairs {summary['tied_pairs']:.3f}")
+    for key, what in (("distance", "CLIP distance of a prompt's seeds"), ("bits", "bits of free colours")):
+        each = [f"{name} {of[key]:.2f}" for name, of in summary["variety"].items() if key in of]
+        if each:
+            print(f"how varied, {what}: {', '.join(each)}; what winners lack, the tuned model will lack")
     for stage, entries in summary["speed"].items():
         each = [f"{name} {entry['images_per_s']:.1f} images/s" for name, entry in entries.items()]
         print(f"{stage}: {', '.join(each)}")
-    if cost := summary.get("cost"):
-        each = ", ".join(f"{stage} {usd:.2f}" for stage, usd in cost["usd_by_stage"].items())
-        paper = f"{cost['usd_for_232k_images']:.0f} USD for the paper's 232 k images (the paper: under 206)"
-        print(f"cost: {cost['usd']:.2f} USD ({each}), so {paper}")
     by = f"ranked by {summary['label']} of {', '.join(summary['rewards'])}"
     print(
         f"{summary['lists']} lists in {out}/metadata.jsonl, {by}; look at {out}/preview.png (best to worst)"

@@ -79,14 +79,6 @@ def test_majority_vote():
     assert torch.equal(v, -v.T)
 
 
-def test_majority_vote_ties():
-    even = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]])  # images 0 and 1 split 1:1, both beat 2
-    assert majority_vote(even)[0, 0, 1] == 0
-    literal = majority_vote(even, "literal")[0]
-    assert literal[0, 1] == -1 and literal[1, 0] == 1 and literal[0, 2] == 1
-    assert literal.diagonal().abs().sum() == 0
-
-
 def test_literal_ties_are_the_printed_formulas():
     """s_k = 1 if r_k(x1) >= r_k(x2) else -1; s = 1 if sum_k s_k > 0 else -1, for every pair i < j."""
     rewards = torch.randint(0, 3, (40, 4, 4), generator=torch.Generator().manual_seed(7)).float()
@@ -101,6 +93,7 @@ def test_literal_ties_are_the_printed_formulas():
     assert evens > 20
     pair = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # 1 : 1, and one reward that ties
     assert majority_vote(pair)[0, 1] == 0 and majority_vote(pair, "literal").tolist() == [[0, 1], [-1, 0]]
+    assert votes.diagonal(dim1=1, dim2=2).abs().sum() == 0
 
 
 # ---- weights
@@ -266,14 +259,6 @@ def test_the_gradients_without_pairs_against_a_loop():
     assert 0 < expert.grad.sum() < 30
 
 
-@pytest.mark.parametrize("weights", [dcg_weights, dpo_weights, gain_weights])
-def test_loss_is_sum_of_weights_times_ln2_at_the_reference(weights):
-    phi, err = torch.rand(6, 5, generator=torch.Generator().manual_seed(3)), rand(6, 5).square()
-    w = weights(phi)
-    loss, _ = preference_loss(err, err, w, 500.0)
-    assert torch.allclose(loss, w.sum((1, 2)) * math.log(2), atol=1e-6)
-
-
 def test_loss_against_a_double_loop():
     B, K, beta = 7, 5, 3.0
     policy, ref = rand(B, K, dtype=torch.float64).square(), rand(B, K, seed=1, dtype=torch.float64).square()
@@ -299,17 +284,10 @@ def test_two_images_are_dpo_times_the_gain():
     assert torch.allclose(dpo, -torch.nn.functional.logsigmoid(-2.0 * (s[:, 0] - s[:, 1])), atol=1e-6)
 
 
-def test_gradient_lowers_the_winner_and_raises_the_loser():
-    err = rand(1, 4).square().requires_grad_()
-    rankdpo_loss(err, err.detach().clone(), PHI, 10.0)[0].sum().backward()
-    assert err.grad[0, 0] > 0 > err.grad[0, 3]  # descent subtracts it
-    assert err.grad.sum().abs() < 1e-5  # only differences matter
-
-
-def test_no_gradient_reaches_the_reference():
+def test_no_gradient_reaches_the_reference_and_only_differences_matter():
     policy, ref = rand(2, 4).square().requires_grad_(), rand(2, 4, seed=1).square().requires_grad_()
     rankdpo_loss(policy, ref, PHI.expand(2, 4), 10.0)[0].sum().backward()
-    assert ref.grad is None and policy.grad.abs().sum() > 0
+    assert ref.grad is None and policy.grad.abs().sum() > 0 and (policy.grad.sum(1).abs() < 1e-5).all()
 
 
 def test_permuting_the_images_changes_nothing():

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib import store
+from lib import pictures, store
 from lib.common import fail
 from lib.lists import is_number
-from lib.pictures import picture_digest
 from lib.scorers import WEIGHTS
 from lib.store import appending, digest, file_digest
 
@@ -47,11 +46,11 @@ def picture_version(path):
 
 @lru_cache(maxsize=None)
 def remembered_digest(path, changed):
-    return picture_digest(path)
+    return file_digest(path, pictures.ENDS)
 
 
 class Store(NamedTuple):
-    """Where a model's answers about pictures are kept: a line a prompt in folder/PLACE/NAME.jsonl."""
+    """Where a model's answers about pictures are kept: one line per prompt in folder/PLACE/NAME.jsonl."""
 
     folder: str
     name: str
@@ -80,14 +79,14 @@ def stored_lines(folder, name, place="scores"):
 
 
 def read_answers(store, rows):
-    """The same of any store: {row index: [k answers]}."""
+    """{row index: [k answers]} of a store."""
     lines = stored_lines(store.folder, store.name, store.place)
     return stored_scores(store.folder, store.name, lines, rows, store.version)[0]
 
 
 def stored_scores(folder, name, lines, rows, version):
-    """The same of a version, from stored_lines; and the indices of rows whose scores do not count: another
-    version's, or of pictures that were replaced since."""
+    """{row index: answers of this version} from stored_lines, and the indices of rows whose answers do not
+    count: another version's, or of pictures that were replaced since."""
     stored, others, foreign, found, replaced, outdated = {}, set(), [], {}, [], []
     for path, n, row in lines:
         if row is None:
@@ -132,8 +131,8 @@ def stream_rows(scorer, folder, rows, todo, batch_size):
 
 
 def answer_rows(store, rows, load, batch_size, on_error, part=""):
-    """Append load()'s answers about the rows [(prompt, file_names)] that lack them, a line a row as it comes.
-    `part` goes into the file's name, so that processes side by side do not share one.
+    """Append load()'s answers about the rows [(prompt, file_names)] that lack them, one line per row as it
+    comes. `part` goes into the file's name, so that processes side by side do not share one.
 
     A row with an unreadable image, an empty prompt or a score that is not finite ends the run
     (on_error="stop"), or is left out and tried again next time ("skip"). Returns how many rows were answered,

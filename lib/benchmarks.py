@@ -4,7 +4,7 @@
     python evaluate.py --bench t2i-compbench --prompts examples/dataset --bench_models phrases=phrases.json
     python evaluate.py --bench dpg --prompts dpg_bench --bench_models vqa=vqascore-xl
 
-Pictures lie where the official scorer looks for them; write_layout adds what else it reads. Answers of the
+Pictures are where the official scorer looks for them; write_layout adds what else it reads. Answers of the
 judging models are appended to FOLDER/measured/NAME.jsonl as they come; each report computes its verdicts from
 them. docs/benchmarks.md lists the benchmarks and their files, and says what differs from each original;
 lib/templates/papers.txt holds the papers' rows.
@@ -27,17 +27,7 @@ from lib import common, pictures, scorers, tables
 from lib.answers import Store, answer_rows, files_version, read_answers
 from lib.common import HERE, about, fail, process_rank
 from lib.formats import loading
-from lib.scorers import (
-    BERT,
-    BLIP_WORDS,
-    PUBLISHED,
-    Scorer,
-    clip_tokenizer,
-    cosine,
-    crop,
-    find_weights,
-    pretrained,
-)
+from lib.scorers import PUBLISHED, Scorer, clip_tokenizer, cosine, crop, find_weights, pretrained
 from lib.store import publish, write_text
 from lib.tables import parse_json, prompt_rows, read_text
 
@@ -215,7 +205,7 @@ def picture_files(name, rows, seeds):
 
 
 def pictures_from_elsewhere(name, folder, rows, seeds):
-    """picture_files as they lie in a folder that another program drew: in our layout, as GenEval's own script
+    """picture_files of a folder that another program drew: in our layout, as GenEval's own script
     numbers them (five digits), or HPSv2's, one jpg a prompt; None where there are none, and what was looked
     for, as text."""
     layouts = [picture_files(name or "geneval", rows, seeds)]
@@ -331,7 +321,7 @@ def wrong_number_or_colour(item, found):
 
 
 def wrong_relation(name, found, expected, targets):
-    """The first pair that does not stand as expected, or ""; targets None: the target itself failed."""
+    """The first pair that is not placed as expected, or ""; targets None: the target itself failed."""
     if targets is None:
         return f"no target for {name} to be {expected}"
     for box, _ in found:
@@ -343,7 +333,7 @@ def wrong_relation(name, found, expected, targets):
 
 
 def relations(a, b):
-    """Where box a stands relative to box b, by their centres. A tenth of both extents is taken off the offset
+    """Where box a is relative to box b, by their centres. A tenth of both extents is taken off the offset
     (dx, dy) first; a relation holds where more than half of the distance points that way."""
     a, b = (np.asarray(box)[:4].reshape(2, 2) for box in (a, b))  # (x0, y0), (x1, y1)
     offset = a.mean(0) - b.mean(0)
@@ -427,7 +417,8 @@ def load_vqa(sources, device):
         return loader(name, folder, find_weights(folder, *hub), device, question=question)
     model = pretrained(transformers.BlipForQuestionAnswering, source)[0].to(device)
     words, side = model.config.text_config.vocab_size, model.config.vision_config.image_size
-    tokenizer = scorers.load_tokenizer(transformers.BertTokenizer, source, words, BERT, BLIP_WORDS)
+    hub = scorers.BERT, scorers.BLIP_WORDS
+    tokenizer = scorers.load_tokenizer(transformers.BertTokenizer, source, words, *hub)
     yes, no, start, ask = tokenizer.convert_tokens_to_ids(["yes", "no", "[DEC]", "[ENC]"])
 
     def forward(x, questions):

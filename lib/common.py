@@ -29,10 +29,10 @@ HERE = Path(__file__).resolve().parent.parent  # of the scripts
 # ----------------------------------------------------------------------------- errors
 
 
-def plain_line(text):
+def one_line(text, longest=400):
     """Text that may quote anybody's file on one printable line; what is long loses its middle."""
     text = " ".join(str(text).split())
-    text = text if len(text) <= 1200 else f"{text[:800]} ... {text[-300:]}"
+    text = text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 4 :]}"
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -41,7 +41,7 @@ def fail(message, status=1):
 
     Under torchrun the first process prints at once. The others wait three seconds: if the first process has
     failed too, torchrun ends them meanwhile, and the error is printed once."""
-    message = plain_line(message)
+    message = one_line(message, 1200)
     if process_rank()[0] > 0:
         with suppress(ValueError):  # a thread may not set a signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -68,17 +68,13 @@ def about(where, mend=""):
 def print_problems(problems, what):
     """Print at most 20 problems and how many there are."""
     if problems:
-        print("\n".join(map(plain_line, problems[:20])))
+        print("\n".join(map(one_line, problems[:20])))
         print(f"{len(problems)} {what}; at most 20 of them are listed above")
 
 
 def quoted(value):
     """The first 80 characters of repr, for a message: a damaged file may hold megabytes of text."""
     return repr(value)[:80]
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:400]
 
 
 cleanup = ExitStack()  # closed when a script ends, also by an error: locks, the process group
@@ -143,6 +139,8 @@ def read_value(field, text):
     if field.type not in KINDS:
         if "\0" in text or (field.default and not text.strip()):  # "" is allowed where it is the default
             raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+        if text.encode(errors="ignore").decode() != text:
+            raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, so no log could name it")
         return text
     try:
         value = {"true": True, "false": False}[text.lower()] if field.type is bool else field.type(text)
@@ -224,6 +222,12 @@ def process_rank():
     return int(rank), int(world)
 
 
+def print_first(text):
+    """print() on the first process alone."""
+    if process_rank()[0] == 0:
+        print(text)
+
+
 def pick_device(name="auto"):
     """The device of this process: under torchrun its own GPU, or the CPU."""
     import torch
@@ -270,38 +274,6 @@ def start_processes(device_name, minutes=10):
     return device
 
 
-def gather(rows):
-    """Concatenate the rows (n, M) of all processes in the order of their ranks -> (world n, M)."""
-    if process_rank()[1] == 1:
-        return rows
-    import torch
-    import torch.distributed as dist
-
-    whole = [torch.empty_like(rows) for _ in range(process_rank()[1])]
-    dist.all_gather(whole, rows.contiguous())
-    return torch.cat(whole)
-
-
-def to_device(t, device):
-    """Copy a CPU tensor to the device; the caller does not wait for a copy to a GPU."""
-    import torch
-
-    on_gpu = torch.device(device).type == "cuda"
-    return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
-
-
-def any_process(flag, device):
-    """True on every process if the flag is set on one of them."""
-    if process_rank()[1] == 1:
-        return bool(flag)
-    import torch
-    import torch.distributed as dist
-
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value)
-    return bool(value)
-
-
 def wait_for_all(slow=False):
     """Return once every process has called this. With `slow` it waits up to a day: for reading, encoding or
     writing by one of them."""
@@ -334,15 +306,6 @@ def ahead(work, items, depth, threads=1):
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def check_finite(values, device, message):
-    """End the run on every process if one of the tensors holds inf or nan."""
-    import torch
-
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in values]
-    if any_process(not torch.stack([p.isfinite().all() for p in local]).all(), device):
-        fail(message)
 
 
 def pick_dtype(precision, device):

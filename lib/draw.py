@@ -3,8 +3,8 @@
     for k, model, missing in to_draw(cfg, batches, models)      what is not there yet
     generate_stage(cfg, todo, device, recipe, bar)              one generator in memory at a time
 
-A row is (prompt, file names), a name a model; of a repeated prompt a third element, 1, 2, ..., is its place
-among the repeats, which gives it another noise. Each image has its own noise and each batch its place, so the
+A row is (prompt, file names), one name per model; a repeated prompt has a third element, its count, which
+changes its noise. Each image has its own noise and each batch its place, so the
 same pictures come out whoever draws them, and when. `cfg` holds the options of the script: out, batch_size,
 precision, device, on_error. recipe.json says what the pictures were made with; another recipe is refused.
 """

@@ -46,7 +46,7 @@ def load_base(cfg, device, dtype, encoders):
     """The pipeline of --model, with no weights but those that this process uses, its family, and the name and
     module of its denoiser."""
     place = "cpu", torch.float32
-    if cfg.model.startswith("random:") and not is_sharded(cfg):  # made in the type in which they will lie
+    if cfg.model.startswith("random:") and not is_sharded(cfg):  # made in the type that they will have
         place = device, dtype if cfg.lora_rank else torch.float32
     denoiser = process_rank()[0] == 0
     pipe = pipelines.load_pipeline(cfg.model, *place, denoiser=denoiser, encoders=encoders)
@@ -232,6 +232,37 @@ def receive(model, values, device, like=None):
             setattr(module, name, value)
 
 
+def gather(rows):
+    """Concatenate the rows (n, M) of all processes in the order of their ranks -> (world n, M)."""
+    if process_rank()[1] == 1:
+        return rows
+    whole = [torch.empty_like(rows) for _ in range(process_rank()[1])]
+    dist.all_gather(whole, rows.contiguous())
+    return torch.cat(whole)
+
+
+def to_device(t, device):
+    """Copy a CPU tensor to the device; the caller does not wait for a copy to a GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return t.pin_memory().to(device, non_blocking=True) if on_gpu else t.to(device)
+
+
+def any_process(flag, device):
+    """True on every process if the flag is set on one of them."""
+    if process_rank()[1] == 1:
+        return bool(flag)
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value)
+    return bool(value)
+
+
+def check_finite(values, device, message):
+    """End the run on every process if one of the tensors holds inf or nan."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in values]
+    if any_process(not torch.stack([p.isfinite().all() for p in local]).all(), device):
+        fail(message)
+
+
 def signals():
     """A list that a SIGTERM or Ctrl-C puts its exit status into. A second Ctrl-C ends the run at once."""
     came = []
@@ -254,8 +285,9 @@ def clip_grad_norm(parameters, largest):
 
 
 def training_state(cfg, networks, optimizer):
-    """All that the next step depends on, as one flat {name: tensor}. Data, noise and rate follow from the
-    step. The reference is part of it where it is refreshed, else every run begins with it."""
+    """All that the next step depends on, as one flat {name: tensor}. The step
+    determines data, noise and learning rate. The reference is part of it where it is refreshed, else every
+    run begins with it."""
     kept = networks if cfg.ref_refresh else networks._replace(reference=None)
     for network in filter(None, networks):
         reshard(network)  # weights are their shards
@@ -271,7 +303,7 @@ def training_state(cfg, networks, optimizer):
 
 
 def moments_of(optimizer, p):
-    """AdamW's state of a parameter, as AdamW makes it in its first step where no step was taken yet."""
+    """AdamW's state of a parameter; before the first step, the zeros that AdamW would start from."""
     if p not in optimizer.state:
         count = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
         moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
@@ -285,7 +317,7 @@ def save_checkpoint(cfg, state, recipe, step):
     (rank, world), final = process_rank(), Path(cfg.out) / f"checkpoints/step-{step:06d}"
     tmp = Path(common.from_first(store.begin, final))
     values = [t for t in state.values() if t.dim()]
-    common.check_finite(values, values[0].device, f"{final}: not written: weights are not finite; lower --lr")
+    check_finite(values, values[0].device, f"{final}: not written: weights are not finite; lower --lr")
     state = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in state.items()}
     writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # safetensors: data, never code
     try:
@@ -293,7 +325,7 @@ def save_checkpoint(cfg, state, recipe, step):
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=world == 1)
     except (Exception, CheckpointException) as e:  # torch's own, one error a process, is no Exception
         store.remove(tmp)
-        reason = " ".join(str(e).split()).rpartition("Error: ")[2][-200:]  # a traceback stands before it
+        reason = " ".join(str(e).split()).rpartition("Error: ")[2][-200:]  # it follows a traceback
         fail(f"{final}: not written ({reason}); the checkpoint before it is kept")
     common.wait_for_all(slow=True)
     if rank == 0:
@@ -317,7 +349,7 @@ def load_checkpoint(folder, state):
         if contiguous[name] is not t:
             t.copy_(contiguous[name])
     values = [t for t in state.values() if t.dim()]
-    common.check_finite(values, values[0].device, f"{folder}: holds weights that are not finite")
+    check_finite(values, values[0].device, f"{folder}: holds weights that are not finite")
 
 
 def recipe_of(cfg, options, rows, policy):
@@ -409,7 +441,9 @@ def open_report(cfg, head, start_step):
     if cfg.report == "wandb":
         import wandb
 
-        place = dict(project=re.sub(r"[/\\#?%:]", "-", out.parent.name) or None, name=out.name, dir=out)
+        named = dict(WANDB_PROJECT=re.sub(r"[/\\#?%:]", "-", out.parent.name) or None, WANDB_NAME=out.name)
+        project, name = (os.environ.get(key, value) for key, value in named.items())
+        place = dict(project=project, name=name, dir=out)
         run = wandb.init(**place, id=head["id"], resume="allow", config=head["config"])
         run.define_metric("*", step_metric="step")  # wandb's own count cannot go back to a checkpoint
         common.cleanup.callback(lambda: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
@@ -419,8 +453,8 @@ def open_report(cfg, head, start_step):
 
 
 class Log:
-    """log.jsonl: a head with all that a run depends on, then a row a step; curves.png at its end. --report
-    gets the same numbers, and the pictures of --sample_every. `flops`: of a list on one device."""
+    """log.jsonl: a head with all that a run depends on, then one row per step; curves.png at its end.
+    --report gets the same numbers, and the pictures of --sample_every. `flops`: of a list on one device."""
 
     def __init__(self, cfg, lists, held_out, start_step, flops, device, dtype):
         path, head = Path(cfg.out) / "log.jsonl", dict(lists=lists, held_out=held_out, precision=str(dtype))
@@ -454,19 +488,23 @@ class Log:
         self.file.write(text + "\n")
         self.file.flush()
         pictures = {"samples": Path(self.cfg.out) / row["samples"]} if "samples" in row else {}
-        self.report(row["step"], {k: v for k, v in row.items() if isinstance(v, float)}, pictures)
+        try:  # a side channel, which must not end the run
+            self.report(row["step"], {k: v for k, v in row.items() if isinstance(v, float)}, pictures)
+        except Exception as e:
+            tqdm.write(f"--report {self.cfg.report}: {common.one_line(e)}; log.jsonl goes on without it")
+            self.report = lambda *_: None
         self.last = row
         self.warn_of_growth(row)
         shown = {"loss": "loss", "acc": "accuracy", "winner": "best_s", "loser": "worst_s"}
         return {name: f"{row[key]:.3g}" for name, key in shown.items()}
 
     def warn_of_growth(self, row):
-        """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls. An
-        error below .01 is the noise of a row."""
+        """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls.
+        Values below .01 vary as much from one row to the next."""
         self.winners.append(row["best_s"])
         winner, than = row.get("held_out_best_s"), "the base's on held-out lists"
         if winner is None and row["step"] % 50 == 49:
-            winner, than = np.mean(self.winners[-25:]), "the reference's"
+            winner, than = np.nanmean(self.winners[-25:]), "the reference's"
         if winner is not None and winner > 0.01:
             grows = f"step {row['step']}: the winner's error is {winner:.3f} above {than}"
             tqdm.write(f"{grows}; pictures may get worse although loss falls: lower --lr or raise --beta")
@@ -486,18 +524,19 @@ class Log:
 
 # ----------------------------------------------------------------------------- samples
 
-Samples = namedtuple("Samples", "pipe part prompts arguments")
+Samples = namedtuple("Samples", "pipe part prompts arguments check")
 
 
-def prepare_samples(cfg, pipe, part, rows, size, device, dtype):
-    """Samples of the first prompts, which are encoded now, or None. `part`: the pipeline's name of the
-    denoiser; `size` (height, width) in pixels."""
+def prepare_samples(cfg, pipe, rows, size, device, dtype, check):
+    """Samples of the first prompts, which are encoded now, or None. `size` is (height, width) in pixels.
+    Where there is a `check`(prompt, picture) -> bool, each prompt is drawn three times."""
     if not cfg.sample_every:
         return None
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.sample_prompts]
+    prompts = [prompt for prompt in prompts for _ in range(3 if check else 1)]
     arguments = pipelines.encode_and_drop_encoders(pipe, prompts, size, device, dtype)
     arguments.update(pipelines.family_of(pipe).sampling(pipe, cfg.sample_steps, cfg.sample_guidance))
-    return Samples(pipe, part, prompts, arguments)
+    return Samples(pipe, pipelines.denoiser_of(pipe)[0], prompts, arguments, check)
 
 
 @torch.no_grad()
@@ -514,12 +553,13 @@ def draw_samples(cfg, samples, network, autocast, step):
         images = pipe(**samples.arguments, generator=generator, output_type="np").images  # (N, H, W, 3)
     pipe.vae.to("cpu")
     if process_rank()[0] == 0:
-        write_samples(cfg, prompts, np.nan_to_num(images), step)
+        write_samples(cfg, prompts, np.nan_to_num(images), step, samples.check)
     return f"samples/{step:06d}.png"
 
 
-def write_samples(cfg, prompts, images, step):
-    """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far."""
+def write_samples(cfg, prompts, images, step, check=None):
+    """samples/000100.png, a row of pictures (N, H, W, 3); samples.png, the rows of all steps so far. What
+    `check` finds right gets a green frame."""
     out, w, rows = Path(cfg.out), images.shape[2], []
     images = np.pad(images, ((0, 0), (0, 0), (0, w // 16), (0, 0)), constant_values=1)  # a gap beside each
     row = Image.fromarray((np.concatenate(images, axis=1) * 255).round().astype(np.uint8))
@@ -528,5 +568,8 @@ def write_samples(cfg, prompts, images, step):
         if (path := out / f"samples/{step:06d}.png").is_file():
             row, lefts = Image.open(path), range(0, row.width, images.shape[2])
             cells = [row.crop((left, 0, left + w, row.height)) for left in lefts]
-            rows.append((f"step {step}", list(zip(cells, [""] * len(cells) if rows else prompts))))
-    pictures.picture_grid(rows, out / "samples.png")
+            right = [bool(check and check(prompt, cell)) for prompt, cell in zip(prompts, cells)]
+            title = f"step {step}" + f": {sum(right)} of {len(right)} right" * bool(check)
+            captions = [prompt * (not rows and prompt not in prompts[:n]) for n, prompt in enumerate(prompts)]
+            rows.append((title, list(zip(cells, captions, right))))
+    pictures.picture_grid(rows, out / "samples.png", side=96 if check else 128)

@@ -1,4 +1,4 @@
-"""How models lie on disk: what a path names, how weights are stored, what is added to a base.
+"""Models on disk: what a path names, how weights are stored, what is added to a base.
 
     split_spec("base+first+second")            # ["base", "first", "second"]
     stored_as("folder", "unet")                # from_pretrained's arguments: fp16 files alone, .bin alone
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lib.common import about, one_line
-from lib.store import digest, file_digest
+from lib.store import digest, file_digest, whole
 from lib.tables import parse_json, read_text
 
 # a warning of diffusers 0.42 that names no module
@@ -123,20 +123,19 @@ def loading(what):
 # ----------------------------------------------------------------------------- what is added to a base
 
 
-def whole(file):
-    """`file` itself. ValueError for the pointer that git clone leaves in its place without git-lfs."""
-    with open(file, "rb") as f:
-        if f.read(99).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file}: is a pointer of git-lfs, not the file itself; run git lfs pull there")
-    return file
-
-
 def read_weights(file):
     """{name: tensor} of safetensors or of a file of torch.save, which is read with weights_only."""
-    if file.suffix == ".safetensors":
-        return load_file(whole(file))
-    state = torch.load(whole(file), map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+    file = whole(Path(file))
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # each format has its own
+        raise ValueError(f"{file}: no readable weights ({type(e).__name__})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not state or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"{file}: holds no state dict of tensors")
+    return state
 
 
 def read_header(file):

@@ -1,9 +1,9 @@
-"""Ranked lists on disk: metadata.jsonl, a row a list of images; what is encoded once.
+"""Ranked lists on disk: metadata.jsonl, one row per list of images; what is encoded once.
 
 rows = read_metadata(folder, lists=True)                # prompt, file_names, scores, phi
 names, rewards = stored_rewards(folder, rows, label)    # of R scores, a tensor (K, R) a list
-train, held_out = split(rows, holdout, seed)            # indices; no prompt is in both
-cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, a file a list
+sizes = encoded_sizes(cfg, rows)                        # [(height, width)] of each list
+cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, one file per list
 """
 
 import csv
@@ -13,6 +13,7 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -211,9 +212,10 @@ def line_of(folder, name):
 def look_at_pictures(folder, rows):
     """Each row with its `pictures`, [[height, width, digest], ...]: every file is opened once."""
     names = list(dict.fromkeys(name for row in rows for name in row["file_names"]))
-    looks, found = common.ahead(partial(look_at, folder), names, depth=64, threads=16), {}
-    for name, (look, problem) in zip(names, tqdm(looks, "pictures", len(names), unit="file", delay=2)):
-        found[name] = look
+    parts, found = [names[i : i + 100] for i in range(0, len(names), 100)], {}
+    look = lambda part: [(name, *look_at(folder, name)) for name in part]
+    looks = common.ahead(look, parts, depth=32, threads=16)
+    for name, found[name], problem in chain.from_iterable(tqdm(looks, "pictures", len(parts), delay=2)):
         if problem:
             fail(f"{line_of(folder, name)}: image {name} {problem}; mend or delete that row")
     return [dict(row, pictures=[found[name] for name in row["file_names"]]) for row in rows]
@@ -260,18 +262,6 @@ def check_scores(cfg, rows):
         fail(f"--weight_by {name}: {share}; name another reward (there are {there})")
 
 
-def split(rows, holdout, seed):
-    """(train, held out): indices of lists to train on, and of those to measure on. No prompt is in both."""
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    shuffled = np.random.default_rng([seed, 2**32 - 1]).permutation(len(prompts))
-    kept = {prompts[i] for i in shuffled[: round(holdout * len(prompts))]}
-    if len(kept) == len(prompts) or (holdout and not kept):
-        none = f"leaves no list to {'train on' if kept else 'measure'}"
-        fail(f"--holdout {holdout} of {len(prompts)} prompts {none}")
-    held_out = [n for n, row in enumerate(rows) if row["prompt"] in kept]
-    return [n for n, row in enumerate(rows) if row["prompt"] not in kept], held_out
-
-
 # ----------------------------------------------------------------------------- latents and text, encoded once
 
 CHUNK = 16  # lists whose prompts are encoded together: by their place, so whoever does it gets the same
@@ -313,9 +303,9 @@ def encoded_sizes(cfg, rows):
     side, every = cfg.resolution, [[(h, w) for h, w, _ in row["pictures"]] for row in rows]
     if side:
         cuts = [max(1 - side / round(side * max(size) / min(size)) for size in of_list) for of_list in every]
-        if any(cuts) and process_rank()[0] == 0:
+        if any(cuts):
             share = f"{np.count_nonzero(cuts)} of {len(rows)} lists, by up to {100 * max(cuts):.0f} %"
-            print(f"--resolution {side}: crops {share} of a picture")
+            common.print_first(f"--resolution {side}: crops {share} of a picture")
         return [(side, side)] * len(rows)
     for row, of_list in zip(rows, every):
         if len(set(of_list)) > 1:
@@ -337,7 +327,7 @@ def list_pixels(cfg, row, size):
     """(k, 3, H, W) of a list's images, whose `size` is (H, W)."""
     images = [read_pixels(f"{cfg.data}/{name}", cfg.resolution) for name in row["file_names"]]
     for name, image in zip(row["file_names"], images):
-        if image.shape[1:] != size:  # a turn that stands behind the pixels
+        if image.shape[1:] != size:  # a turn that is written behind the pixels
             fail(f"{cfg.data}/{name}: has another size than its header says; save it again")
     return torch.stack(images)
 
@@ -348,15 +338,8 @@ def write_cached(cache, n, tensors):
     publish(cache_file(cache, n), write, sync=False, unique=True)
 
 
-def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
-    """Encode the lists `missing`; return when all processes have done their share."""
-    if missing:
-        encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing)
-    common.wait_for_all(slow=True)
-
-
 @torch.no_grad()
-def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
+def encode(cfg, rows, sizes, pipe, device, dtype, cache, missing):
     """Write latents (k, C, h, w) of the lists `missing` and what the denoiser is conditioned on, a file for
     each list, which all processes read. Threads decode the next lists' images while one is encoded."""
     from lib import pipelines  # diffusers takes seconds, which readers of lists do not need
@@ -367,16 +350,14 @@ def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
         if h % factor or w % factor:
             sides = f"{w} x {h} pixels, but sides must be multiples of {factor}"
             fail(f"{cfg.data}/{row['file_names'][0]}: {sides}; give another --resolution")
-    if pipe.vae is None:  # random:NAME is a denoiser alone; the shapes are right
-        for n in missing:
-            k, shapes = len(rows[n]["file_names"]), pipelines.shapes_at(pipe, sizes[n][0])
-            g = torch.Generator().manual_seed(n)
-            tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-            write_cached(cache, n, {**tensors, "latents": torch.randn(k, *shapes["latents"], generator=g)})
-        return
-    pipe.vae.to(device)  # fp32: SDXL's VAE overflows in fp16
-    for encoder in pipelines.text_encoders_of(pipe).values():
-        encoder.to(device, dtype)
+    for n in missing if pipe.vae is None else ():  # random:NAME is a denoiser alone; the shapes are right
+        k, shapes = len(rows[n]["file_names"]), pipelines.shapes_at(pipe, sizes[n][0])
+        g = torch.Generator().manual_seed(n)
+        tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+        write_cached(cache, n, {**tensors, "latents": torch.randn(k, *shapes["latents"], generator=g)})
+    missing = [] if pipe.vae is None else missing
+    for part in [pipe.vae, *pipelines.text_encoders_of(pipe).values()] if missing else ():
+        part.to(device, None if part is pipe.vae else dtype)  # the VAE is fp32: SDXL's overflows in fp16
     chunk_of = lambda n: (n // CHUNK, sizes[n])
     missing, encoded = sorted(missing, key=chunk_of), None
     images = common.ahead(lambda n: list_pixels(cfg, rows[n], sizes[n]), missing, depth=8, threads=4)
@@ -392,3 +373,4 @@ def encode_missing(cfg, rows, sizes, pipe, device, dtype, cache, missing):
         if not all(t.isfinite().all() for t in tensors.values()):
             fail(f"{cfg.model}: encodes list {n}, {rows[n]['prompt']!r}, to numbers that are not finite")
         write_cached(cache, n, tensors)
+    common.wait_for_all(slow=True)

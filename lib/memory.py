@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib import formats, pipelines
-from lib.common import fail, process_rank
+from lib.common import fail, print_first, process_rank
 from lib.lists import read_metadata
 
 # ----------------------------------------------------------------------------- counting
@@ -85,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_bytes(network, inputs, run, dtype):
     """Bytes at the peak of run(network, *inputs), beside weights, their casts and gradients. The fake tensors
-    lie on the CPU, whose attention keeps as little as a GPU's."""
+    are on the CPU, whose attention keeps as little as a GPU's."""
     half, fake_like = dtype == torch.bfloat16, lambda t: torch.empty(t.shape, dtype=t.dtype)
     with FakeTensorMode(), LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, half):
         for module in network.modules():
@@ -177,7 +177,7 @@ def free_bytes(device):
     return free.item() - LIBRARIES
 
 
-# `gb` are allocated, `reserved` with fragments; `time` is over that of the least passes
+# `gb` are allocated, `reserved` with fragments; `time` is relative to the setting with the fewest passes
 Setting = namedtuple("Setting", "options gb reserved time fits")
 
 
@@ -199,8 +199,8 @@ def fastest(cfg, K, images, weights, free, gpus, samples=0):
             together = 0 if lists * K <= fit else fit
         computed = max(images[recompute] * (min(together, lists * K) or lists * K), samples)
         needed, reserved = weights(keep) + computed, lying + computed * (1 + FRAGMENTS[recompute])
-        # both networks' forward and the backward take 4, recomputing .8; gathering in every pass a fifth,
-        # between machines twice the time
+        # in forward passes: reference 1, policy 1, backward 2; recomputing adds .8; gathering in each pass
+        # adds a fifth, between machines it doubles the time
         passes = 4 + 0.8 * recompute + (0 < together < lists * K)
         factor = passes / 4 * (1 if keep or not sharded else 1.2 if machines == 1 else 2)
         options = dict(device_batch_size=lists, images_per_forward=together, gradient_checkpointing=recompute)
@@ -240,11 +240,6 @@ def count(cfg, family, denoiser, item, K, dtype, on_gpu):
         return fastest(cfg, K, images, weights, free, gpus, samples)
 
     return passes * flops / 4, setting_in
-
-
-def print_first(text):
-    if process_rank()[0] == 0:
-        print(text)
 
 
 def choose(cfg, family, denoiser, item, K, dtype, device, free):

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from lib import common, pictures, store, tables
 from lib.common import about, fail
 from lib.lists import is_number, preference_labels
-from lib.store import path_inside, publish
+from lib.store import path_inside, publish, write_text
 from lib.tables import read_jsonl, read_text
 from losses import preference_rank
 
 LARGEST = 1 << 28  # bytes of a picture: a larger member of a zip is a bomb or no picture
 
-# Published choices of people: the fields of a prompt, of its pictures and of a number a picture, and 1 where
+# Published choices of people: the fields of a prompt, of its pictures and of a number for each, and 1 where
 # higher is better, -1 for ranks. One field alone holds a list. Without numbers the first picture is better.
 FORMATS = {
     "Pick-a-Pic v2": ("caption", ["jpg_0", "jpg_1"], ["label_0", "label_1"], 1),
@@ -56,7 +56,7 @@ def read_records(path):
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
 
-            file = ParquetFile(path)
+            file = ParquetFile(store.whole(path))
             kind = format_of(path, file.schema_arrow.names)
             columns = [c for c in file.schema_arrow.names if c in (*FIELDS[kind], "has_label")]
             groups = (file.read_row_group(n, columns) for n in range(file.num_row_groups))
@@ -206,6 +206,8 @@ def import_stage(cfg):
     if cfg.pictures and not Path(cfg.pictures).is_dir():
         fail(f"--pictures {cfg.pictures}: no such folder")
     recipe = {"imported": {path.name: store.file_digest(path, ends=1 << 20) for path in paths}}
+    if store.read_recipe(out).keys() == {"imported"} and not (out / "metadata.jsonl").is_file():
+        write_text(out / store.RECIPE, json.dumps(recipe, indent=1))  # the import before came to nothing
     store.same(out, recipe, ("metadata.jsonl", "images"), "choose another --out")
     if (out / "metadata.jsonl").is_file():
         print(f"{out}: was imported already; delete its metadata.jsonl to do it again")

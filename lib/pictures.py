@@ -13,12 +13,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from lib.common import about
-from lib.store import file_digest, publish
+from lib.store import ends_digest, publish, whole
 
 # PIL would start Ghostscript for a PostScript file, whatever its name is: these formats only
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
 IMAGE_FORMATS += ["AVIF"] if features.check("avif") else []
+SUFFIXES = [suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS]
 ORIENTATION = 0x0112  # EXIF: how a camera was held
+GREEN = (0, 170, 60)  # the frame of a right picture
 
 
 def open_image(image):
@@ -30,6 +32,7 @@ def open_image(image):
         if isinstance(image, str | Path) and os.path.exists(image) and not os.path.isfile(image):
             raise ValueError("a folder, a pipe or a device")
         opened = isinstance(image, Image.Image)
+        image = image if opened or not os.path.isfile(image) else whole(image)
         with nullcontext(image) if opened else Image.open(image, formats=IMAGE_FORMATS) as image:
             image.load()
         image = ImageOps.exif_transpose(image)
@@ -57,23 +60,20 @@ def read_pixels(path, resolution):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def picture_digest(path):
-    """What stands for a picture: its size and both ends, where PNG keeps a checksum of all pixels."""
-    return file_digest(path, ends=4096)
+ENDS = 4096  # bytes at each end of a picture that stand for it: PNG keeps a checksum of all pixels there
 
 
 def look_at(folder, name):
-    """([height, width, digest] of an image as read_pixels gives it, "") or (None, what is wrong). It is not
-    decoded."""
-    path = f"{folder}/{name}"
+    """([height, width, digest] of an image as read_pixels gives it, "") or (None, what is wrong). The file is
+    opened once, and not decoded."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with open(f"{folder}/{name}", "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             turn = Image.Image.getexif(image).get(ORIENTATION)  # PNG's own method would decode
             on_its_side = (
                 turn in (5, 6, 7, 8) and image.format != "TIFF"
             )  # PIL turns TIFF without being asked
             width, height = image.size[::-1] if on_its_side else image.size
-        return [height, width, picture_digest(path)], ""
+            return [height, width, ends_digest(file, ENDS)], ""
     except FileNotFoundError:
         return None, "is not in the folder"
     except Exception as e:  # besides OSError, each format of PIL has its own
@@ -122,12 +122,13 @@ def in_font(text):
 
 def picture_grid(rows, path, side=128):
     """Draw [(title, [(image, caption), ...]), ...] as a PNG: a row of pictures under each title, which has at
-    most four lines. A picture fits into `side` pixels, its proportions kept; a caption has at most three."""
+    most four lines. A picture fits into `side` pixels, its proportions kept; a caption has at most three. The
+    cell (image, caption, True) of a right picture gets a green frame."""
     columns = max(len(cells) for _, cells in rows)
     width, canvas, top = max(columns * (side + 8) + 8, 420), [], 6
     for title, cells in rows:
         lines = textwrap.wrap(in_font(title), width // 6)[:4]
-        captions = [textwrap.wrap(in_font(caption), side // 6)[:3] for _, caption in cells]
+        captions = [textwrap.wrap(in_font(caption), side // 6)[:3] for _, caption, *_ in cells]
         canvas.append((lines, captions, top))
         top += 13 * len(lines) + side + 13 * max(map(len, captions), default=0) + 16
     page = Image.new("RGB", (width, top), "white")
@@ -135,9 +136,11 @@ def picture_grid(rows, path, side=128):
     for (_, cells), (lines, captions, top) in zip(rows, canvas):
         pen.text((8, top), "\n".join(lines), fill="black", font=grid_font(), spacing=2)
         top += 13 * len(lines) + 4
-        for c, ((image, _), caption) in enumerate(zip(cells, captions)):
+        for c, ((image, _, *right), caption) in enumerate(zip(cells, captions)):
             left, smaller = 8 + c * (side + 8), max(image.size) < side
             how = Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS
             page.paste(ImageOps.pad(image.convert("RGB"), (side, side), how, "white"), (left, top))
-            pen.text((left, top + side + 2), "\n".join(caption), fill="black", font=grid_font(), spacing=1)
+            if any(right):
+                pen.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=GREEN, width=3)
+            pen.text((left, top + side + 3), "\n".join(caption), fill="black", font=grid_font(), spacing=1)
     publish(path, page.save)

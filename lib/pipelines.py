@@ -47,7 +47,13 @@ class StableDiffusion:
     def encode_images(self, vae, pixels):
         """Pixels (N, 3, H, W) in [-1, 1] -> scaled latents (N, C, h, w). They are the posterior's mean, so
         that cached latents depend on no seed."""
-        z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
+        z = vae.encode(pixels.to(vae.device, vae.dtype))
+        z = z.latent_dist.mean if hasattr(z, "latent_dist") else z.latents  # AutoencoderTiny has no posterior
+        if (
+            mean := getattr(vae.config, "latents_mean", None)
+        ) is not None:  # per channel, as diffusers decodes
+            mean, std = (torch.tensor(v).to(z).view(1, -1, 1, 1) for v in (mean, vae.config.latents_std))
+            return (z - mean) * vae.config.scaling_factor / std
         return (z - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
     def predict(self, model, x_t, t, cond):

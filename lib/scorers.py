@@ -23,10 +23,10 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, list_repo_files
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
 from lib.common import HERE, ahead, one_line
+from lib.formats import read_weights
 from lib.pictures import open_image
 from lib.tables import parse_json, read_text
 
@@ -74,7 +74,7 @@ CLIP_WORDS = 49408  # the size of CLIP's one published vocabulary, which comes w
 def load_tokenizer(kind, source, size, hub="", extra=()):
     """The tokenizer of a folder that brings one, or the hub's, of the model's `size` words (0: the caller
     compares). transformers 5 does not fail where a tokenizer's files are not there: it returns one of 2 to 5
-    words, and all prompts become the same. A file of weights brings none, whatever lies beside it."""
+    words, and all prompts become the same. A file of weights brings none, whatever is beside it."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
     own = [Path(source) / name for name in names if source and (Path(source) / name).is_file()]
     try:
@@ -243,21 +243,6 @@ def find_weights(source, repo, file):
     return (usual or files)[0]
 
 
-def read_weights(path):
-    """State dict of tensors from .safetensors, or from a torch file without code."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # each format has its own
-        raise ValueError(f"{path}: no readable weights ({type(e).__name__})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{path}: holds no state dict of tensors")
-    return {k: v for k, v in state.items() if not k.endswith("position_ids")}  # 0, 1, 2, ...
-
-
 def check_keys(path, missing, unexpected, shapes):
     """ValueError unless no key is missing or unexpected and the shapes {key: (found, wanted)} agree."""
     wrong = [f"{k} {tuple(a)} instead of {tuple(b)}" for k, (a, b) in shapes.items() if a != b]
@@ -271,7 +256,7 @@ def load_strict(build, path, device, rename=lambda key: key, dtype=torch.float32
     """build() with exactly the weights of a file: which tensors there are, the architecture says, not the
     file. rename: a key of the file -> as build() calls it, or None: not used. No dtype: that of the file."""
     named = ((rename(key), tensor) for key, tensor in read_weights(path).items())
-    state = {key: tensor for key, tensor in named if key}
+    state = {key: tensor for key, tensor in named if key and not key.endswith("position_ids")}  # 0, 1, 2, ...
     with init_empty_weights():  # initial values would cost 16 s for a ViT-H
         model = build()
     wanted = model.state_dict()
@@ -283,7 +268,7 @@ def load_strict(build, path, device, rename=lambda key: key, dtype=torch.float32
 
 def pretrained(kind, source, unused=(), optional=(), **kwargs):
     """transformers' from_pretrained, which only warns of keys that do not fit -> (model, missing `optional`
-    keys). `unused` parts may lie in the file."""
+    keys). `unused` parts may be in the file."""
     kwargs = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     try:
         model, info = kind.from_pretrained(source, **kwargs)
@@ -498,7 +483,8 @@ class SwiGLU(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens read text tokens where mask (N, T) is true; a feed-forward stands beside, not behind."""
+    """Image tokens read text tokens where mask (N, T) is true; the feed-forward is beside them, not
+    behind."""
 
     def __init__(self, dim):
         super().__init__()
@@ -647,7 +633,7 @@ def load_vqascore(name, source, weights, device, dtype, question=QUESTION):
     if not 0 <= surplus < 128 or not known:  # vocabularies are rounded up to a multiple of 128
         raise ValueError(f"{source or flan}: a tokenizer of {len(tokenizer)} words does not fit this model")
     words = model.get_input_embeddings()
-    # each side of the image is tokenised for itself, so an end token stands before the image, as in training
+    # each side of the image is tokenised for itself, so an end token precedes the image, as in training
     system = tokenizer(f"{SYSTEM} USER: ", return_tensors="pt").input_ids.to(device)
 
     def forward(x, prompts):
@@ -711,7 +697,7 @@ def load_hpsv3(name, source, weights, device, dtype):
 
     model = load_strict(build, weights, device, hpsv3_key, dtype=None)
     qwen, head = model["model"].bfloat16().to(dtype), model["rm_head"].float()
-    sides = dict(shortest_edge=HPSV3_PIXELS, longest_edge=HPSV3_PIXELS)  # so it calls areas
+    sides = dict(shortest_edge=HPSV3_PIXELS, longest_edge=HPSV3_PIXELS)  # it calls an area an "edge"
     processor = transformers.Qwen2VLImageProcessorPil(size=sides)
 
     def prepare(image):

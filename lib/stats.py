@@ -46,6 +46,17 @@ def paired_gain(base, mine, tags, seed, n=2000):
     return dict(gain=gain, low=low, high=high, p=p, n=len(mine))
 
 
+def typical(change, tags, count=2):
+    """Places of `count` prompts of each category, in their order: those whose change (P,) is nearest to the
+    category's median, the first of equals. Pictures chosen so show what the numbers say."""
+    chosen, tags = [], np.array(tags)
+    for tag in dict.fromkeys(tags.tolist()):
+        members = np.flatnonzero(tags == tag)
+        off = abs(change[members] - np.median(change[members]))
+        chosen += sorted(members[np.argsort(off, kind="stable")[:count]].tolist())
+    return chosen
+
+
 def win_rate(mine, base):
     """How often one is strictly higher; (P,) a score a prompt. p: two-sided sign test, without the ties."""
     wins, losses, n = int((mine > base).sum()), int((mine < base).sum()), len(mine)
@@ -105,59 +116,6 @@ def compare(scores, tags, seed, prompts=None):
     return results
 
 
-def headline(scores, results, tags, seed, prompts=None):
-    """What a reader wants first: dict(what, points), a point a model: its value, its gain over the
-    first model with the interval, and its diversity with the change where that is measured.
-
-    The value is accuracy where that is measured; else the mean over prompts of the share of rewards (each by
-    the mean over seeds) that prefer the model's pictures: equal scores count half, so the first has .5."""
-    base, points = next(iter(results)), []
-    there = results[base]["means"]
-    metric = next((name for name in METRICS if name in there), None)
-    rewards = [name for name in there if name != "diversity"] or list(there)
-    places, found = distinct(list(zip(tags, range(len(tags)) if prompts is None else prompts)))
-    tags = [tag for tag, _ in found]
-    for name, result in results.items():
-        against, means = result["against"].get(base, {}), result["means"]
-        if metric:
-            value, gain = means[metric], against.get(metric, {}).get("gain")
-        else:
-            won = [np.sign(scores[name][r].mean(1) - scores[base][r].mean(1)) for r in rewards]
-            won = by_prompt((np.mean(won, axis=0)[:, None] + 1) / 2, places)[0]  # (P',)
-            value = float(category_mean(won, tags))
-            gain = paired_gain(np.full(len(tags), 0.5), won, tags, seed) if against else None
-        point = dict(model=name, value=value, gain=gain, diversity=means.get("diversity"))
-        points.append(point | dict(change=against.get("diversity", {}).get("gain")))
-    what = "accuracy" if metric else f"preferred by {len(rewards)} reward{'s' * (len(rewards) > 1)}"
-    return dict(what=what, points=points)
-
-
-def agreement(counts):
-    """(N, 3) votes a pair for each answer, two or more a pair -> (share of agreeing pairs of people, Fleiss'
-    kappa: that share beyond chance)."""
-    n = counts.sum(1)  # (N,)
-    observed = ((counts**2).sum(1) - n) / (n * (n - 1))  # (N,)
-    chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
-    kappa = (observed.mean() - chance) / (1 - chance) if chance < 1 else 1.0
-    return float(observed.mean()), float(kappa)
-
-
 def entropy(share):
     """Bits of a distribution; share (..., C) adds up to 1."""
     return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
-
-
-def colour_entropy(counts, colours, seed, n=2000):
-    """{model: (P', C)}, names of C colours -> {model: entropy in bits of the colours of all, share of each
-    colour, and the change to the first model with a paired 95 % bootstrap interval over prompts}."""
-    base, results = next(iter(counts.values())), {}
-    if not base.sum() or not all(c.sum() for c in counts.values()):
-        return {}
-    sample = np.random.default_rng(seed).integers(len(base), size=(n, len(base)))
-    bits = lambda c: entropy(c / np.maximum(c.sum(-1, keepdims=True), 1e-12))
-    for name, c in counts.items():
-        total, share = float(bits(c.sum(0))), dict(zip(colours, (c.sum(0) / c.sum()).tolist()))
-        low, high = np.percentile(bits(c[sample].sum(1)) - bits(base[sample].sum(1)), [2.5, 97.5]).tolist()
-        change = dict(gain=total - float(bits(base.sum(0))), low=low, high=high)
-        results[name] = dict(bits=total, change=change, prompts=len(c), share=share)
-    return results

@@ -32,20 +32,38 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def ends_digest(file, count):
+    """16 letters that stand for an open file: its size and `count` bytes at each end. It is for what has a
+    checksum there, or is too large to be read for this alone."""
+    size, parts = os.fstat(file.fileno()).st_size, []
+    for start in (0, max(0, size - count)):
+        file.seek(start)
+        parts.append(hashlib.sha256(file.read(count)).hexdigest())
+    return digest([size, *parts])
+
+
 def file_digest(path, ends=0):
-    """16 letters that stand for all bytes of a file. With `ends` its size and that many bytes at each end
-    count: for what has a checksum there, or is too large to be read for this alone."""
+    """16 letters that stand for all bytes of a file, which threads read; with `ends` its ends_digest."""
+    if ends:
+        with open(path, "rb") as file:
+            return ends_digest(file, ends)
     size, step = os.stat(path).st_size, 32 << 20
 
-    def part(start, count):
-        with open(path, "rb") as f:
-            f.seek(max(0, start))
-            return hashlib.sha256(f.read(count)).hexdigest()
+    def part(start):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(step)).hexdigest()
 
-    if ends:
-        return digest([size, part(0, ends), part(size - ends, ends)])
     with ThreadPoolExecutor(8) as threads:
-        return digest([size, *threads.map(lambda start: part(start, step), range(0, size, step))])
+        return digest([size, *threads.map(part, range(0, size, step))])
+
+
+def whole(file):
+    """`file` itself. ValueError for the pointer that git clone leaves in its place without git-lfs."""
+    with open(file, "rb") as f:
+        if f.read(99).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file}: is a pointer of git-lfs, not the file itself; run git lfs pull there")
+    return file
 
 
 # ----------------------------------------------------------------------------- replaced whole
@@ -53,6 +71,13 @@ def file_digest(path, ends=0):
 UMASK = os.umask(0o022)  # there is no other way to read it
 os.umask(UMASK)
 CONTENTS, RECIPE, ENDS = ".contents", "recipe.json", 1 << 20
+
+
+def read_record(path):
+    """A dict of JSON that was written here; {} if it is not there, or damaged."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
 
 
 def contents(folder):
@@ -63,9 +88,7 @@ def contents(folder):
 
 def written(folder):
     """What publish wrote into a folder, {name: digest}; {} if it did not write it."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads((Path(folder) / CONTENTS).read_text()))
-    return {}
+    return read_record(Path(folder) / CONTENTS)
 
 
 def is_whole(folder):
@@ -149,9 +172,7 @@ def write_text(path, text):
 
 def read_recipe(folder):
     """What same() wrote into a folder; {} if there is none, or it is damaged."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads((Path(folder) / RECIPE).read_text(encoding="utf-8")))
-    return {}
+    return read_record(Path(folder) / RECIPE)
 
 
 def differences(before, now, name=""):

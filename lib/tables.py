@@ -6,13 +6,12 @@ markdown(header, rows), write_page(path, template, data)
 """
 
 import csv
-import html
 import json
 import re
 from pathlib import Path
 
-from lib.common import HERE, about, fail
-from lib.store import write_text
+from lib.common import about, fail
+from lib.store import whole
 
 # ----------------------------------------------------------------------------- reading
 
@@ -99,7 +98,7 @@ def prompt_rows(path, column="", also=()):
         if kind == ".parquet":
             from pyarrow.parquet import read_schema, read_table
 
-            names = read_schema(path).names  # another column may hold pictures, gigabytes of them
+            names = read_schema(whole(path)).names  # another column may hold pictures, gigabytes of them
             wanted = [name for name in (prompt_column(names, column), *also) if name in names]
             return read_table(path, columns=wanted).to_pylist() if wanted else [{}]
         import pandas  # half a second; only here
@@ -114,9 +113,9 @@ def prompt_rows(path, column="", also=()):
 def read_prompts(path, limit=0, column="", also=("tag",)):
     """Rows of a prompt file: dicts with a text under "prompt". Blank and repeated prompts are dropped.
 
-    .txt: a prompt a line. .json: a list of strings or objects (HPDv2), or an object of objects. .jsonl, .csv,
-    .tsv, .parquet: the column `column`, else prompt, prompts, caption or text. `path` may be a folder of
-    .parquet shards. Other columns (GenEval's tag) stay in the row; of a parquet only those in `also`."""
+    .txt: one prompt per line. .json: a list of strings or objects (HPDv2), or an object of objects. .jsonl,
+    .csv, .tsv, .parquet: the column `column`, else prompt, prompts, caption or text. `path` may be a folder
+    of .parquet shards. Other columns (GenEval's tag) stay in the row; of a parquet only those in `also`."""
     files = [Path(path)] if Path(path).is_file() else shards(path)
     if not files:
         fail(f"--prompts {path}: no such file, and no folder of .parquet shards")
@@ -138,23 +137,3 @@ def read_prompts(path, limit=0, column="", also=("tag",)):
     if not kept:
         fail(f"--prompts {path}: holds no prompt")
     return list(kept.values())[: limit or None]
-
-
-# ----------------------------------------------------------------------------- writing tables and pages
-
-
-def plain(text):
-    """Text of anybody's as markdown that shows it as it is, on one line."""
-    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
-    return html.escape(text, quote=False)
-
-
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines) + "\n"
-
-
-def write_page(path, template, data):
-    """A page of lib/templates and its data, in which a prompt may say </script>."""
-    text = json.dumps(data).replace("<", "\\u003c")
-    write_text(path, read_text(HERE / "lib/templates" / template).replace("<!-- DATA -->", text))

@@ -20,13 +20,15 @@ sys.path.insert(0, str(HERE))
 
 import pytest
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import rankdpo
 import synpic
-from lib import memory
+from lib import common, memory, pictures
 from toy import build
 
+plot_curves = pictures.plot_curves
 torch.set_num_threads(1)
 # tqdm's bars in forked processes share a lock, and a child that is killed while it holds that would stop its
 # parent for ever: each child has a lock of its own
@@ -62,24 +64,39 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
-# ----------------------------------------------------------------------------- fixtures
+def remembered(function, key):
+    """The function, computed once for each key(*args)."""
+    known = {}
+
+    def call(*args, **kwargs):
+        place = key(*args, **kwargs)
+        if place not in known:
+            known[place] = function(*args, **kwargs)
+        return known[place]
+
+    return call
+
+
+def model_and_shapes(family, denoiser, item, lora_rank=0):
+    shapes = {name: tuple(t.shape) for name, t in item.items()}
+    return json.dumps([str(family), str(denoiser.config), shapes, lora_rank])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def counted_once():
-    """FLOPs of a model that was counted before are remembered: half a second of every run of the trainer."""
-    count, known = memory.count_flops, {}
+def cheaper():
+    """More than half of the time of a run of three steps: counting FLOPs of a model that was counted before,
+    asking git for the commit, and drawing curves.png, which one test looks at (real_curves)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "count_flops", remembered(memory.count_flops, model_and_shapes))
+        patch.setattr(common, "provenance", remembered(common.provenance, str))
+        empty = lambda rows, panels, path: Image.new("1", (1, 1)).save(path)
+        patch.setattr(pictures, "plot_curves", empty)
+        yield
 
-    def remembered(family, denoiser, item, lora_rank=0):
-        shapes = {name: tuple(t.shape) for name, t in item.items()}
-        key = json.dumps([str(family), str(denoiser.config), shapes, lora_rank])
-        if key not in known:
-            known[key] = count(family, denoiser, item, lora_rank)
-        return known[key]
 
-    memory.count_flops = remembered
-    yield
-    memory.count_flops = count
+@pytest.fixture
+def real_curves(monkeypatch):
+    monkeypatch.setattr(pictures, "plot_curves", plot_curves)
 
 
 @pytest.fixture(scope="session")
@@ -108,56 +125,44 @@ def lists(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def uneven(lists, tmp_path_factory):
     """The tiny lists, some of them shorter: K is 4, 3 and 2."""
-    folder = tmp_path_factory.mktemp("uneven") / "data"
-    shutil.copytree(lists, folder)
+    folder = copied(lists, tmp_path_factory.mktemp("uneven") / "data")
     rows = rows_of(folder)
     for i, row in enumerate(rows):
         k = 4 - i % 3
         for key in ("file_names", "models", "seeds", "phi", "rank"):
             row[key] = row[key][:k]
         row["scores"] = {name: values[:k] for name, values in row["scores"].items()}
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
-
-
-# ----------------------------------------------------------------------------- helpers
+    return write_rows(folder, rows)
 
 
 def tiny_vae(**more):
     """A random AutoencoderKL, 3 x 32 x 32 -> 4 x 8 x 8."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        sample_size=32,
-        **more,
-    )
+    more.update(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+    more.update(block_out_channels=(8, 8, 8), latent_channels=4, norm_num_groups=4, sample_size=32)
+    return AutoencoderKL(mid_block_add_attention=False, **more)
 
 
 def rewards(tiny):
     return [f"clip={tiny}/rewards/clip", f"hpsv2.1={tiny}/rewards/hps", f"pickscore={tiny}/rewards/pick"]
 
 
+def words(*more):
+    """The words of a command line: "--steps 3" are two."""
+    return " ".join(map(str, more)).split()
+
+
 def synpic_args(tiny, out, *more):
-    models = [
-        f"sdxl={tiny}/sdxl,steps=2,guidance=2",
-        f"sdxl={tiny}/sdxl,steps=2,guidance=2,seed=1",
-        f"sd3={tiny}/sd3,steps=2",
-        f"sd15={tiny}/sd15,steps=2",
-    ]
+    sdxl = f"sdxl={tiny}/sdxl,steps=2,guidance=2"
+    models = [sdxl, f"{sdxl},seed=1", f"sd3={tiny}/sd3,steps=2", f"sd15={tiny}/sd15,steps=2"]
     first = ["--prompts", f"{tiny}/prompts.txt", "--out", str(out), "--batch_size", "4"]
-    return [*first, "--models", *models, "--rewards", *rewards(tiny), *more]
+    return [*first, "--models", *models, "--rewards", *rewards(tiny), *words(*more)]
 
 
 def train_args(lists, tiny, out, *more, model="sdxl"):
-    paths = ["--data", lists, "--model", f"{tiny}/{model}", "--out", out]
-    short = ["--steps", 3, "--global_batch_size", 4, "--warmup_steps", 0, "--device", "cpu"]
-    return [str(a) for a in (*paths, *short, *more)]
+    short = "--steps 3 --global_batch_size 4 --warmup_steps 0 --device cpu"
+    return words("--data", lists, f"--model {tiny}/{model} --out", out, short, *more)
 
 
 def train(lists, tiny, out, *more, model="sdxl", processes=1):
@@ -172,6 +177,17 @@ def train(lists, tiny, out, *more, model="sdxl", processes=1):
 
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def write_rows(folder, rows):
+    """metadata.jsonl of these rows; returns the folder."""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def copied(lists, folder, *without):
+    """A copy of a folder of lists without its cache and what is named."""
+    return shutil.copytree(lists, folder, ignore=shutil.ignore_patterns(".cache", *without))
 
 
 def log_of(folder):

@@ -1,19 +1,16 @@
-"""Wrong input of synpic.py and evaluate.py: each ends in one line that names it, before anything is drawn.
-
-pytest -q tests/test_bad_input_synpic.py
-"""
+"""Wrong input of synpic.py and evaluate.py: each ends in one line that names it, before anything is drawn."""
 
 import json
 import os
 import shutil
 
 import pytest
-from conftest import fails, rewards, rows_of, synpic_args
+from conftest import copied, fails, rewards, rows_of, synpic_args, write_rows
 from diffusers import DiffusionPipeline
 
 import evaluate
 import synpic
-from lib import draw, pipelines, store, tables
+from lib import draw, tables
 from lib.lists import read_metadata
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -23,35 +20,19 @@ DEEP = "[" * 200_000 + "]" * 200_000
 def nothing_is_drawn(monkeypatch):
     """A bad input is found before the first picture."""
     drawn = lambda *args: pytest.fail("it was drawn")
-    monkeypatch.setattr(pipelines, "generate_each", drawn)  # evaluate.py draws with it, too
+    monkeypatch.setattr(draw, "generate_each", drawn)  # evaluate.py draws with it, too
 
-
-# ----------------------------------------------------------------------------- options
 
 BAD_OPTIONS = [  # (options, what the line says)
     ("--batch_size 0", "--batch_size", "at least 1"),
-    ("--batch_size -3", "--batch_size", "-3"),
-    ("--batch_size 1.5", "--batch_size", "whole number"),
-    ("--limit -1", "--limit", "negative"),
-    ("--limit ten", "--limit", "ten"),
-    ("--seed -1", "--seed", "negative"),
-    ("--gpu_price -2", "--gpu_price", "negative"),
-    ("--gpu_price nan", "--gpu_price", "finite"),
-    ("--gpu_price inf", "--gpu_price", "finite"),
     ("--shard 2/2", "--shard 2/2"),
     ("--shard 1", "--shard 1"),
-    ("--shard a/b", "--shard a/b"),
-    ("--shard 1/2/3", "--shard 1/2/3"),
     ("--shard 1/0", "--shard 1/0"),
     ("--shard=-1/2", "--shard -1/2"),
     ("--label beauty", "--label beauty", "majority"),
-    ("--label single:", "--label single:", "clip"),
-    ("--label single:foo", "--label single:foo", "clip"),
     ("--label single:mps", "--label single:mps", "clip"),
     ("--stages dance", "--stages", "dance"),
     ("--stages", "--stages", "expected"),
-    ("--on_error ignore", "--on_error", "ignore"),
-    ("--precision int8", "--precision", "int8"),
     ("--device abacus", "abacus"),
     ("--frobnicate", "--frobnicate"),
     ("--field words", "words", "--field"),
@@ -106,7 +87,7 @@ def test_bad_options_of_synpic(tiny, tmp_path, monkeypatch, capsys, options, say
     good, other = f"a={tiny}/sdxl", f"b={tiny}/sd15"
     words = options.format(tiny=tiny, good=good, other=other).split(" ")
     fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *words], *says, capsys=capsys)
-    assert not (tmp_path / "out/settings.json").exists() and not list(tmp_path.glob("out/**/*.png"))
+    assert not (tmp_path / "out/recipe.json").exists() and not list(tmp_path.glob("out/**/*.png"))
 
 
 def test_a_folder_must_be_named(tiny, capsys):
@@ -114,19 +95,8 @@ def test_a_folder_must_be_named(tiny, capsys):
 
 
 BAD_EVALUATIONS = [
-    ("--seeds 0", "--seeds", "at least 1"),
-    ("--steps 0", "--steps", "at least 1"),
-    ("--steps few", "--steps", "few"),
-    ("--guidance nan", "--guidance", "finite"),
-    ("--guidance -1", "--guidance", "negative"),
     ("--resolution -8", "--resolution", "negative"),
     ("--resolution 100", "--resolution", "multiple of 8"),
-    ("--limit -1", "--limit", "negative"),
-    ("--batch_size 0", "--batch_size", "at least 1"),
-    ("--seed -1", "--seed", "negative"),
-    ("--precision int8", "--precision", "int8"),
-    ("--device abacus", "abacus"),
-    ("--what", "--what"),
     ("--models a={tiny}/sdxl", "two or more"),
     ("--models {tiny}/sdxl {tiny}/sd15", "name=path"),
     ("--models a={tiny}/sdxl a={tiny}/sd15", "different names"),
@@ -136,11 +106,14 @@ BAD_EVALUATIONS = [
     ("--models a={tiny}/sdxl b=outputs/no/run", "outputs/no/run", "rankdpo.py"),
     ("--models a={tiny}/sdxl b=some/one", "some/one", "hub"),
     ("--models a={tiny}/sdxl b={tiny}/sdxl+{tiny}/none", "none"),
-    ("--rewards beauty", "beauty"),
-    ("--rewards clip={tiny}/none", "none"),
-    ("--rewards clip={tiny}/rewards/clip clip={tiny}/rewards/pick", "clip", "twice"),
-    ("--prompts nowhere.jsonl", "nowhere.jsonl", "no such file"),
-    ("--prompts {tiny}", "no such file"),
+    ("--models ../a={tiny}/sdxl b={tiny}/sd15", "../a", "a name is"),
+    ("--models a={tiny}/sdxl A={tiny}/sd15", "given twice"),
+    ("--rewards toyworld --limit 3 --study 4", "--study 4", "there are 3 prompts"),
+    ("--shard 2/2", "--shard 2/2"),
+    *(
+        (f"--models a={{tiny}}/sdxl {name}={{tiny}}/sd15", name, "is a file of the report")
+        for name in ("results.json", "report.html", "Key.json", "study")  # it would replace their folder
+    ),
     ("--out {tiny}/prompts.txt", "--out", "cannot be written"),
     ("--out /proc/evaluation", "--out", "cannot be written"),
 ]
@@ -154,8 +127,6 @@ def test_bad_options_of_evaluate(tiny, tmp_path, monkeypatch, capsys, options, s
     fails(evaluate.main, [*good, *options.format(tiny=tiny).split(" ")], *says, capsys=capsys)
     assert not list(tmp_path.iterdir())
 
-
-# ----------------------------------------------------------------------------- prompt files
 
 BAD_PROMPTS = [  # (name, content, what the line says)
     ("a.docx", "a red circle", ".txt, .json"),
@@ -183,77 +154,44 @@ BAD_PROMPTS = [  # (name, content, what the line says)
 
 
 @pytest.mark.parametrize("name, content, says", [(row[0], row[1], row[2:]) for row in BAD_PROMPTS])
-def test_bad_prompt_files(tiny, tmp_path, capsys, name, content, says):
+def test_bad_prompt_files(tmp_path, name, content, says):
+    """As synpic.py and evaluate.py read them."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    prompts = ["--prompts", tmp_path / name]
-    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *prompts], *says, capsys=capsys)
-    models = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--out", tmp_path / "out"]
-    fails(evaluate.main, [*models, *prompts], *says, capsys=capsys)
-
-
-def test_separators_of_unicode_do_not_cut_a_prompt(tmp_path):
-    text = "one\u2028prompt\u0085only\n"
-    (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False).replace("\\n", ""))
-    for name in ("a.txt", "a.jsonl"):
-        assert [row["prompt"] for row in tables.read_prompts(tmp_path / name)] == ["one prompt only"]
-
-
-# ----------------------------------------------------------------------------- models
-
-
-def damaged_models(tiny, folder):
-    """{what the line says: a copy of a tiny pipeline with that fault}."""
-    faults = {
-        name: folder / str(i)
-        for i, name in enumerate(("damaged", "index.json: damaged", "tokenizer is", "vae"))
-    }
-    for path in faults.values():
-        shutil.copytree(tiny / "sd15", path)
-    (faults["damaged"] / "model_index.json").write_text('{"torn')
-    (faults["index.json: damaged"] / "model_index.json").write_text("[1, 2]")
-    shutil.rmtree(faults["tokenizer is"] / "tokenizer")
-    shutil.rmtree(faults["vae"] / "vae")
-    return faults
+    fails(lambda args: tables.read_prompts(*args), [tmp_path / name], *says)
 
 
 def test_every_model_is_looked_at_before_the_first_draws(tiny, tmp_path, capsys):
-    for says, path in damaged_models(tiny, tmp_path).items():
-        models = ["--models", f"a={tiny}/sdxl", f"b={path}"]
-        fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], says, capsys=capsys)
-        assert not (tmp_path / "out/settings.json").exists()
-        prompts = ["--prompts", f"{tiny}/prompts.txt", "--rewards", *rewards(tiny), "--out", tmp_path / "e"]
-        fails(evaluate.main, [*models, *prompts], says, capsys=capsys)
+    shutil.copytree(tiny / "sd15", tmp_path / "sd15")
+    shutil.rmtree(tmp_path / "sd15/tokenizer")
+    models = ["--models", f"a={tiny}/sdxl", f"b={tmp_path}/sd15"]
+    args = [*synpic_args(tiny, tmp_path / "out"), *models]
+    fails(synpic.main, args, "tokenizer is", capsys=capsys)
+    prompts = ["--prompts", f"{tiny}/prompts.txt", "--rewards", *rewards(tiny), "--out", tmp_path / "e"]
+    fails(evaluate.main, [*models, *prompts], "tokenizer is", capsys=capsys)
+    assert not (tmp_path / "out/recipe.json").exists()
 
 
 def test_settings_are_kept_once_a_model_has_loaded(tiny, tmp_path, capsys):
     shutil.copytree(tiny / "sd15", tmp_path / "torn")
     (tmp_path / "torn/unet/diffusion_pytorch_model.safetensors").write_bytes(b"123")
     models = ["--models", f"b={tmp_path}/torn", f"a={tiny}/sdxl"]
-    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], "could not load", capsys=capsys)
-    assert not (tmp_path / "out/settings.json").exists()
+    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], "could not be loaded", capsys=capsys)
+    assert not (tmp_path / "out/recipe.json").exists()
 
 
-# ----------------------------------------------------------------------------- state of our own
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{torn", b"[]", b"{}", b"\xff\xfe", b'{"models": 3}', b'{"models": {"a_0": 1}}', DEEP.encode()],
-)
-def test_damaged_settings_are_refused_by_name(lists, tiny, tmp_path, capsys, content):
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
-    (out / "settings.json").write_bytes(content)
-    fails(synpic.main, synpic_args(tiny, out), "settings.json", capsys=capsys)
-    assert (out / "settings.json").read_bytes() == content
+@pytest.mark.parametrize("content", [b"{torn", b"[]", b"3", b"\xff\xfe", b'{"models": 3}', DEEP.encode()])
+def test_a_damaged_recipe_is_refused(lists, tiny, tmp_path, capsys, content):
+    out = copied(lists, tmp_path / "out")
+    (out / "recipe.json").write_bytes(content)
+    says = "was made with another" if b"models" in content else "holds images, but no recipe.json"
+    fails(synpic.main, synpic_args(tiny, out), says, "another --out", capsys=capsys)
+    assert (out / "recipe.json").read_bytes() == content
 
 
 def test_what_can_be_made_again_is(lists, tiny, tmp_path, capsys):
     """Damaged summary, preview, metadata are written anew; what timings lost is said."""
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
-    for name in ("summary.json", "summary.png", "preview.png", "metadata.jsonl"):
+    out = copied(lists, tmp_path / "out")
+    for name in ("summary.json", "preview.png", "metadata.jsonl"):
         (out / name).write_bytes(b"\xff\x00 junk")
     with open(out / "timings.jsonl", "ab") as f:
         f.write(b'{"torn\n\xff\n[]\n{"stage": 1}\n')
@@ -261,55 +199,48 @@ def test_what_can_be_made_again_is(lists, tiny, tmp_path, capsys):
     capsys.readouterr()
     synpic.main(synpic_args(tiny, out))
     assert capsys.readouterr().out.count("damaged line") == 5
-    for name in ("metadata.jsonl", "preview.png", "summary.png"):
+    for name in ("metadata.jsonl", "preview.png"):
         assert (out / name).read_bytes() == (lists / name).read_bytes(), name
     assert json.loads((out / "summary.json").read_text()) == json.loads((lists / "summary.json").read_text())
 
 
-def test_a_retrained_model_is_another_model(tiny, tmp_path, capsys):
-    """The same files of the same size, but other weights."""
-    from diffusers import UNet2DConditionModel
-
-    shutil.copytree(tiny / "sd15", tmp_path / "model")
-    cfg, rows = synpic.Config(out=str(tmp_path)), [("a", ["x.png"])]
-    settings = lambda: draw.settings_of(cfg, rows, [synpic.parse_model(f"sd15={tmp_path}/model")])
-    before = settings()
-    unet = UNet2DConditionModel.from_pretrained(tmp_path / "model/unet")
-    unet.conv_out.bias.data += 1
-    unet.save_pretrained(tmp_path / "model/unet")
-    store.write_text(tmp_path / "settings.json", json.dumps(before))
-    with pytest.raises(SystemExit, match=r"model sd15_0 \(other weights\)"):
-        draw.check_settings(tmp_path, settings())
-
-
-def test_every_file_of_a_pipeline_is_part_of_what_pictures_depend_on(tiny, tmp_path, capsys):
-    """Another scheduler, tokenizer or file of adapters under the same name is another model."""
+def test_every_file_of_a_pipeline_is_part_of_what_pictures_depend_on(tiny, tmp_path):
+    """Another weight, scheduler or file of adapters under the same name and of the same size counts."""
     base, adapters = tmp_path / "model", tmp_path / "a.safetensors"
     shutil.copytree(tiny / "sd15", base)
     adapters.write_bytes(b"some")
-    rows = [("a", ["x.png"])]
-    model = synpic.parse_model(f"sd15={base}+{adapters}")
-    settings = lambda: draw.settings_of(synpic.Config(out=str(tmp_path)), rows, [model])
-    before = settings()
-    draw.keep_settings(tmp_path, before)
+    cfg, rows = synpic.Config(out=str(tmp_path)), [("a", ["x.png"])]
+    recipe = lambda at=base: draw.recipe_of(cfg, rows, [synpic.parse_model(f"sd15={at}+{adapters}")])
+    before = recipe()
+    draw.check_recipe(tmp_path, before, write=True)
     (base / "README.md").write_text("a model card draws nothing")
-    assert settings() == before
-    for file, says in ((base / "scheduler/scheduler_config.json", "other scheduler"), (adapters, "weights")):
+    assert recipe() == before == recipe(shutil.copytree(base, tmp_path / "moved"))
+    for file, says in (
+        (base / "scheduler/scheduler_config.json", "scheduler"),
+        (base / "unet/diffusion_pytorch_model.safetensors", "unet"),
+        (adapters, r"\+1"),
+    ):
         kept = file.read_bytes()
-        file.write_bytes(kept.replace(b"epsilon", b"sample").replace(b"v_pred", b"w_pred") + b" ")
-        with pytest.raises(SystemExit, match=f"made with other model sd15_0 .*{says}"):
-            draw.check_settings(tmp_path, settings())
+        file.write_bytes(kept[:-3] + bytes([kept[-3] ^ 1]) + kept[-2:])
+        with pytest.raises(SystemExit, match=f"made with another models sd15_0 path {says} .before '"):
+            draw.check_recipe(tmp_path, recipe())
         file.write_bytes(kept)
-    draw.check_settings(tmp_path, settings())
+    draw.check_recipe(tmp_path, recipe())
+    hub = lambda base: draw.recipe_of(cfg, rows, [dict(name="m", seed=0, path=f"{base}+{adapters}")])
+    assert hub("org/one") != hub("org/other")  # the base of the same adapters
 
 
 def test_lists_that_were_not_drawn_here_are_not_drawn_over(lists, tiny, tmp_path, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "scores", "settings.json"))
+    out = copied(lists, tmp_path / "out", "scores", "recipe.json")
     before = (out / "metadata.jsonl").read_bytes()
-    fails(synpic.main, synpic_args(tiny, out), "were not drawn here", capsys=capsys)
-    fails(synpic.main, synpic_args(tiny, out, "--stages", "score"), "were not drawn here", capsys=capsys)
-    assert (out / "metadata.jsonl").read_bytes() == before and not (out / "settings.json").exists()
+    fails(synpic.main, synpic_args(tiny, out), "holds images, but no recipe.json", capsys=capsys)
+    fails(
+        synpic.main,
+        synpic_args(tiny, out, "--stages", "score"),
+        "holds images, but no recipe.json",
+        capsys=capsys,
+    )
+    assert (out / "metadata.jsonl").read_bytes() == before and not (out / "recipe.json").exists()
 
 
 def test_the_toys_models_are_for_the_toys_prompts(tiny, tmp_path, capsys):
@@ -338,8 +269,6 @@ def test_a_pipe_is_no_picture(tmp_path):
     assert not draw.is_png(tmp_path / "0.png")
 
 
-# ----------------------------------------------------------------------------- lists from elsewhere
-
 BAD_ROWS = [  # (what is changed in the third row, or the line that takes its place; what the line says)
     ("", "{torn", "line 3"),
     ("", "[1]", "line 3", "not a JSON object"),
@@ -353,7 +282,6 @@ BAD_ROWS = [  # (what is changed in the third row, or the line that takes its pl
     ("file_names", "a.png", "line 3", "needs prompt"),
     ("file_names", ["images/00002/sdxl_0.png"], "line 3", "at least two"),
     ("file_names", ["images/00002/sdxl_0.png"] * 5, "line 3", "5 times"),
-    ("file_names", ["images/00002/sdxl_0.png", "none.png"], "line 3", "none.png"),
     ("file_names", ["images/00002/sdxl_0.png", 7], "line 3", "7"),
     ("file_names", ["images/00002/sdxl_0.png", "a\0b"], "line 3", "inside the folder"),
     ("file_names", ["images/00002/sdxl_0.png", "../x.png"], "line 3", "../x.png"),
@@ -370,32 +298,45 @@ BAD_ROWS = [  # (what is changed in the third row, or the line that takes its pl
     ("scores", {"clip": [[1, 2]] * 4}, "line 3", "finite"),
     ("scores", {"clip": [True, False, True, False]}, "line 3", "finite"),
     ("scores", {"clip": [None] * 4}, "line 3", "finite"),
-    ("scores", {}, "row 3", "no scores of clip"),
+    ("scores", 0, "line 3", "scores must be an object"),
+    ("scores", {"two\nlines": 7}, "scores of two lines"),
+    ("file_names", ["images/00002/sdxl_0.png", "./images/00002/sdxl_0.png"], "line 3", "2 times"),
+    ("phi", None, "line 3", "needs as many phi"),
+    ("phi", [1.0], "line 3", "needs as many phi"),
+    ("phi", "abcd", "line 3", "needs as many phi"),
+    ("phi", [2, 0, 0, 0], "line 3", "phi must lie in"),
+    ("phi", ["a", 0, 0, 0], "line 3", "phi must lie in"),
+    ("phi", [float("nan"), 0, 0, 0], "line 3", "phi must lie in"),
+    ("", '{"prompt": "a", "prompt": "b"}', "line 3", "a key stands twice"),
 ]
 
 
+@pytest.fixture(scope="module")
+def linked(lists, tmp_path_factory):
+    """(a copy of the lists with links out of it, its lines)."""
+    root = tmp_path_factory.mktemp("linked")
+    out = copied(lists, root / "out", "scores", "recipe.json")
+    (root / "outside").mkdir()
+    shutil.copy(out / "images/00000/sd3_0.png", root / "outside/a.png")
+    os.symlink(root / "outside/a.png", out / "link.png")
+    os.symlink(root / "outside", out / "link")
+    return out, (out / "metadata.jsonl").read_bytes().split(b"\n")
+
+
 @pytest.mark.parametrize("key, value, says", [(row[0], row[1], row[2:]) for row in BAD_ROWS])
-def test_bad_rows_are_named(lists, tmp_path, capsys, key, value, says):
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "scores", "settings.json"))
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside/a.png").write_bytes((out / "images/00000/sd3_0.png").read_bytes())
-    os.symlink(tmp_path / "outside/a.png", out / "link.png")
-    os.symlink(tmp_path / "outside", out / "link")
-    lines = (out / "metadata.jsonl").read_bytes().split(b"\n")
+def test_bad_rows_are_named(linked, lists, key, value, says):
+    """As the trainer and synpic.py --stages label read them."""
+    out, lines = linked
     if key:
-        row = {k: v for k, v in rows_of(out)[2].items() if k not in (key, "scores")}
+        row = {k: v for k, v in rows_of(lists)[2].items() if k not in (key, "scores")}
         value = json.dumps({**row, key: value} if value is not None else row)
-    lines[2] = value if isinstance(value, bytes) else value.encode()
-    (out / "metadata.jsonl").write_bytes(b"\n".join(lines))
-    before = (out / "metadata.jsonl").read_bytes()
-    fails(synpic.main, ["--out", out, "--stages", "label"], "metadata.jsonl", *says, capsys=capsys)
-    assert (out / "metadata.jsonl").read_bytes() == before
+    third = value if isinstance(value, bytes) else value.encode()
+    (out / "metadata.jsonl").write_bytes(b"\n".join([*lines[:2], third, *lines[3:]]))
+    fails(lambda _: read_metadata(out, lists=True, labelled=True), [], "metadata.jsonl", *says)
 
 
 def test_doubled_and_absent_rows_and_torn_pictures_are_named(lists, tmp_path, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    out = copied(lists, tmp_path / "out")
     label = ["--out", out, "--stages", "label"]
     text = (out / "metadata.jsonl").read_text()
     (out / "metadata.jsonl").write_text(text + text.split("\n")[3] + "\n")
@@ -404,15 +345,18 @@ def test_doubled_and_absent_rows_and_torn_pictures_are_named(lists, tmp_path, ca
     fails(synpic.main, label, "no rows", capsys=capsys)
     (out / "metadata.jsonl").write_text(text)
     (out / rows_of(out)[0]["file_names"][1]).write_bytes(b"not a png")
-    fails(synpic.main, label, "row 1: no scores of clip", capsys=capsys)  # they were of another picture
-    shutil.rmtree(out / "scores")
     fails(synpic.main, label, rows_of(out)[0]["file_names"][1], "not a readable image", capsys=capsys)
+    del (rows := rows_of(out))[2]["scores"]["clip"]
+    shutil.rmtree(out / "scores")
+    shutil.copy(out / rows[0]["file_names"][0], out / rows[0]["file_names"][1])
+    fails(
+        synpic.main, ["--out", write_rows(out, rows), *label[2:]], "row 3: no scores of clip", capsys=capsys
+    )
 
 
 def test_odd_rows_that_are_right_are_taken(lists, tmp_path):
     """U+2028 in a prompt, blank lines, makers that are not told in full, a reward with a name of its own."""
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "scores", "settings.json"))
+    out = copied(lists, tmp_path / "out", "scores", "recipe.json")
     rows = rows_of(out)
     rows[0]["prompt"] = "one\u2028prompt\u0085only, 猫 \U0001f408 \x00"
     rows[1]["models"] = ["sdxl"]
@@ -426,28 +370,21 @@ def test_odd_rows_that_are_right_are_taken(lists, tmp_path):
     (out / "scores/other.jsonl").write_text(json.dumps({**other, "scores": [1.0, 2.0, 3.0, 4.0]}) + "\n")
     synpic.main(["--out", str(out), "--stages", "label", "--label", "single:mine"])
     assert "NaN" not in (out / "summary.json").read_text()
-    assert [row["phi"] for row in rows_of(out)] == [
-        [1.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 0.0]
-    ] * 10
-    assert rows_of(out)[0]["prompt"] == rows[0]["prompt"] and rows_of(out)[3]["scores"]["other"] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    labelled = rows_of(out)
+    assert all(row["phi"] == pytest.approx([1, 1 / 3, 2 / 3, 0]) for row in labelled)
+    assert labelled[0]["prompt"] == rows[0]["prompt"] and labelled[3]["scores"]["other"] == [1, 2, 3, 4]
 
 
 def test_a_label_may_count_stored_scores_of_any_name(lists, tmp_path, capsys):
     """Of a function of the user's, or of another program: `--rewards mine` is a name, without its file."""
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache", "settings.json"))
+    out = copied(lists, tmp_path / "out", "recipe.json")
     rows = rows_of(out)
     lines = []
     for n, row in enumerate(rows):
         row["scores"]["theirs"] = [0, 1, 2, 3]
         scored = dict(version="v", prompt=row["prompt"], file_names=row["file_names"], scores=[3, 2, 1, n])
         lines.append(json.dumps(scored) + "\n")
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(out, rows)
     (out / "scores/mine.jsonl").write_text("".join(lines))
     label = ["--out", str(out), "--stages", "label", "--rewards"]
     synpic.main([*label, "theirs"])
@@ -473,8 +410,7 @@ def test_an_imagefolder_is_read_or_its_metadata_is_named(lists, tmp_path, capsys
 
 
 def test_a_full_disk_ends_labelling_in_one_line(lists, tiny, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(lists, out, ignore=shutil.ignore_patterns(".cache"))
+    out = copied(lists, tmp_path / "out")
     content = lambda: {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file() and ".lock" not in p.name}
     before = content()
 
@@ -491,12 +427,8 @@ def test_ctrl_c_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines, "generate_each", interrupted)
+    monkeypatch.setattr(draw, "generate_each", interrupted)
     fails(synpic.main, synpic_args(tiny, tmp_path / "a"), "interrupted", capsys=capsys)
     two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--prompts", f"{tiny}/prompts.txt"]
-    fails(
-        evaluate.main,
-        [*two, "--rewards", *rewards(tiny), "--out", tmp_path / "b"],
-        "interrupted",
-        capsys=capsys,
-    )
+    two += ["--rewards", *rewards(tiny), "--out", tmp_path / "b"]
+    fails(evaluate.main, two, "interrupted", capsys=capsys)

@@ -1,10 +1,6 @@
-"""Options, processes, files and readers: what common.py promises to every script.
-
-pytest -q tests/test_common.py
-"""
+"""Options, processes, files and readers: what common.py promises to every script."""
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,13 +11,10 @@ import pytest
 from conftest import HERE, child, fails
 from PIL import Image, ImageOps
 
-from lib import benchmarks, common, lists, pictures, store
+from lib import answers, benchmarks, common, lists, pictures, store
 from lib.common import option
 from lib.pictures import open_image, read_pixels
 from lib.store import CONTENTS, appending, publish, write_text
-from lib.tables import read_prompts
-
-# ----------------------------------------------------------------------------- options
 
 
 @dataclass
@@ -42,12 +35,6 @@ class Example:
 )
 def test_a_wrong_option_ends_in_one_line_that_names_the_nearest(words, says, capsys):
     fails(lambda args: common.parse(Example, "", args), words, says, capsys=capsys)
-
-
-def test_an_option_unlike_all_others_gets_no_proposal(capsys):
-    with pytest.raises(SystemExit):
-        common.parse(Example, "", ["--xyz"])
-    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_help_has_the_headings_of_the_dataclass(capsys):
@@ -71,7 +58,6 @@ def test_common_is_imported_without_torch():
         ("rankdpo", "--lorarank", "--lora_rank"),
         ("evaluate", "--modles", "--models"),
         ("rewards", "--rewords", "--rewards"),
-        ("memory", "--modle", "--model"),
     ],
 )
 def test_help_and_a_misspelt_option_need_no_torch(script, wrong, right, tmp_path):
@@ -88,9 +74,6 @@ def test_help_and_a_misspelt_option_need_no_torch(script, wrong, right, tmp_path
     refused = run(wrong, "1")
     assert refused.returncode == 2 and f"did you mean {right}?" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
-
-
-# ----------------------------------------------------------------------------- processes
 
 
 def start(args):
@@ -131,22 +114,6 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch):
     assert common.pick_device("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert common.pick_device().type == "cpu"
-
-
-def test_a_taken_port_ends_in_one_line(tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        process = child(start, [], tmp_path / "said", **env)
-        process.join(60)
-    # a child prints torch's own warning of the port, then our line
-    assert process.exitcode == 1
-    assert f"127.0.0.1:{port}: 2 processes cannot meet there" in (tmp_path / "said").read_text()
-
-
-# ----------------------------------------------------------------------------- files
 
 
 def write_folder(name):
@@ -197,6 +164,66 @@ def test_a_kill_between_the_two_renames_of_a_folder_leaves_both_on_the_disk(tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "said"]
 
 
+def test_a_folder_with_a_strangers_file_or_a_changed_one_is_not_replaced(tmp_path):
+    model = tmp_path / "model"
+    publish(model, write_folder("a"))
+    assert store.is_whole(model) and not store.strangers(model)
+    (model / "mine.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="model: holds mine.txt, which was not written here; move it away"):
+        publish(model, write_folder("b"))
+    (model / "mine.txt").unlink()
+    (model / "a").write_text("b")  # of equal size
+    assert not store.is_whole(model)
+    with pytest.raises(SystemExit, match="model: holds a, which was not written here"):
+        publish(model, write_folder("b"))
+    store.discard(model)
+    assert (model / "a").read_text() == "b"
+
+
+def test_a_byte_in_the_midst_of_a_large_file_is_another_file(tmp_path):
+    """Of 100 MB, most of them a hole: a partial fine-tuning changes neither size nor ends."""
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as f:
+        f.truncate(100_000_000)
+    before, version = store.file_digest(path), answers.files_version(["clip"], path)
+    with open(path, "r+b") as f:
+        f.seek(50_000_000)
+        f.write(b"x")
+    assert store.file_digest(path) != before and answers.files_version(["clip"], path) != version
+
+
+def test_a_folder_is_gone_on_with_by_its_own_recipe_alone(tmp_path):
+    same = lambda recipe: store.same(tmp_path, recipe, ("images", "model-[0-9]*"), "do that")
+    same({"size": (1, 2), "models": {"a": "x"}})
+    same({"size": [1, 2], "models": {"a": "x"}})
+    with pytest.raises(
+        SystemExit, match=r"another size .before \[1, 2\], now 3., models b .before missing, now"
+    ):
+        same({"size": 3, "models": {"a": "x", "b": "y"}})
+    store.set_aside(tmp_path, ("recipe.json", "images"))
+    same({"size": 3})
+    store.set_aside(tmp_path, ("recipe.json",))
+    assert {p.name for p in tmp_path.iterdir()} == {"before-1", "before-2"}
+    (tmp_path / "model-000200").mkdir()
+    with pytest.raises(
+        SystemExit, match="holds model-000200, but no recipe.json that says what made it; do that"
+    ):
+        same({"size": 3})
+
+
+def test_lines_are_appended_after_a_torn_end_by_one_process(tmp_path):
+    path = tmp_path / "scores/clip.jsonl"
+    with appending(path, "busy") as f:
+        f.write(b"one\nanother program's\n")
+        with pytest.raises(SystemExit, match="clip.jsonl: another run is there"):
+            with appending(path, "another run is there"):
+                pass
+    path.write_bytes(path.read_bytes() + b"torn")
+    with appending(path, "busy") as f:
+        f.write(b"two\n")
+    assert path.read_bytes() == b"one\nanother program's\ntwo\n"
+
+
 @pytest.mark.parametrize("linked", ["scores/clip.jsonl", "scores"])
 def test_no_line_is_appended_through_a_link(linked, tmp_path):
     there = tmp_path / "elsewhere"
@@ -212,16 +239,6 @@ def test_no_line_is_appended_through_a_link(linked, tmp_path):
     assert [p.name for p in there.iterdir()] == ["clip.jsonl"]
 
 
-# ----------------------------------------------------------------------------- readers
-
-
-def test_a_line_separator_inside_a_prompt_does_not_cut_it(tmp_path):
-    (tmp_path / "a.txt").write_text("a red\u2028circle\ntwo\x85squares\n", encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a red\u2028circle"}\n', encoding="utf-8")
-    assert [row["prompt"] for row in read_prompts(tmp_path / "a.txt")] == ["a red circle", "two squares"]
-    assert [row["prompt"] for row in read_prompts(tmp_path / "a.jsonl")] == ["a red circle"]
-
-
 def test_postscript_is_not_opened_whatever_its_name_is(tmp_path, monkeypatch):
     """PIL starts Ghostscript, where it is installed, for a PostScript file."""
     from PIL import EpsImagePlugin
@@ -235,11 +252,11 @@ def test_postscript_is_not_opened_whatever_its_name_is(tmp_path, monkeypatch):
     assert not started
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff", "a.ppm", "a.jp2"])
-def test_the_formats_that_people_have_are_read(name, tmp_path):
-    Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-    red = np.asarray(pictures.read_image(tmp_path / name))[4, 4].astype(int)
-    assert red[0] > 240 and red[1] < 20 and red[2] < 20
+def test_the_formats_that_people_have_are_read(tmp_path):
+    for kind in ("png", "jpg", "webp", "gif", "bmp", "tiff", "ppm", "jp2"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"a.{kind}")
+        red = np.asarray(pictures.read_image(tmp_path / f"a.{kind}"))[4, 4].astype(int)
+        assert red[0] > 240 and red[1] < 20 and red[2] < 20, kind
 
 
 def test_a_pipe_in_place_of_a_picture_does_not_hang(tmp_path):
@@ -252,17 +269,10 @@ def test_a_pipe_in_place_of_a_picture_does_not_hang(tmp_path):
 def test_a_picture_is_turned_as_its_exif_says(orientation, tmp_path):
     rng = np.random.default_rng(0)
     upright = Image.fromarray(rng.integers(0, 255, (6, 10, 3), np.uint8))
-    stored = {  # the transpose that undoes what a viewer does
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
-    lying = upright if stored is None else upright.transpose(stored)
+    undo = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split()
+    lying = upright  # 1; for the others the transpose that undoes what a viewer does
+    if orientation > 1:
+        lying = upright.transpose(Image.Transpose[undo[orientation - 2]])
     exif = Image.Exif()
     exif[0x0112] = orientation
     lying.save(tmp_path / "lying.png", exif=exif)
@@ -270,16 +280,6 @@ def test_a_picture_is_turned_as_its_exif_says(orientation, tmp_path):
     assert np.array_equal(read_pixels(tmp_path / "lying.png", 0), read_pixels(tmp_path / "upright.png", 0))
     assert np.array_equal(np.asarray(pictures.read_image(Image.open(tmp_path / "lying.png"))), upright)
     assert ImageOps.exif_transpose(Image.open(tmp_path / "lying.png")).size == upright.size
-
-
-def test_ctrl_c_promises_only_what_is_true(capsys):
-    """With --save_every 0 a trainer has saved nothing: the same command begins again."""
-
-    @common.one_line_errors
-    def main(argv):
-        raise KeyboardInterrupt
-
-    fails(main, [], "interrupted; the same command goes on from what is saved", capsys=capsys)
 
 
 def test_every_locked_file_is_a_file_of_its_own(tmp_path):

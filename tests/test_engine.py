@@ -1,10 +1,6 @@
-"""The trainer's engine: start-up, cache, communication, memory; what a run costs.
-
-pytest -q tests/test_engine.py
-"""
+"""The trainer's engine: start-up, cache, communication, memory; what a run costs."""
 
 import json
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HERE, fails, log_of, train
+from conftest import HERE, copied, fails, log_of, train
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,9 +26,6 @@ def alone():
     dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------- cache
-
-
 def cache_of(data):
     (folder,) = (data / ".cache").iterdir()
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
@@ -41,8 +34,7 @@ def cache_of(data):
 def test_the_cache_has_one_content_whoever_writes_it(lists, tiny, tmp_path, monkeypatch):
     """In chunks by place: what a killed run left, or another number of processes, changes no bit; and prompts
     encoded together are those encoded alone, to rounding."""
-    data, read = tmp_path / "data", []
-    shutil.copytree(lists, data, ignore=shutil.ignore_patterns(".cache"))
+    data, read = copied(lists, tmp_path / "data"), []
     load_parts = pipelines.load_parts
 
     def noted(*args):
@@ -51,7 +43,7 @@ def test_the_cache_has_one_content_whoever_writes_it(lists, tiny, tmp_path, monk
         return parts
 
     monkeypatch.setattr(pipelines, "load_parts", noted)
-    monkeypatch.setattr("lists.CHUNK", 4)
+    monkeypatch.setattr("lib.lists.CHUNK", 4)
     train(data, tiny, tmp_path / "a")
     whole = cache_of(data)
     folder = next((data / ".cache").iterdir())
@@ -71,8 +63,7 @@ def test_the_cache_has_one_content_whoever_writes_it(lists, tiny, tmp_path, monk
 
 def test_only_lists_that_the_steps_visit_are_encoded(lists, tiny, tmp_path):
     """One step of four lists of ten encodes four; another run on the same data adds what it lacks."""
-    data = tmp_path / "data"
-    shutil.copytree(lists, data, ignore=shutil.ignore_patterns(".cache"))
+    data = copied(lists, tmp_path / "data")
     log = train(data, tiny, tmp_path / "a", "--steps", 1)
     cfg = rankdpo.Config(steps=1, global_batch_size=4, device_batch_size=4)
     order = rankdpo.draw_order(cfg, [range(10)])
@@ -85,7 +76,7 @@ def test_only_lists_that_the_steps_visit_are_encoded(lists, tiny, tmp_path):
 
 
 def test_every_list_is_encoded_by_one_process(monkeypatch, tmp_path):
-    shares, rows = [], [{"prompt": "", "file_names": []}] * 100
+    shares, rows = [], [{"prompt": "", "file_names": [], "pictures": []}] * 100
     cfg = rankdpo.Config(data=str(tmp_path), model="org/name")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
@@ -98,9 +89,6 @@ def test_work_ahead_keeps_the_order_and_passes_errors_on():
     assert list(common.ahead(lambda n: n * n, range(20), depth=3, threads=4)) == [n * n for n in range(20)]
     with pytest.raises(SystemExit, match="list 3"):
         list(common.ahead(lambda n: common.fail("list 3") if n == 3 else n, range(9), depth=2))
-
-
-# ----------------------------------------------------------------------------- start-up
 
 
 def test_what_one_process_reads_the_others_receive(alone, monkeypatch):
@@ -125,9 +113,6 @@ def test_other_processes_read_no_weights(tiny):
     pipe = pipelines.load_pipeline(tiny / "sd3", denoiser=False, encoders=False)
     assert pipe.vae is None and pipe.text_encoder is None and pipe.tokenizer is not None
     assert all(p.is_meta for p in pipe.transformer.parameters())
-
-
-# ----------------------------------------------------------------------------- lost peers, communication
 
 
 COUNTS = """
@@ -180,9 +165,6 @@ def test_a_lost_process_is_started_again_and_each_step_gathers_once(lists, tiny,
     assert units > 3 and counts == {"reduce": 2 * units, "all_ga": 3 * units}
 
 
-# ----------------------------------------------------------------------------- memory and speed
-
-
 def test_the_rounded_reference_changes_nothing(lists, tiny, tmp_path, monkeypatch):
     """bf16: weights that autocast rounds at each pass are rounded once; s is exactly 0 at the start and after
     a refresh, and the curve is the same bit for bit."""
@@ -193,24 +175,6 @@ def test_the_rounded_reference_changes_nothing(lists, tiny, tmp_path, monkeypatc
     for a, b in zip(rounded, plain, strict=True):
         assert all(a[k] == b[k] for k in ("loss", "accuracy", "best_s", "worst_s", "grad_norm"))
     assert [r["best_s"] == r["worst_s"] == 0 for r in rounded] == [True, False, True]
-
-
-@pytest.mark.parametrize("more", [(), ("--lora_rank", 2)])
-def test_compiled_blocks_have_the_same_curve(lists, tiny, tmp_path, monkeypatch, more):
-    """The graphs that torch.compile takes, run as they are: its code generator would take a minute."""
-    compiled, graphs = torch.nn.Module.compile, []
-    backend = lambda graph, inputs: graphs.append(1) or graph.forward
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=backend))
-    args = ("--steps", 2, "--lr", 1e-3, "--global_batch_size", 2, *more)
-    curves = [train(lists, tiny, tmp_path / c, *args, "--compile", c, model="sd3") for c in ("false", "true")]
-    for a, b in zip(*(curve[1:] for curve in curves), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["best_s"] == pytest.approx(
-            a["best_s"], abs=1e-5
-        )
-    assert graphs
-
-
-# ----------------------------------------------------------------------------- what is saved
 
 
 @pytest.mark.parametrize("adapters", [True, False])
@@ -224,9 +188,6 @@ def test_the_card_of_a_tuned_folder(tmp_path, adapters):
         assert card.data.pipeline_tag == "text-to-image" and ("lora" in card.data.tags) == adapters
         assert all(text in card.text for text in ("| beta | 2500.0 |", "| accuracy | 0.61 |", base))
         assert ("not known" in card.text) == (licence is None)
-
-
-# ----------------------------------------------------------------------------- --report
 
 
 def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
@@ -245,7 +206,7 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
     @common.one_line_errors
     def part(steps):
         start, end = steps
-        log = engine.Log(cfg, {}, start, 1.0, torch.device("cpu"))
+        log = engine.Log(cfg, 0, 0, start, 1.0, torch.device("cpu"), torch.float32)
         for step in range(start, end):
             row = dict.fromkeys(("loss", "accuracy", "best_s", "worst_s", "grad_norm"), step / 10)
             picture = {"samples": f"samples/{step + 1:06d}.png"} if step % 2 else {}
@@ -257,13 +218,12 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
         part((0, 3))
     part((2, 4))  # from the checkpoint before it was lost
     assert [start["id"] for start in starts] == [starts[0]["id"]] * 2 and ends == [1, 0]
-    assert (
-        starts[0]["project"] == "sweep-1" and starts[0]["name"] == "a" and starts[0]["config"]["steps"] == 200
-    )
+    assert starts[0]["project"] == "sweep-1" and starts[0]["name"] == "a"
+    assert starts[0]["config"]["steps"] == 200
     assert [row["step"] for row in said] == [0, 0, 1, 2, 2, 3]  # the first are the base's pictures
     assert [row["loss"] for row in said[1:]] == [0, 0.1, 0.2, 0.2, 0.3] and "accuracy_by_time" not in said[1]
     assert {n: row["samples"].width for n, row in enumerate(said) if "samples" in row} == {0: 1, 2: 3, 5: 5}
-    engine.Log(cfg, {}, 0, 1.0, torch.device("cpu")).file.close()  # --resume false
+    engine.Log(cfg, 0, 0, 0, 1.0, torch.device("cpu"), torch.float32).file.close()  # --resume false
     assert starts[2]["id"] != starts[0]["id"]
     common.cleanup.close()
 

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from conftest import PROMPTS, fails, log_of, rows_of, t5_tokenizer, tiny_vae, together, train, train_args
+from conftest import PROMPTS, fails, rows_of, t5_tokenizer, tiny_vae, train, write_rows
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -19,17 +19,9 @@ from toy import build
 
 SIZE = dict(height=32, width=24)  # not a square, so that rows and columns cannot be confused
 TEXTS = ["a red circle", "two squares and a cross"]
-TINY = dict(
-    in_channels=16,
-    attention_head_dim=16,
-    num_attention_heads=2,
-    joint_attention_dim=32,
-    axes_dims_rope=(4, 6, 6),
-)
+TINY = dict(in_channels=16, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
+TINY["axes_dims_rope"] = (4, 6, 6)
 NAMES = pytest.mark.parametrize("name", ("flux", "qwen"))
-
-
-# ----------------------------------------------------------------------------- tiny models, real formats
 
 
 def flux_pipeline(folder, dev):
@@ -39,11 +31,10 @@ def flux_pipeline(folder, dev):
     text = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
     pooled = dict(pooled_projection_dim=64, guidance_embeds=dev)
     shift = dict(shift=3.0, use_dynamic_shifting=True) if dev else dict(shift=1.0)
+    vae = dict(shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False)
     return diffusers.FluxPipeline(
         transformer=diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, **pooled, **TINY),
-        vae=tiny_vae(
-            shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
-        ),
+        vae=tiny_vae(**vae),
         text_encoder=build.text_encoder(clip, False),
         tokenizer=clip,
         text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(t5), **text)),
@@ -77,17 +68,11 @@ def qwen_pipeline():
     text.update(num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope)
     eye = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=eye)
+    vae = dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True])
+    vae.update(latents_mean=[-0.1, 0.2, 0.0, 0.3], latents_std=[0.5, 2.0, 1.5, 0.7])
     return diffusers.QwenImagePipeline(
         transformer=diffusers.QwenImageTransformer2DModel(num_layers=2, out_channels=4, **TINY),
-        vae=diffusers.AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[-0.1, 0.2, 0.0, 0.3],
-            latents_std=[0.5, 2.0, 1.5, 0.7],
-        ),
+        vae=diffusers.AutoencoderKLQwenImage(**vae),
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=words,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
@@ -108,9 +93,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(root):
     return {name: load_pipeline(root / name) for name in ("flux", "schnell", "qwen")}
-
-
-# ----------------------------------------------------------------------------- the pipeline's own call
 
 
 def call(pipe, prompt, **more):
@@ -187,9 +169,6 @@ def test_the_templates_34_tokens_are_dropped(loaded):
     assert pipe.tokenizer.decode(ids[:34]) == pipe.prompt_template_encode.partition("{}")[0]
 
 
-# ----------------------------------------------------------------------------- drawn
-
-
 @NAMES
 def test_pictures_of_a_batch_are_those_drawn_alone(name, loaded):
     settings = dict(steps=2, guidance=3.0, resolution=32)
@@ -203,21 +182,11 @@ def test_pictures_of_a_batch_are_those_drawn_alone(name, loaded):
     assert not torch.equal(values(other), values(alone[0]))  # guidance matters
 
 
-@NAMES
-def test_what_suits_a_family(name, root, loaded):
-    suits = lambda name: pipelines.family_of(loaded[name]).suits(loaded[name])
-    assert suits("schnell") == dict(steps=4, guidance=0.0)
-    assert suits(name) == {"flux": dict(steps=28, guidance=3.5), "qwen": dict(steps=50, guidance=4.0)}[name]
-
-
 def test_a_shift_that_depends_on_the_resolution_is_of_sampling_alone(loaded):
     u, x = torch.tensor([0.25, 0.5]), torch.zeros(2, 1, 1, 1)
     for name in ("flux", "schnell", "qwen"):
         _, t, _ = add_noise(loaded[name].scheduler, x, x, u, "uniform")
         assert torch.equal(t, 1000 * u), name
-
-
-# ----------------------------------------------------------------------------- trained
 
 
 @NAMES
@@ -244,44 +213,35 @@ def test_adapters_are_trained_and_diffusers_loads_them(name, lists, root, tmp_pa
     assert not torch.equal(*(m.transformer_blocks[0].attn.to_q.weight for m in (before, after)))
 
 
-@NAMES
-def test_all_weights_go_on_from_a_checkpoint(name, lists, root, tmp_path):
+def test_all_weights_go_on_from_a_checkpoint(lists, root, tmp_path):
     """Also where some never get a gradient, and so no moments: of Qwen-Image's last block the text's."""
-    args = (lists, root, tmp_path, "--save_every", 2, "--keep", 9, "--steps", 4, "--lr", 1e-3)
-    whole = train(*args, model=name)
-    shutil.rmtree(tmp_path / "checkpoints/step-000004")
-    again = train(*args, model=name)
+    run = lambda: train(lists, root, tmp_path, "--save_every 2 --keep 9 --steps 4 --lr 1e-3", model="qwen")
+    whole = run()
+    for gone in ("checkpoints/step-000004", "model"):
+        shutil.rmtree(tmp_path / gone)
+    again = run()
     assert [r["loss"] for r in again[1:]] == [r["loss"] for r in whole[1:]]
     assert [part["step"] for part in again[0]["resumed"]] == [2] and "commit" in again[0]["resumed"][0]
 
 
 def test_two_processes_give_the_curve_of_one(lists, root, tmp_path):
-    name = "qwen"
-    one = train(lists, root, tmp_path / "one", "--device_batch_size", 2, model=name)
-    args = train_args(lists, root, tmp_path / "two", "--device_batch_size", 2, model=name)
-    together(rankdpo.main, args)
-    for a, b in zip(one[1:], log_of(tmp_path / "two")[1:], strict=True):
-        assert [a[k] for k in ("loss", "best_s")] == pytest.approx(
-            [b[k] for k in ("loss", "best_s")], abs=1e-5
-        )
+    run = lambda n: train(lists, root, tmp_path / str(n), "--device_batch_size 2", model="qwen", processes=n)
+    for a, b in zip(run(1)[1:], run(2)[1:], strict=True):
+        assert (a["loss"], a["best_s"]) == pytest.approx((b["loss"], b["best_s"]), abs=1e-5)
 
 
 @NAMES
-def test_fifty_steps_teach_the_order_of_a_list(name, lists, root, tmp_path):
+def test_steps_teach_the_order_of_a_list(name, lists, root, tmp_path):
     """Held-out accuracy: of the same images with other prompts, at noise and timesteps never trained on."""
     row = rows_of(lists)[0]
     row.update(phi=[1.0, 2 / 3, 1 / 3, 0.0], rank=[1, 2, 3, 4])
     data = tmp_path / "data"
     shutil.copytree(lists / "images", data / "images")
-    data_rows = "".join(json.dumps(dict(row, prompt=prompt)) + "\n" for prompt in PROMPTS[:8])
-    (data / "metadata.jsonl").write_text(data_rows)
-    more = ["--holdout", 0.5, "--eval_every", 50, "--lr", 3e-3, "--beta", 10, "--loser_weight", 1]
-    log = train(data, root, tmp_path / "out", "--steps", 50, *more, model=name)
+    write_rows(data, [dict(row, prompt=prompt) for prompt in PROMPTS[:8]])
+    more = ["--holdout", 0.5, "--eval_every", 30, "--lr", 5e-3, "--beta", 10, "--loser_weight", 1]
+    log = train(data, root, tmp_path / "out", "--steps", 30, *more, model=name)
     print(name, [round(r["accuracy"], 2) for r in log[1::7]], log[-1]["held_out_accuracy"])
     assert log[1]["accuracy"] == 0.5 and log[-1]["held_out_accuracy"] > 0.95
-
-
-# ----------------------------------------------------------------------------- refused, and counted
 
 
 @NAMES
@@ -297,7 +257,7 @@ def test_tokenizers_of_another_size_are_refused(root, tmp_path, loaded):
         pipelines.check_tokenizers("here", SimpleNamespace(components=parts))
 
 
-@pytest.mark.parametrize("name", ("flux", "schnell", "qwen"))
+@NAMES
 def test_a_velocity_is_not_trained_with_a_scheduler_of_diffusion(name, lists, root, tmp_path):
     model = shutil.copytree(root / name, tmp_path / "model")
     diffusers.DDPMScheduler(**pipelines.BETAS).save_pretrained(model / "scheduler")

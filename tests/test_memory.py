@@ -1,7 +1,4 @@
-"""What a run takes, counted: FLOPs, bytes, hours, and the setting that fits.
-
-pytest -q tests/test_memory.py
-"""
+"""What a run takes, counted: FLOPs, bytes, hours, and the setting that fits."""
 
 import os
 import re
@@ -27,11 +24,8 @@ def test_the_fastest_setting_that_fits_is_taken():
     one = pick(cfg, 4, images, weights(cfg, 1), 74e9, 1)
     assert one.fits and one.options["gradient_checkpointing"] and one.options["images_per_forward"] == 0
     eight = pick(cfg, 4, images, weights(cfg, 8), 74e9, 8)
-    assert (
-        eight.options["keep_gathered"]
-        and not eight.options["gradient_checkpointing"]
-        and eight.options["device_batch_size"] == 1
-    )
+    assert eight.options["keep_gathered"] and not eight.options["gradient_checkpointing"]
+    assert eight.options["device_batch_size"] == 1
     assert not pick(cfg, 4, images, weights(cfg, 1), 22e9, 1).fits
     given = rankdpo.Config(global_batch_size=64, images_per_forward=1, keep_gathered=False)
     eight = pick(given, 4, images, weights(given, 8), 22e9, 8)
@@ -73,40 +67,42 @@ def test_every_copy_of_the_policy_is_counted():
     assert taken(8, lora_rank=4, loss="dro", ema=0.9) == pytest.approx(2 + 0.1 * 28)
 
 
-def test_memory_of_a_pass_is_counted(capsys):
+def test_the_plan_of_training_drawing_and_scoring(lists, capsys):
     """SD3-Medium at 1024 px: what one image's pass keeps, and what to run on which GPUs. PyTorch's own
     allocator took 56.9 GB on null GPUs for one list, kept gathered (docs/memory.md)."""
-    rankdpo.main(["--model", "random:sd3", "--plan", "24", "40", "80", "8x24", "8x40", "8x80"])
-    said = capsys.readouterr().out
-    kept, recomputed = map(float, re.findall(r"pass: ([\d.]+) GB, recomputed ([\d.]+) GB", said)[0])
-    assert 4 < kept < 12 and recomputed < kept / 5
-    assert all(f"{n} x {gb} GB: --device_batch_size" in said for n in (1, 8) for gb in (24, 40, 80))
-    table = {line.split(":")[0]: line for line in said.splitlines()}
+    data = ["--data", str(lists), "--resolution", "1024"]
+    rankdpo.main(["--model", "random:sd3", *data, "--plan", "24", "40", "80", "8x24", "8x40", "8x80"])
+    training, drawing, scoring = re.split("---- drawing.*|---- scoring.*", capsys.readouterr().out)
+    kept, recomputed = map(float, re.findall(r"pass: ([\d.]+) GB, recomputed ([\d.]+) GB", training)[0])
+    assert 4 < kept < 12 and recomputed < kept / 5 and "hours of training" in training
+    assert all(f"{n} x {gb} GB: --device_batch_size" in training for n in (1, 8) for gb in (24, 40, 80))
+    table = {line.split(":")[0]: line for line in training.splitlines()}
     assert "DOES NOT FIT" in table["1 x 24 GB"] and "DOES NOT FIT" not in table["8 x 40 GB"]
     weights = memory.weight_bytes(rankdpo.Config(), 2028.3e6, 0, torch.bfloat16, 8, True)
     assert weights / 1e9 + 4 * kept == pytest.approx(56.9, rel=0.06)
-    encoding = float(re.search(r"encoding lists of 4: ([\d.]+) GB", said)[1])
+    encoding = float(re.search(r"encoding lists of 4: ([\d.]+) GB", training)[1])
     assert 5.58 * 2 < encoding < 30  # its text encoders alone have 5.58 G parameters
+    assert "hours of encoding 10 lists" in training
+    sizes = {gb: int(n) for gb, n in re.findall(r"1 x (\d+) GB: --batch_size (\d+)", drawing)}
+    assert 1 <= sizes["24"] < sizes["40"] and "hours of drawing 58000 pictures on 1 GPU: " in drawing
+    assert "vqascore, 45.2 GB in fp32; 24 GB: DOES NOT FIT" in scoring
+    assert int(re.search(r"pickscore.*; 24 GB: --batch_size (\d+)", scoring)[1]) > 64
 
 
-@pytest.mark.parametrize("name, images, allocated", [("sdxl", 16, 18.3), ("flux", 16, 70.5)])
-def test_counts_of_adapters_are_what_the_allocator_took(name, images, allocated):
+def test_counts_of_adapters_are_what_the_allocator_took():
     """Of rank 64 at 1024 px, recomputed: within 6 % of PyTorch's own allocator on null GPUs."""
+    name, images, allocated = "flux", 16, 70.5
     pipe = pipelines.load_pipeline(f"random:{name}", "meta")
     family, (_, denoiser) = pipelines.TRAINABLE[name], pipelines.denoiser_of(pipe)
     item = {key: torch.empty(shape, device="meta") for key, shape in family.shapes(denoiser.config).items()}
     item["latents"] = item["latents"][None]
     network = memory.stand_in(denoiser, item, 64)[0]
-    trained, frozen = (
-        sum(p.numel() for p in network.parameters() if p.requires_grad is on) for on in (True, False)
-    )
+    count = lambda trained: sum(p.numel() for p in network.parameters() if p.requires_grad is trained)
+    trained, frozen = count(True), count(False)
     image = memory.count_bytes(family, denoiser, item, 64, torch.bfloat16, True)
     cfg = rankdpo.Config(lora_rank=64)
     weights = memory.weight_bytes(cfg, trained, frozen, torch.bfloat16, 1, False)
     assert (weights + images * image) / 1e9 == pytest.approx(allocated, rel=0.06)
-
-
-# ----------------------------------------------------------------------------- the plan
 
 
 def test_hours_of_the_papers_run(capsys):
@@ -147,20 +143,6 @@ def test_cards_to_plan_for(capsys):
     assert memory.read_cards(("24", "8x80", "2x40.5")) == [(1, 24), (8, 80), (2, 40.5)]
     for wrong in ("x", "0x80", "8x", "8x-1", "80GB", "8xinf", "nan"):
         fails(memory.read_cards, [wrong], f"--plan {wrong}: expected the GB", capsys=capsys)
-
-
-def test_the_plan_of_drawing_and_scoring(capsys):
-    rankdpo.main(["--model", "random:sd15", "--plan", "24", "32"])
-    training, drawing, scoring = re.split("---- drawing.*|---- scoring.*", capsys.readouterr().out)
-    sizes = {gb: int(n) for gb, n in re.findall(r"1 x (\d+) GB: --batch_size (\d+)", drawing)}
-    assert 1 <= sizes["24"] < sizes["32"] and "hours of drawing 58000 pictures on 1 GPU: " in drawing
-    assert "vqascore, 45.2 GB in fp32; 24 GB: DOES NOT FIT" in scoring and "hours of training" in training
-    assert int(re.search(r"pickscore.*; 24 GB: --batch_size (\d+)", scoring)[1]) > 64
-
-
-def test_a_plan_takes_the_lists_that_are_named(lists, tiny, capsys):
-    rankdpo.main(["--model", f"{tiny}/sdxl", "--data", str(lists), "--plan", "24"])
-    assert "hours of encoding 10 lists" in capsys.readouterr().out
 
 
 def test_a_resolution_that_cannot_be_is_refused(capsys):

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lib import pipelines
-from lib.formats import file_digest, fingerprint, load_adapters, split_spec
+from lib.formats import fingerprint, load_adapters, split_spec
 from lib.pipelines import load_pipeline
 from toy import build
 from toy.build import TOY
@@ -33,9 +33,6 @@ def change(path, key, index):
     state = load_file(path)
     state[key].view(-1)[index] += 1
     save_file(state, path, {"format": "pt"})
-
-
-# ----------------------------------------------------------------------------- paths and fingerprints
 
 
 def test_a_path_that_exists_is_not_split(tmp_path):
@@ -78,23 +75,6 @@ def test_a_fingerprint_is_of_content_alone(tiny, model, tmp_path):
     one, other = (fingerprint(f"{model}+{tmp_path}/{name}.safetensors") for name in ("a", "b"))
     assert one == other
     assert one["+1"] != fingerprint(f"{model}+{model}/unet")["+1"]
-
-
-@pytest.mark.parametrize("suffix", (".safetensors", ".bin"))
-def test_a_large_file_is_known_by_each_of_its_tensors(suffix, tmp_path):
-    """Also by a small one in the middle, where both ends of the file stay as they were."""
-    state = {"a": torch.zeros(6 << 20), "b": torch.zeros(8), "c": torch.zeros(6 << 20)}
-    seen, file = set(), tmp_path / f"model{suffix}"
-    for value in (0, 1):
-        state["b"][:] = value
-        torch.save(state, file) if suffix == ".bin" else save_file(state, file)
-        seen.add(tuple(file_digest(file)))
-    assert file.stat().st_size > 40 << 20 and len(seen) == 2
-    file.write_bytes(file.read_bytes()[: 30 << 20])  # torn: the loader says so
-    assert len(file_digest(file)) == 2
-
-
-# ----------------------------------------------------------------------------- formats of whole pipelines
 
 
 def restore(folder, change):
@@ -173,9 +153,6 @@ def test_diffusers_alone_draws_with_a_toy_model(name):
     assert pipe("a red circle", num_inference_steps=1, output_type="np", **more).images.any()
 
 
-# ----------------------------------------------------------------------------- adapters
-
-
 def lora_of(folder, part="unet", scale=1.0, names=("{}.lora.down.weight", "{}.lora.up.weight"), prefix=None):
     """{name: tensor} of rank-2 adapters on a part's attention, as diffusers names them."""
     module, state = getattr(load_pipeline(folder), part), {}
@@ -210,9 +187,8 @@ def refused(base, added, *says):
 
 def test_adapters_that_name_no_module_of_the_base_are_refused(base, folder, capfd):
     state = lora_of(base)
-    renamed = {
-        name.replace("transformer_blocks.0", "transformer_blocks.7", 1): t for name, t in state.items()
-    }
+    other = lambda name: name.replace("transformer_blocks.0", "transformer_blocks.7", 1)
+    renamed = {other(name): t for name, t in state.items()}
     mixed = dict([*state.items()][:8], **dict([*renamed.items()][8:]))
     save_file(mixed, folder / "pytorch_lora_weights.safetensors")
     refused(base, folder, f"{len(mixed) - 8} of {len(mixed)} tensors fit no module", "transformer_blocks.7")
@@ -268,10 +244,8 @@ def test_a_folder_of_peft_is_fused_with_its_scale(name, part, tiny, folder):
     for key, w in before.items():
         module = f"base_model.model.{key.removesuffix('.weight')}"
         if halves[0].format(module) in state:
-            w, changed = (
-                w + 2 * state[halves[1].format(module)] @ state[halves[0].format(module)],
-                changed + 1,
-            )
+            w = w + 2 * state[halves[1].format(module)] @ state[halves[0].format(module)]
+            changed += 1
         assert torch.allclose(after[key], w, atol=1e-5), key
     assert changed == len(state) / 2
     assert equal(pipe, load_pipeline(f"{tiny / name}+{folder}/adapter_model.safetensors"))
@@ -279,113 +253,53 @@ def test_a_folder_of_peft_is_fused_with_its_scale(name, part, tiny, folder):
     refused(tiny / name, folder, "use_dora is not supported")
 
 
-# ----------------------------------------------------------------------------- adapters in anybody's names
-
 A_B, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
 BLOCK, SINGLE = "transformer.transformer_blocks.0.attn", "transformer.single_transformer_blocks.0"
-QKV, ADDED = (
-    [f"{BLOCK}.{name}" for name in names.split()]
-    for names in ("to_q to_k to_v", "add_q_proj add_k_proj add_v_proj")
-)
-MID, KOHYA_MID = (
-    "unet.mid_block.attentions.0.transformer_blocks.0",
-    "mid_block_attentions_0_transformer_blocks_0",
-)
+QKV = [f"{BLOCK}.to_{name}" for name in "qkv"]
+ADDED = [f"{BLOCK}.add_{name}_proj" for name in "qkv"]
+MID = "unet.mid_block.attentions.0.transformer_blocks.0"
+KOHYA_MID = "mid_block_attentions_0_transformer_blocks_0"
 ATTN, FILES_ATTN = "encoder.layers.0.self_attn", "text_model.encoder.layers.0.self_attn"
 KOHYA_TEXT = FILES_ATTN.replace(".", "_")
-FORMATS = {  # family, names of A and B, whether alpha is beside them, {module in the file: the pipeline's}
-    "qwen": ("qwen", A_B, False, {name: name for name in [*QKV, *ADDED, f"{BLOCK}.to_out.0"]}),
-    "qwen with alpha": ("qwen", DOWN_UP, True, {name.partition(".")[2]: name for name in QKV}),
-    "qwen comfyui": (
-        "qwen",
-        A_B,
-        True,
-        {name.replace("transformer", "diffusion_model", 1): name for name in QKV},
-    ),
-    "qwen diffsynth": (
-        "qwen",
-        ("lora_A.default.weight", "lora_B.default.weight"),
-        False,
-        {name.partition(".")[2]: name for name in QKV},
-    ),
-    "qwen kohya": ("qwen", DOWN_UP, True, {"lora_unet_transformer_blocks_0_attn_to_q": QKV[0]}),
-    "flux": ("flux", A_B, True, {name: name for name in QKV}),
-    "flux mixed": ("flux", DOWN_UP, True, {name: name for name in QKV}),
-    "flux xlabs": (
-        "flux",
-        ("down.weight", "up.weight"),
-        False,
-        {
-            "double_blocks.0.processor.qkv_lora1": QKV,
-            "double_blocks.0.processor.qkv_lora2": ADDED,
-            "double_blocks.0.processor.proj_lora1": f"{BLOCK}.to_out.0",
-            "single_blocks.0.processor.proj_lora": f"{SINGLE}.proj_out",
-        },
-    ),
-    "flux comfyui": (
-        "flux",
-        DOWN_UP,
-        True,
-        {
-            "diffusion_model.double_blocks.0.img_attn.qkv": QKV,
-            f"text_encoders.clip_l.transformer.{FILES_ATTN}.k_proj": f"text_encoder.{ATTN}.k_proj",
-        },
-    ),
-    "flux kohya": (
-        "flux",
-        DOWN_UP,
-        True,
-        {
-            "lora_unet_double_blocks_0_txt_attn_qkv": ADDED,
-            "lora_unet_single_blocks_0_linear2": f"{SINGLE}.proj_out",
-            "lora_unet_img_in": "transformer.x_embedder",
-            "lora_unet_final_layer_linear": "transformer.proj_out",
-            f"lora_te1_{KOHYA_TEXT}_q_proj": f"text_encoder.{ATTN}.q_proj",
-        },
-    ),
-    "sd3": ("sd3", A_B, False, {name: name for name in [*QKV, *ADDED]}),
-    "sd3 with alpha": (
-        "sd3",
-        A_B,
-        True,
-        {QKV[0]: QKV[0], f"text_encoder_2.{FILES_ATTN}.q_proj": f"text_encoder_2.{FILES_ATTN}.q_proj"},
-    ),
-    "sdxl kohya": (
-        "sdxl",
-        DOWN_UP,
-        True,
-        {
-            "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": f"{MID}.attn1.to_q",
-            "lora_unet_input_blocks_3_0_in_layers_2": "unet.down_blocks.1.resnets.0.conv1",
-            f"lora_te1_{KOHYA_TEXT}_q_proj": f"text_encoder.{ATTN}.q_proj",
-            f"lora_te2_{KOHYA_TEXT}_out_proj": f"text_encoder_2.{FILES_ATTN}.out_proj",
-        },
-    ),
-    "sdxl kohya, diffusers' blocks": (
-        "sdxl",
-        DOWN_UP,
-        True,
-        {f"lora_unet_{KOHYA_MID}_attn1_to_out_0": f"{MID}.attn1.to_out.0"},
-    ),
-    "sdxl as diffusers once wrote it": (
-        "sdxl",
-        ("down.weight", "up.weight"),
-        False,
-        {
-            f"{MID}.attn1.processor.to_out_lora": f"{MID}.attn1.to_out.0",
-            f"text_encoder.{FILES_ATTN}.to_out_lora": f"text_encoder.{ATTN}.out_proj",
-        },
-    ),
-    "sd15 kohya": (
-        "sd15",
-        DOWN_UP,
-        True,
-        {
-            f"lora_unet_{KOHYA_MID}_attn1_to_q": f"{MID}.attn1.to_q",
-            f"lora_te_{KOHYA_TEXT}_q_proj": f"text_encoder.{ATTN}.q_proj",
-        },
-    ),
-}
+FORMATS = {}  # family, names of A and B, whether alpha is beside them, {module in the file: the pipeline's}
+same, short = {name: name for name in QKV}, {name.partition(".")[2]: name for name in QKV}
+FORMATS["qwen"] = "qwen", A_B, False, {name: name for name in [*QKV, *ADDED, f"{BLOCK}.to_out.0"]}
+FORMATS["qwen with alpha"] = "qwen", DOWN_UP, True, short
+comfyui = {name.replace("transformer", "diffusion_model", 1): name for name in QKV}
+FORMATS["qwen comfyui"] = "qwen", A_B, True, comfyui
+FORMATS["qwen diffsynth"] = "qwen", ("lora_A.default.weight", "lora_B.default.weight"), False, short
+kohya = {"lora_unet_transformer_blocks_0_attn_to_q": QKV[0]}
+FORMATS["qwen kohya"] = "qwen", DOWN_UP, True, kohya
+FORMATS["flux"] = "flux", A_B, True, same
+FORMATS["flux mixed"] = "flux", DOWN_UP, True, same
+xlabs = {f"double_blocks.0.processor.qkv_lora{n}": part for n, part in ((1, QKV), (2, ADDED))}
+xlabs["double_blocks.0.processor.proj_lora1"] = f"{BLOCK}.to_out.0"
+xlabs["single_blocks.0.processor.proj_lora"] = f"{SINGLE}.proj_out"
+FORMATS["flux xlabs"] = "flux", ("down.weight", "up.weight"), False, xlabs
+comfyui = {"diffusion_model.double_blocks.0.img_attn.qkv": QKV}
+comfyui[f"text_encoders.clip_l.transformer.{FILES_ATTN}.k_proj"] = f"text_encoder.{ATTN}.k_proj"
+FORMATS["flux comfyui"] = "flux", DOWN_UP, True, comfyui
+kohya = {"lora_unet_double_blocks_0_txt_attn_qkv": ADDED, "lora_unet_img_in": "transformer.x_embedder"}
+kohya["lora_unet_single_blocks_0_linear2"] = f"{SINGLE}.proj_out"
+kohya["lora_unet_final_layer_linear"] = "transformer.proj_out"
+kohya[f"lora_te1_{KOHYA_TEXT}_q_proj"] = f"text_encoder.{ATTN}.q_proj"
+FORMATS["flux kohya"] = "flux", DOWN_UP, True, kohya
+FORMATS["sd3"] = "sd3", A_B, False, {name: name for name in [*QKV, *ADDED]}
+with_text = {name: name for name in (QKV[0], f"text_encoder_2.{FILES_ATTN}.q_proj")}
+FORMATS["sd3 with alpha"] = "sd3", A_B, True, with_text
+kohya = {"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": f"{MID}.attn1.to_q"}
+kohya["lora_unet_input_blocks_3_0_in_layers_2"] = "unet.down_blocks.1.resnets.0.conv1"
+kohya[f"lora_te1_{KOHYA_TEXT}_q_proj"] = f"text_encoder.{ATTN}.q_proj"
+kohya[f"lora_te2_{KOHYA_TEXT}_out_proj"] = f"text_encoder_2.{FILES_ATTN}.out_proj"
+FORMATS["sdxl kohya"] = "sdxl", DOWN_UP, True, kohya
+kohya = {f"lora_unet_{KOHYA_MID}_attn1_to_out_0": f"{MID}.attn1.to_out.0"}
+FORMATS["sdxl kohya, diffusers' blocks"] = "sdxl", DOWN_UP, True, kohya
+once = {f"{MID}.attn1.processor.to_out_lora": f"{MID}.attn1.to_out.0"}
+once[f"text_encoder.{FILES_ATTN}.to_out_lora"] = f"text_encoder.{ATTN}.out_proj"
+FORMATS["sdxl as diffusers once wrote it"] = "sdxl", ("down.weight", "up.weight"), False, once
+kohya = {f"lora_unet_{KOHYA_MID}_attn1_to_q": f"{MID}.attn1.to_q"}
+kohya[f"lora_te_{KOHYA_TEXT}_q_proj"] = f"text_encoder.{ATTN}.q_proj"
+FORMATS["sd15 kohya"] = "sd15", DOWN_UP, True, kohya
 
 
 def family(name):
@@ -445,31 +359,20 @@ def test_the_scale_may_be_in_the_header(folder):
     assert torch.allclose(three, 3 * one, atol=1e-5)  # 6 / 4 ** .5
 
 
-T5, FIRST = (
-    "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
-    {"lora_unet_double_blocks_0_img_attn_proj": (32, 32)},
-)
+SCRIPTS = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+T5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+FIRST, CLIP = {"lora_unet_double_blocks_0_img_attn_proj": (32, 32)}, f"lora_te1_{KOHYA_TEXT}_q_proj"
 REFUSED = {  # family, {module: (out, in)}, other tensors of one number, what the message says
     "T5 of FLUX": ("flux", {**FIRST, T5: (32, 32)}, [], f"2 of 4 tensors fit no module of the base: {T5}"),
-    "CLIP of FLUX in another program's names": (
-        "flux",
-        {QKV[0]: (32, 32), f"lora_te1_{KOHYA_TEXT}_q_proj": (64, 64)},
-        [],
-        "2 of 4 .* lora_te1_",
-    ),
-    "sd-scripts' SD3": (
+    "CLIP of FLUX": ("flux", {QKV[0]: (32, 32), CLIP: (64, 64)}, [], "2 of 4 .* lora_te1_"),
+    "sd-scripts": (
         "sd3",
         {"lora_unet_joint_blocks_0_x_block_attn_qkv": (288, 96)},
         [],
         "2 of 2 .* lora_unet_joint_",
     ),
     "another size": ("sd3", {QKV[0]: (96, 64)}, [], f"2 of 2 .* {QKV[0]}"),
-    "a module of no known name": (
-        "sdxl",
-        {f"lora_unet_{KOHYA_MID}_attn9_to_q": (48, 48)},
-        [],
-        "2 of 2 .*attn9",
-    ),
+    "no known name": ("sdxl", {f"lora_unet_{KOHYA_MID}_attn9_to_q": (48, 48)}, [], "2 of 2 .*attn9"),
     "biases": ("flux", FIRST, [f"{next(iter(FIRST))}.diff_b"], "img_attn_proj.diff_b is no LoRA"),
     "an alpha of nothing": ("sd3", {QKV[0]: (96, 96)}, ["x.alpha"], "x.alpha is no LoRA"),
     "a DoRA": ("sd3", {QKV[0]: (96, 96)}, [f"{QKV[0]}.dora_scale"], "dora_scale is no LoRA"),
@@ -523,11 +426,12 @@ def test_a_pointer_of_git_lfs_is_named(name, base, model, tmp_path):
             load_pipeline(path)
 
 
-# ----------------------------------------------------------------------------- a denoiser alone
+ALONE = [("sdxl", "unet", form) for form in ("folder", "inner", "fp16", "file", "torch")]
 
 
-@pytest.mark.parametrize("name, part", (("sdxl", "unet"), ("sd3", "transformer"), ("sd15", "unet")))
-@pytest.mark.parametrize("form", ("folder", "inner", "fp16", "file", "torch"))
+@pytest.mark.parametrize(
+    "name, part, form", [*ALONE, ("sd3", "transformer", "folder"), ("sd15", "unet", "file")]
+)
 def test_a_denoiser_alone_takes_the_place_of_the_bases(name, part, form, tiny, tmp_path):
     alone = shutil.copytree(tiny / name / part, tmp_path / "dpo" / part)
     file = alone / "diffusion_pytorch_model.safetensors"
@@ -538,18 +442,15 @@ def test_a_denoiser_alone_takes_the_place_of_the_bases(name, part, form, tiny, t
         as_fp16(state, file)
     if form == "torch":
         torch.save({"state_dict": state}, tmp_path / "dpo.pth")
-    paths = dict(
-        folder=tmp_path / "dpo", fp16=tmp_path / "dpo", inner=alone, file=file, torch=tmp_path / "dpo.pth"
-    )
+    paths = dict(folder=tmp_path / "dpo", inner=alone, file=file, torch=tmp_path / "dpo.pth")
+    paths["fp16"] = paths["folder"]
     pipe, before = load_pipeline(f"{tiny / name}+{paths[form]}"), load_pipeline(tiny / name)
     moved = {key for key, p in weights(before).items() if not torch.equal(p, weights(pipe)[key])}
     assert moved == {key for key in weights(before) if key.startswith(f"{part}.")}
     rounding = 4e-3 if form == "fp16" else 0
     assert all((t - state[key]).abs().max() <= rounding for key, t in getattr(pipe, part).named_parameters())
-    image, problem = pipelines.generate(
-        pipe, ["a red circle"], [0], dict(steps=1, guidance=2.0, resolution=0)
-    )[0]
-    assert image or problem
+    how = dict(steps=1, guidance=2.0, resolution=0)
+    assert any(pipelines.generate(pipe, ["a red circle"], [0], how)[0])
 
 
 def test_a_denoiser_that_does_not_fit_is_refused(tiny, base, tmp_path):
@@ -561,9 +462,6 @@ def test_a_denoiser_that_does_not_fit_is_refused(tiny, base, tmp_path):
     with pytest.raises(SystemExit, match=r"named BASE\+"):
         load_pipeline(alone)
     assert load_pipeline(f"{base}+{base}/unet", denoiser=False).unet.device.type == "meta"
-
-
-# ----------------------------------------------------------------------------- drawn
 
 
 def test_a_size_may_have_two_sides(base):

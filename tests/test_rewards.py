@@ -1,16 +1,10 @@
 """Rewards: every scorer against its original's own preprocessing, tokenizer and modules, on random weights in
-the original layout; what is not there, not the model or not whole is refused; the score cache; errors.
+the original layout; what is not there, not the model or not whole is refused; the score cache; errors."""
 
-    pytest -q tests/test_rewards.py
-    pytest -q tests/test_rewards.py -k parity -s        # prints the largest differences of each scorer
-"""
-
-import ast
 import importlib
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 import types
@@ -23,14 +17,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fails, rows_of, synpic_args, t5_tokenizer
+from conftest import fails, t5_tokenizer, write_rows
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import evaluate
 import rewards
-import synpic
 from lib import common, scorers
 from lib.pictures import open_image, read_image
 from lib.scorers import Scorer, crop, letterbox, warn_cut
@@ -172,21 +164,15 @@ def english(tmp_path_factory):
     )
     torch.manual_seed(0)
     models = {"open": open_clip.CLIP(**config)}
-    models["hf"] = CLIPModel(
-        CLIPConfig(
-            projection_dim=64,
-            text_config=dict(tower, vocab_size=49408),
-            vision_config=dict(tower, image_size=32, patch_size=8),
-        )
-    )
+    towers = dict(text_config=dict(tower, vocab_size=49408))
+    towers["vision_config"] = dict(tower, image_size=32, patch_size=8)
+    models["hf"] = CLIPModel(CLIPConfig(projection_dim=64, **towers))
     for name, model in models.items():
         for p in model.parameters():
             p.data += 0.05 * torch.randn_like(p)
         (root / name).mkdir()
         state = {k: v.contiguous() for k, v in model.eval().state_dict().items()}
-        save_file(
-            state, root / name / ("open_clip_model.safetensors" if name == "open" else "model.safetensors")
-        )
+        save_file(state, root / name / f"{'open_clip_' if name == 'open' else ''}model.safetensors")
     (root / "open/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     models["hf"].config.save_pretrained(root / "hf")
     return root, models, config
@@ -265,14 +251,6 @@ def test_pickscore_cosine_is_pickscore_in_the_papers_unit(english):
 PICKSCORES = ("pickscore", "pickscore-cosine")
 
 
-def test_the_table_of_rewards_says_the_unit_of_each():
-    table = rewards.__doc__.partition("unit, usual range")[2].partition("\n\n")[0]
-    units = "cos|z-score|logits|P\\(|points|if shown"
-    for name in rewards.LOADERS:
-        line = re.search(rf"^ +{re.escape(name.removesuffix('-bf16'))}  .*$", table, re.MULTILINE)
-        assert line and re.search(units, line[0]), name
-
-
 def test_one_model_has_one_tokenizer_and_one_preprocessing_as_folder_and_as_file(english, monkeypatch):
     """A file is the published architecture, whatever lies beside it; here a small one stands in for
     ViT-H-14."""
@@ -348,9 +326,7 @@ def blip_folder(original_blip, folder, name):
     eye.update(image_size=32, patch_size=8, layer_norm_eps=1e-6)
     BlipConfig(text_config=dict(text, encoder_hidden_size=64), vision_config=eye).save_pretrained(folder)
     blip = {
-        "visual_encoder": vit.VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=1
-        ),
+        "visual_encoder": vit.VisionTransformer(32, 8, embed_dim=64, depth=3, num_heads=1),
         "text_encoder": med.BertModel(config=config, add_pooling_layer=False),
         "vision_proj": torch.nn.Linear(64, 8),
         "text_proj": torch.nn.Linear(128, 8),
@@ -381,14 +357,10 @@ def test_parity_of_imagereward_and_cyclereward_with_the_package(original_blip, t
     text = tokenizer(ODD, **cut)
     with torch.no_grad():
         seen = model["blip"]["visual_encoder"](of_pairs(pixels))
-        h = model["blip"]["text_encoder"](
-            text.input_ids,
-            attention_mask=text.attention_mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
-            return_dict=True,
-        ).last_hidden_state[:, 0]
-        reference = model["mlp"](h)[:, 0]
+        all_seen = torch.ones(seen.shape[:2], dtype=torch.long)
+        crossed = dict(encoder_hidden_states=seen, encoder_attention_mask=all_seen, return_dict=True)
+        read = model["blip"]["text_encoder"](text.input_ids, attention_mask=text.attention_mask, **crossed)
+        reference = model["mlp"](read.last_hidden_state[:, 0])[:, 0]
     if name == "imagereward":
         reference = (reference - 0.16717362830052426) / 1.0333394966054072
     scorer, ours = prepared(f"{name}={tmp_path}")
@@ -454,20 +426,13 @@ def mps_folder(english, folder):
     torch.manual_seed(3)
     state = {f"mps.model.{k}": v.contiguous() for k, v in clip.state_dict().items()}
     for n in range(4):
-        for key, shape in {
-            "0.fn.norm.weight": (dim,),
-            "0.fn.norm.bias": (dim,),
-            "0.fn.to_q.weight": (1024, dim),
-            "0.fn.to_kv.weight": (128, dim),
-            "0.fn.to_out.weight": (dim, 1024),
-            "0.fn.ff.0.weight": (8 * dim, dim),
-            "0.fn.ff.2.weight": (dim, 4 * dim),
-            "1.fn.norm.weight": (dim,),
-            "1.fn.norm.bias": (dim,),
-            "1.fn.fused_attn_ff_proj.weight": (1152 + 8 * dim, dim),
-            "1.fn.attn_out.weight": (dim, 1024),
-            "1.fn.ff_out.1.weight": (dim, 4 * dim),
-        }.items():
+        shapes = {f"{part}.fn.norm.{name}": (dim,) for part in (0, 1) for name in ("weight", "bias")}
+        shapes.update({"0.fn.to_q.weight": (1024, dim), "0.fn.to_kv.weight": (128, dim)})
+        shapes.update({"0.fn.to_out.weight": (dim, 1024), "0.fn.ff.0.weight": (8 * dim, dim)})
+        shapes.update({"0.fn.ff.2.weight": (dim, 4 * dim), "1.fn.attn_out.weight": (dim, 1024)})
+        shapes["1.fn.fused_attn_ff_proj.weight"] = (1152 + 8 * dim, dim)
+        shapes["1.fn.ff_out.1.weight"] = (dim, 4 * dim)
+        for key, shape in shapes.items():
             state[f"mps.cross_model.layers.{n}.{key}"] = torch.randn(shape) / dim**0.5
         inv_freq = 10000 ** (-torch.arange(0, 64, 2).float() / 64)
         state[f"mps.cross_model.layers.{n}.1.fn.rotary_emb.inv_freq"] = inv_freq
@@ -485,9 +450,8 @@ def test_parity_of_mps_with_a_slow_loop_whatever_the_batch(
     pixels, ids = [processor()(i.convert("RGB")) for i in ODD_IMAGES], clip_words(ODD)
     condition = clip_words([scorers.CONDITION])[0]
     chosen = range(0, len(PAIRS), 3)
-    reference = [
-        slow_mps(state, clip, ids[n], condition, pixels[n % len(pixels)], tau).detach() for n in chosen
-    ]
+    slow = partial(slow_mps, state, clip)
+    reference = [slow(ids[n], condition, pixels[n % len(pixels)], tau).detach() for n in chosen]
     scorer, ours = prepared(f"mps={tmp_path}")
     scores = score_odd(scorer)
     our_ids = scorers.tokenize(scorers.clip_tokenizer(tmp_path, 49408), ODD, 77, "mps")[0]
@@ -519,19 +483,9 @@ def vqa_folder(folder, surplus=0, tower_inside=False):
     eye = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
     tower = CLIPVisionModel(CLIPVisionConfig(**eye, image_size=32, patch_size=8)).eval()
     tower.save_pretrained(folder / "tower")
-    config = T5Config(
-        vocab_size=len(tok) + surplus,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        mm_hidden_size=48,
-        mm_vision_tower=str(folder / "tower"),
-        decoder_start_token_id=0,
-    )
+    size = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, mm_hidden_size=48)
+    size.update(feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    config = T5Config(vocab_size=len(tok) + surplus, mm_vision_tower=str(folder / "tower"), **size)
     t5 = T5ForConditionalGeneration(config).eval()
     projector = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
     for p in [*t5.parameters(), *projector.parameters()]:
@@ -543,11 +497,9 @@ def vqa_folder(folder, surplus=0, tower_inside=False):
     if tower_inside:
         for p in tower.parameters():
             p.data += 0.1 * torch.randn_like(p)
-        inside = {
-            k if k.startswith("vision_model.") else f"vision_model.{k}": v
-            for k, v in tower.state_dict().items()
-        }
-        state.update({f"vision_tower.vision_tower.{k}": v for k, v in inside.items()})
+        names = {k: f"vision_model.{k.removeprefix('vision_model.')}" for k in tower.state_dict()}
+        inside = {f"vision_tower.vision_tower.{names[k]}": v for k, v in tower.state_dict().items()}
+        state.update(inside)
     torch.save({k: v.clone() for k, v in state.items()}, folder / "pytorch_model.bin")
     return tok, t5, tower, projector, state
 
@@ -668,17 +620,9 @@ def aesthetic_folder(folder):
         p.data += 0.2 * torch.randn_like(p)
     model.save_pretrained(folder)
     n = torch.nn
-    layers = n.Sequential(
-        n.Linear(768, 1024),
-        n.Dropout(0.2),
-        n.Linear(1024, 128),
-        n.Dropout(0.2),
-        n.Linear(128, 64),
-        n.Dropout(0.1),
-        n.Linear(64, 16),
-        n.Linear(16, 1),
-    )
-    mlp = n.ModuleDict({"layers": layers}).eval()
+    layers = [n.Linear(768, 1024), n.Dropout(0.2), n.Linear(1024, 128), n.Dropout(0.2), n.Linear(128, 64)]
+    layers += [n.Dropout(0.1), n.Linear(64, 16), n.Linear(16, 1)]
+    mlp = n.ModuleDict({"layers": n.Sequential(*layers)}).eval()
     for p in mlp.parameters():
         p.data += 0.1 * torch.randn_like(p)
     torch.save(mlp.state_dict(), folder / "aesthetic-model.pth")
@@ -707,19 +651,6 @@ def test_an_hps_checkpoint_file_loads_by_its_state_dict(english, tmp_path, monke
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
     from_file = load_reward(f"hpsv2.1={tmp_path / 'hps.pt'}")(IMAGES, TEXTS)
     assert torch.allclose(from_file, load_reward(f"hpsv2.1={root / 'open'}")(IMAGES, TEXTS), atol=1e-6)
-    torch.save({"state_dict": {"wrong": torch.zeros(1)}}, tmp_path / "bad.pt")
-    with pytest.raises(SystemExit, match="bad.pt.*missing keys.*unexpected keys.*wrong"):
-        load_reward(f"hpsv2.1={tmp_path / 'bad.pt'}")
-    (tmp_path / "torn.pt").write_bytes((tmp_path / "hps.pt").read_bytes()[:1000])
-    with pytest.raises(SystemExit, match="torn.pt"):
-        load_reward(f"hpsv2.1={tmp_path / 'torn.pt'}")
-
-
-def test_the_keys_of_hpsv2_are_those_of_open_clips_vit_h():
-    with torch.device("meta"):
-        keys = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).state_dict()
-    assert sum(v.numel() for v in keys.values()) in range(985_000_000, 988_000_000)
-    assert "visual.transformer.resblocks.31.ln_1.weight" in keys
 
 
 def test_the_published_sizes_are_those_of_the_papers():
@@ -732,12 +663,11 @@ def test_the_published_sizes_are_those_of_the_papers():
         twin = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
     count = lambda model: sum(p.numel() for p in model.parameters())
     assert count(clip) == count(twin) and count(blip.mlp) == 927_969
+    assert "visual.transformer.resblocks.31.ln_1.weight" in twin.state_dict()
     assert round(4 * count(mps) / 1e7) == 442  # the size of its file, 4.42 GB of fp32
-    shape = blip.state_dict()["blip.text_encoder.encoder.layer.11.crossattention.self.key.weight"].shape
-    assert (
-        shape == (768, 1024)
-        and "blip.visual_encoder.encoder.layers.23.layer_norm1.weight" in blip.state_dict()
-    )
+    shapes = {key: value.shape for key, value in blip.state_dict().items()}
+    assert shapes["blip.text_encoder.encoder.layer.11.crossattention.self.key.weight"] == (768, 1024)
+    assert "blip.visual_encoder.encoder.layers.23.layer_norm1.weight" in shapes
 
 
 def weights_of(folder):
@@ -785,45 +715,25 @@ LAST = {
 
 
 @pytest.mark.parametrize("name", LAST)
-@pytest.mark.parametrize("change", ["missing", "extra", "shape", "block"])
-def test_a_checkpoint_that_is_not_whole_or_not_the_model_is_refused_by_name(every, tmp_path, name, change):
-    folder = shutil.copytree(every / name, tmp_path / "model")
+def test_a_checkpoint_that_is_not_whole_or_not_the_model_is_refused_by_name(every, tmp_path, name):
+    folder, key = shutil.copytree(every / name, tmp_path / "model"), LAST[name]
     path, state = weights_of(folder)
     if name == "aesthetic":
         path = folder / "aesthetic-model.pth"
         state = torch.load(path, weights_only=True)
-    key, says = LAST[name], "missing keys"
-    if change == "missing":
-        state.pop(key)
-    elif change == "extra":
-        key, says = f"{key}.extra", "unexpected keys"
-        state[key] = torch.zeros(2)
-    elif change == "shape":
-        says, state[key] = "wrong shapes", state[key][:-1] if state[key].shape[0] > 1 else state[key][:, :-1]
-    else:  # a whole layer
-        start = {
-            "clip": "visual.transformer.resblocks.2.",
-            "imagereward": "blip.text_encoder.encoder.layer.1.",
-        }
-        start = start.get(name, key.rpartition(".")[0])
-        state = {k: v for k, v in state.items() if not k.startswith(start)}
-        key = start.strip(".")
-    save_weights(path, state)
-    with pytest.raises(SystemExit) as e:
-        load_reward(f"{name}={folder}")
-    message = str(e.value)
-    assert str(folder) in message and says in message and key.rpartition(".")[0] in message, message
-    assert "\n" not in message
+    value = state[key]
+    for says, key, change in (
+        ("missing keys", key, {k: v for k, v in state.items() if k != key}),
+        ("unexpected keys", f"{key}.extra", {**state, f"{key}.extra": torch.zeros(2)}),
+        ("wrong shapes", key, {**state, key: value[:-1] if len(value) > 1 else value[:, :-1]}),
+    ):
+        save_weights(path, change)
+        with pytest.raises(SystemExit, match=f"{folder}.*{says}.*{key.rpartition('.')[0]}") as e:
+            load_reward(f"{name}={folder}")
+        assert "\n" not in str(e.value)
 
 
-DAMAGE = {
-    "gone": None,
-    "empty": lambda whole: b"",
-    "half": lambda whole: whole[: len(whole) // 2],
-    "junk": lambda whole: bytes(range(256)) * 2,
-    "braces": lambda whole: b"{}",
-    "zeros": lambda whole: bytes(len(whole)),
-}
+DAMAGE = {"gone": None, "half": lambda whole: whole[: len(whole) // 2], "braces": lambda whole: b"{}"}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -868,15 +778,6 @@ def test_a_file_that_is_torn_or_gone_of_several_is_named(tmp_path):
         assert "\n" not in str(e.value) and parts[0] not in str(e.value)
 
 
-def test_any_missing_or_extra_key_of_mps_cross_attention_is_refused(english, tmp_path, monkeypatch):
-    clip, state = mps_folder(english, tmp_path)
-    for key in [k for k in state if k.startswith("mps.cross_model.layers.3.")]:
-        for change in ({k: v for k, v in state.items() if k != key}, {**state, f"{key}2": state[key]}):
-            monkeypatch.setattr(scorers, "read_weights", lambda path, change=change: change)
-            with pytest.raises(ValueError, match=f"mps.pt is not .*(missing|unexpected) keys.*{key}"):
-                scorers.load_strict(lambda: scorers.MpsModel(clip.config), "mps.pt", "cpu")
-
-
 def test_half_a_vision_tower_is_refused(tmp_path):
     *_, state = vqa_folder(tmp_path, tower_inside=True)
     gone = next(k for k in state if k.startswith("vision_tower.") and "layers.2" in k)
@@ -885,19 +786,17 @@ def test_half_a_vision_tower_is_refused(tmp_path):
         load_reward(f"vqascore={tmp_path}")
 
 
-@pytest.mark.parametrize(
-    "junk", [b"\x00\x01\x02\x03", b"", b"PK\x03\x04junk", b'{"a": 1}', b"\x80\x02]q\x00."]
-)
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".pth"])
-def test_a_file_of_junk_is_refused_by_name(tmp_path, junk, suffix):
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_of_junk_is_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"junk{suffix}"
-    path.write_bytes(junk)
-    for name in ("clip", "hpsv2.1", "imagereward", "pickscore", "mps", "aesthetic"):
-        with pytest.raises(SystemExit, match=f"reward {name}=.*") as e:
-            load_reward(f"{name}={path}")
-        message = str(e.value).partition("could not be loaded")[2]
-        assert str(path) in message and "\n" not in message and len(message) < 600
-        assert "no readable weights" in message or "state dict" in message
+    for junk in (b"", b"PK\x03\x04junk", b"\x80\x02]q\x00."):
+        path.write_bytes(junk)
+        for name in ("clip", "hpsv2.1", "imagereward", "pickscore", "mps", "aesthetic"):
+            with pytest.raises(SystemExit, match=f"reward {name}=.*could not be loaded.*{path}") as e:
+                load_reward(f"{name}={path}")
+            message = str(e.value).partition("could not be loaded")[2]
+            assert "\n" not in message and len(message) < 600
+            assert "no readable weights" in message or "state dict" in message
 
 
 @pytest.mark.parametrize("name", ["clip", "vqascore", "aesthetic"])
@@ -943,25 +842,11 @@ def test_a_preprocessing_other_than_clips_is_refused(folders, tmp_path):
                 load_reward(f"clip={folder}")
 
 
-def test_a_pickscore_checkpoint_with_other_keys_is_refused(folders, tmp_path):
-    shutil.copytree(folders["pick"], tmp_path / "pick")
-    state = load_file(tmp_path / "pick/model.safetensors")
-    state.pop("visual_projection.weight")
-    save_file(state, tmp_path / "pick/model.safetensors")
-    with pytest.raises(SystemExit, match="pick.*missing keys.*visual_projection"):
-        load_reward(f"pickscore={tmp_path / 'pick'}")
-    (tmp_path / "pick/model.safetensors").write_bytes(b"torn")
-    with pytest.raises(SystemExit, match="pick"):
-        load_reward(f"pickscore={tmp_path / 'pick'}")
-
-
 # ----------------------------------------------------------------------------- tokenizers
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [*itertools.product(("clip", "pickscore", "imagereward", "vqascore"), ("gone", "foreign", "junk"))],
-)
+@pytest.mark.parametrize("how", ["gone", "foreign"])
+@pytest.mark.parametrize("name", ["clip", "pickscore", "imagereward", "vqascore"])
 def test_a_tokenizer_that_is_gone_or_another_models_is_refused(every, tmp_path, monkeypatch, name, how):
     """transformers 5 returns a tokenizer of 2 to 5 words where the files are not there."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -970,36 +855,12 @@ def test_a_tokenizer_that_is_gone_or_another_models_is_refused(every, tmp_path, 
     files = [p for p in folder.iterdir() if "token" in p.name or p.name == "vocab.txt"]
     assert files
     for file in files:
-        if how == "gone":
-            file.unlink()
-        elif how == "junk":
-            file.write_text("{]")
+        file.unlink()
     if how == "foreign":
         other = every / ("clip" if name in ("imagereward", "vqascore") else "vqascore")
-        for file in files:
-            file.unlink()
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(other / file, folder / file)
     with pytest.raises(SystemExit, match="tokenizer") as e:
-        load_reward(f"{name}={folder}")
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("beside", [True, False])
-@pytest.mark.parametrize("name", ["imagereward", "cyclereward"])
-def test_clips_tokenizer_in_blips_folder_is_refused_by_its_file(every, tmp_path, name, beside):
-    """It is read before vocab.txt, and fails only as it is called."""
-    folder = shutil.copytree(every / "imagereward", tmp_path / "model")
-    state = torch.load(folder / "weights.pt", weights_only=True)
-    if name == "cyclereward":  # whose head counts its activations
-        renamed = {"2": "2", "4": "4", "6": "6", "7": "8"}
-        move = lambda k: re.sub(r"layers\.(\d)", lambda m: f"layers.{renamed.get(m[1], m[1])}", k)
-        torch.save({move(k): v for k, v in state.items()}, folder / "weights.pt")
-    load_reward(f"{name}={folder}")
-    if not beside:
-        (folder / "vocab.txt").unlink()
-    scorers.clip_tokenizer("", 49408).save_pretrained(folder)
-    with pytest.raises(SystemExit, match=f"no tokenizer at {folder}/tokenizer.json") as e:
         load_reward(f"{name}={folder}")
     assert "\n" not in str(e.value)
 
@@ -1039,14 +900,15 @@ def test_batches_do_not_change_scores(folders):
 SIZES = [(40, 40), (64, 24), (24, 64), (32, 32), (200, 1), (33, 47), (35, 32), (32, 37), (300, 299)]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_each_preprocessing_resizes_and_crops_as_its_original_by_hand(size, folders):
+def test_each_preprocessing_resizes_and_crops_as_its_original_by_hand(folders):
     """An odd margin is rounded half to even by torchvision, down by transformers."""
-    image, pick = picture(*size), load_reward(f"pickscore={folders['pick']}")
-    assert torch.allclose(crop(32)(image), cropped(image, lambda margin: round(margin / 2)), atol=1e-6)
-    assert torch.allclose(pick.prepare(image), cropped(image, lambda margin: margin // 2), atol=1e-5)
-    assert torch.allclose(processor()(image), pick.prepare(image), atol=1e-6)
-    assert torch.allclose(letterbox(32)(image), hpsv2_pixels(image, 32), atol=1e-5)
+    pick = load_reward(f"pickscore={folders['pick']}")
+    for size in SIZES:
+        image = picture(*size)
+        assert torch.allclose(crop(32)(image), cropped(image, lambda margin: round(margin / 2)), atol=1e-6)
+        assert torch.allclose(pick.prepare(image), cropped(image, lambda margin: margin // 2), atol=1e-5)
+        assert torch.allclose(processor()(image), pick.prepare(image), atol=1e-6)
+        assert torch.allclose(letterbox(32)(image), hpsv2_pixels(image, 32), atol=1e-5)
 
 
 def cropped(image, half, size=32):
@@ -1058,14 +920,14 @@ def cropped(image, half, size=32):
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - scorers.MEAN) / scorers.STD
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
-def test_every_image_mode_scores_as_its_rgb_version_where_the_original_converts_first(folders, mode):
-    image = see_through(mode) if mode in ("RGBA", "LA") else picture(mode=mode)
-    for name, folder in (("hpsv2", "hps"), ("pickscore", "pick")):
-        score = load_reward(f"{name}={folders[folder]}")
-        assert torch.equal(score([image], ["a circle"]), score([image.convert("RGB")], ["a circle"]))
-    first, after = crop(16)(image), crop(16)(image.convert("RGB"))  # the others resize first
-    assert torch.equal(first, after) == (mode == "L")
+def test_every_image_mode_scores_as_its_rgb_version_where_the_original_converts_first(folders):
+    scores = [load_reward(f"hpsv2={folders['hps']}"), load_reward(f"pickscore={folders['pick']}")]
+    for mode in ("L", "RGBA", "P", "1", "CMYK", "LA"):
+        image = see_through(mode) if mode in ("RGBA", "LA") else picture(mode=mode)
+        for score in scores:
+            assert torch.equal(score([image], ["a circle"]), score([image.convert("RGB")], ["a circle"]))
+        first, after = crop(16)(image), crop(16)(image.convert("RGB"))  # the others resize first
+        assert torch.equal(first, after) == (mode == "L")
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, folders):
@@ -1102,16 +964,7 @@ def bad_pictures(folder):
     Image.new("1", (20000, 20000)).save(folder / "bomb.png")
     Image.new("F", (20, 20)).save(folder / "float.tiff")
     Image.fromarray(np.full((20, 20), 1 << 20, dtype=np.int32)).save(folder / "deep.tiff")
-    names = (
-        "junk.png",
-        "empty.png",
-        "dir.png",
-        "torn.png",
-        "changed.png",
-        "bomb.png",
-        "gone.png",
-        "nul\0.png",
-    )
+    names = [f"{name}.png" for name in ("junk", "empty", "dir", "torn", "changed", "bomb", "gone", "nul\0")]
     unread = [(n, "not a readable image") for n in (*names, "float.tiff", "deep.tiff")]
     return [*unread, ("tall.png", "too elongated")]
 
@@ -1162,20 +1015,14 @@ def test_the_function_of_the_documentation_scores_a_folder(album, monkeypatch, c
     assert read_scores(folder, spec, rows) == {}
     assert read_scores(folder, spec.replace(":compressibility", ":kilobytes"), rows) == {}
     monkeypatch.undo()
-    rewards.main(
-        [
-            "--image",
-            str(folder / "a0.png"),
-            "--prompt",
-            "a",
-            "--rewards",
-            f"k={folder.parent}/jpeg.py:kilobytes",
-        ]
-    )
+    one = ["--image", f"{folder}/a0.png", "--prompt", "a"]
+    rewards.main([*one, "--rewards", f"k={folder.parent}/jpeg.py:kilobytes"])
     assert f"{-sizes[0][0]:.4f}" in capsys.readouterr().out
 
 
-OWN = """import numpy as np
+OWN = """import os
+
+import numpy as np
 import torch
 
 seen = []
@@ -1195,14 +1042,30 @@ def leaves(images, prompts):
     raise SystemExit(0)
 
 
+class Stop(BaseException):
+    pass
+
+
+def stops(images, prompts):
+    raise Stop("enough")
+
+
 def one(images):
     return 1.0
 
 
-def some(images, prompts):
-    nan = [1, float("nan")]
-    kinds = {"w": 1.0, "c": [0.0], "t": "12", "q": ["1", 2], "n": [None] * 2, "i": nan}
-    return kinds[prompts[0]]
+def takes_all(images, prompts):
+    os.chdir("/")
+    scores = []
+    while images:
+        image = images.pop(0)
+        scores.append(image.width + len(prompts.pop(0)))
+        image.thumbnail((1, 1))
+    return scores
+
+
+def nothing(images, prompts):
+    return [1, float("nan")]
 """
 
 
@@ -1214,122 +1077,47 @@ def test_a_function_of_ones_own_gets_rgb_images_and_its_errors_are_told_with_its
     assert score(pictures, ["a", "bcd"]).tolist() == [51, 64] and score.name == "own"
     assert rewards.user_function("own", str(file), "wide").__globals__["seen"] == [["RGB", "RGB"]]
     for function, says in (
-        ("broken", f"reward own: {file}, line 14: ZeroDivisionError: "),
-        ("leaves", f"reward own: {file}, line 18: SystemExit: 0"),
-        ("one", f"reward own: {file}: TypeError: one\\(\\) takes 1 positional argument but 2 were given"),
+        ("broken", ", line 16: ZeroDivisionError: "),
+        ("leaves", ", line 20: SystemExit: 0"),
+        ("stops", ", line 28: Stop: enough"),
+        ("one", r": TypeError: one\(\) takes 1 positional argument but 2 were given"),
     ):
-        with pytest.raises(SystemExit, match=says) as e:
+        with pytest.raises(SystemExit, match=f"^reward own: {file}{says}") as e:
             load_reward(f"own={file}:{function}")(pictures, TEXTS[:2])
         assert "\n" not in str(e.value)
-    for prompt, says in (
-        ("w", "a list, tuple, array or tensor is wanted, not a float"),
-        ("c", "1 scores for 2 pairs"),
-        ("t", "a list, tuple, array or tensor is wanted, not a str"),
-        ("q", "a score is '1', which is no number"),
-        ("n", "a score is None, which is no number"),
-    ):
-        with pytest.raises(SystemExit, match=f"reward own: {file}: ValueError: {says}"):
-            load_reward(f"own={file}:some")(pictures, [prompt, "x"])
     with pytest.raises(ValueError, match="own: pair 1: the score is nan"):
-        load_reward(f"own={file}:some")(pictures, ["i", "x"])
+        load_reward(f"own={file}:nothing")(pictures, TEXTS[:2])
 
 
-SHAPES = """import os
-
-import numpy as np
-import torch
-
-os.chdir("/")
-
-
-class Stop(BaseException):
-    pass
-
-
-def give(images, prompts):
-    kinds = {
-        "list": [1, 2.5],
-        "tuple": (1, np.float32(2.5)),
-        "array": np.array([1, 2.5]),
-        "tensor": torch.tensor([1, 2.5], requires_grad=True),
-        "tensors": [torch.tensor(1), torch.tensor([2.5])],
-        "column": np.array([[1], [2.5]]),
-        "dict": {0: 1, 1: 2},
-        "keys": {0: 1, 1: 2}.keys(),
-        "set": {1, 2},
-        "bytes": b"ab",
-        "bytearray": bytearray(b"ab"),
-        "memoryview": memoryview(b"ab"),
-        "generator": (n for n in (1, 2)),
-        "range": range(2),
-        "None": None,
-    }
-    return kinds[prompts[0]]
-
-
-def stops(images, prompts):
-    raise Stop("enough")
-
-
-def interrupted(images, prompts):
-    raise KeyboardInterrupt
-
-
-def takes_all(images, prompts):
-    os.chdir("/")
-    scores = []
-    while images:
-        image = images.pop(0)
-        scores.append(image.width + len(prompts.pop(0)))
-        image.thumbnail((1, 1))
-    return scores
-"""
-
-
-def test_a_function_returns_a_list_tuple_array_or_tensor_and_nothing_else(tmp_path):
+def test_a_function_returns_a_list_tuple_array_or_tensor_and_nothing_else():
     """A dict would give its keys, a set its own order, bytes their codes."""
-    (tmp_path / "own.py").write_text(SHAPES)
-    score = load_reward(f"own={tmp_path}/own.py:give")
-    for kind in ("list", "tuple", "array", "tensor", "tensors", "column"):
-        assert score(IMAGES[:2], [kind, "x"]).tolist() == [1, 2.5]
-    for kind, name in (
-        *((kind, kind) for kind in ("dict", "set", "bytes", "bytearray", "memoryview", "generator", "range")),
-        ("keys", "dict_keys"),
-        ("None", "NoneType"),
-    ):
-        with pytest.raises(SystemExit, match=f"array or tensor is wanted, not a {name}$"):
-            score(IMAGES[:2], [kind, "x"])
-
-
-def test_what_a_function_raises_ends_in_one_line_also_where_it_is_no_exception(tmp_path):
-    (tmp_path / "own.py").write_text(SHAPES)
-    with pytest.raises(SystemExit, match=f"^reward own: {tmp_path}/own.py, line 3[0-9]: Stop: enough$"):
-        load_reward(f"own={tmp_path}/own.py:stops")(IMAGES, TEXTS)
-    with pytest.raises(KeyboardInterrupt):
-        load_reward(f"own={tmp_path}/own.py:interrupted")(IMAGES, TEXTS)
-    (tmp_path / "at_once.py").write_text("class Stop(BaseException):\n    pass\n\n\nraise Stop('enough')\n")
-    with pytest.raises(SystemExit, match=f"{tmp_path}/at_once.py, line 5: Stop: enough$"):
-        load_reward(f"own={tmp_path}/at_once.py:f")
+    tensor = torch.tensor([1, 2.5], requires_grad=True)
+    for found in ([1, 2.5], (1, np.float32(2.5)), np.array([[1], [2.5]]), tensor, [tensor[0], tensor[1:]]):
+        assert rewards.as_numbers(found, 2).tolist() == [1, 2.5]
+    of_two = {0: 1, 1: 2}
+    for found in (of_two, of_two.keys(), {1, 2}, b"ab", memoryview(b"ab"), iter([1, 2]), range(2), None, 1.0):
+        with pytest.raises(ValueError, match=f"array or tensor is wanted, not a {type(found).__name__}$"):
+            rewards.as_numbers(found, 2)
+    for found, says in (([0.0], "1 scores for 2 pairs"), (["1", 2], "'1', which is no number")):
+        with pytest.raises(ValueError, match=says):
+            rewards.as_numbers(found, 2)
 
 
 def test_a_function_gets_copies_and_the_working_folder_stays(album, monkeypatch):
     """It empties its lists, shrinks its pictures and leaves the folder, while threads read what comes next; a
     picture that cannot be read is stood in for by another of its batch."""
     folder, rows = album
-    (folder / "own.py").write_text(SHAPES)
+    (folder / "own.py").write_text(OWN)
     (folder / "a0.png").write_bytes(b"no picture")
     monkeypatch.chdir(folder.parent)
     lists = [(prompt, files) for prompt, files in rows for _ in range(8)]
     spec = f"own={folder.name}/own.py:takes_all"
     done, skipped = score_rows(folder.name, spec, lists, batch_size=2, on_error="skip")
     assert Path.cwd() == folder.parent and sorted(skipped) == list(range(8))
-    scores = read_scores(folder.name, spec, rows)
+    scores = read_scores(folder, spec, rows)
     assert scores == {1: [40 + len("two squares")] * 2, 2: [40 + len("a cross")] * 2}
-    score = load_reward(spec)
-    images, prompts = [picture(50, 20), folder / "b0.png"], ["a", "bc"]
+    score, images, prompts = load_reward(spec), [picture(50, 20), folder / "b0.png"], ["a", "bc"]
     assert score(images, prompts).tolist() == [51, 42] and images[0].size == (50, 20) and len(prompts) == 2
-    batch = [picture(50, 20)] * 2, ["a", "bc"]
-    assert score.forward(*batch).tolist() == [51, 52] and [len(part) for part in batch] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -1342,10 +1130,7 @@ def test_a_function_gets_copies_and_the_working_folder_stays(album, monkeypatch)
         ("own={}/import.py:f", "reward own: .*import.py, line 3: ModuleNotFoundError: .*no_such_module"),
         ("own={}/exit.py:f", "reward own: .*exit.py, line 1: SystemExit: 3"),
         ("clip={}/good.py:wide", "clip means something else already"),
-        ("toyworld={}/good.py:wide", "toyworld means something else already"),
         ("human={}/good.py:wide", "human means something else already; call yours by another name"),
-        ("phi={}/good.py:wide", "phi means something else already; call yours by another name"),
-        ("random={}/good.py:wide", "random means something else already; call yours by another name"),
         ("geneval={}/good.py:wide", "geneval means something else already; call yours by another name"),
         ("a/b={}/good.py:wide", "must be a word, not 'a/b'"),
         ("={}/good.py:wide", "must be a word, not ''"),
@@ -1353,7 +1138,7 @@ def test_a_function_gets_copies_and_the_working_folder_stays(album, monkeypatch)
         ("own={}/good.py:", "unknown reward .*name=FILE.py:function"),
     ],
 )
-def test_a_function_that_cannot_be_had_ends_at_the_start(tmp_path, tiny, spec, says):
+def test_a_function_that_cannot_be_had_ends_at_the_start(tmp_path, spec, says):
     for name, code in (
         ("good", OWN),
         ("syntax", "def f(images, prompts):\n    return ["),
@@ -1361,12 +1146,9 @@ def test_a_function_that_cannot_be_had_ends_at_the_start(tmp_path, tiny, spec, s
         ("exit", "raise SystemExit(3)"),
     ):
         (tmp_path / f"{name}.py").write_text(code)
-    args = ["--prompts", f"{tiny}/prompts.txt", "--out", f"{tmp_path}/out", "--models", f"a={tiny}/sd15"]
-    for main in (synpic.main, lambda argv: rewards.main(["--score", str(tmp_path), *argv[-2:]])):
-        with pytest.raises(SystemExit, match=says) as e:
-            main([*args, "--rewards", spec.format(tmp_path)])
-        assert "\n" not in str(e.value)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=says) as e:
+        rewards.check_rewards([spec.format(tmp_path)])
+    assert "\n" not in str(e.value)
 
 
 def test_a_colon_in_the_name_of_a_folder_is_no_function(folders, tmp_path):
@@ -1375,34 +1157,15 @@ def test_a_colon_in_the_name_of_a_folder_is_no_function(folders, tmp_path):
         assert load_reward(f"clip={folder}")(IMAGES, TEXTS).shape == (3,)
 
 
-def test_a_function_ranks_lists_and_judges_models(tiny, tmp_path):
-    """Syn-Pic and evaluation take it as they take any other."""
-    (tmp_path / "own.py").write_text(OWN)
-    spec = f"own={tmp_path}/own.py:wide"
-    out = tmp_path / "lists"
-    synpic.main([*synpic_args(tiny, out, "--limit", "2", "--rewards", spec, f"clip={tiny}/rewards/clip")])
-    assert all(set(row["scores"]) == {"own", "clip"} for row in rows_of(out))
-    models = [f"a={tiny}/sd15", f"b={tiny}/sd15"]
-    few = ["--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
-    where = ["--prompts", f"{tiny}/prompts.txt", "--out", f"{tmp_path}/eval"]
-    evaluate.main(["--models", *models, "--rewards", spec, *where, *few])
-    scores = json.loads((tmp_path / "eval/results.json").read_text())["scores"]
-    assert scores["a"]["own"] == scores["b"]["own"] != []
-
-
 @pytest.fixture
 def album(tmp_path):
     """Three rows of two pictures, as synpic.py writes them."""
-    rows = [
-        ("a circle", ["a0.png", "a1.png"]),
-        ("two squares", ["b0.png", "b1.png"]),
-        ("a cross", ["c0.png", "c1.png"]),
-    ]
+    prompts = {"a": "a circle", "b": "two squares", "c": "a cross"}
+    rows = [(prompt, [f"{name}0.png", f"{name}1.png"]) for name, prompt in prompts.items()]
     for i, (_, files) in enumerate(rows):
         for j, file in enumerate(files):
             picture(seed=10 * i + j).save(tmp_path / file)
-    lines = [json.dumps({"prompt": p, "file_names": f}) + "\n" for p, f in rows]
-    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    write_rows(tmp_path, [{"prompt": p, "file_names": f} for p, f in rows])
     return tmp_path, rows
 
 
@@ -1431,13 +1194,12 @@ def test_scores_are_stored_and_taken_up_again(album, folders, monkeypatch):
         moved.rename(folders["clip"])
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_a_run_killed_anywhere_leaves_the_bytes_of_an_unbroken_one(album, folders, batch_size):
+def test_a_run_killed_anywhere_leaves_the_bytes_of_an_unbroken_one(album, folders):
     """Rows straddle batches of 4: a resumed run computes whole batches, cut by position."""
     folder, rows = album
     spec, path = f"clip={folders['clip']}", folder / "scores/clip.jsonl"
     rows = rows + [(f"{p} above a circle", files) for p, files in rows]
-    score, scorer = partial(score_rows, folder, spec, rows, batch_size=batch_size), load_reward(spec)
+    score, scorer = partial(score_rows, folder, spec, rows, batch_size=4), load_reward(spec)
     score()
     whole = path.read_bytes()
     ends = [n + 1 for n, c in enumerate(whole) if c == 10]
@@ -1459,27 +1221,17 @@ def test_rows_that_cannot_be_scored_stop_or_are_skipped_by_name(album, folders, 
     assert sorted(read_scores(folder, spec, rows)) == [0, 2]
     picture(seed=11).save(folder / "b1.png")  # mended: scored next time
     assert score_rows(folder, spec, rows, on_error="skip") == (1, {})
-    assert sorted(read_scores(folder, spec, rows)) == [0, 1, 2]
+    mended = read_scores(folder, spec, rows)
+    (folder / "scores/clip.jsonl").unlink()
+    score_rows(folder, spec, rows)
+    assert read_scores(folder, spec, rows) == mended  # bit for bit, whatever was skipped beside them
     value = lambda p: float("nan") if p == "a cross" else 1.0
-    bad = Scorer(
-        "bad", lambda i: torch.zeros(1), lambda x, prompts: torch.tensor([value(p) for p in prompts])
-    )
+    bad = Scorer("bad", lambda i: torch.zeros(1), lambda x, prompts: torch.tensor(list(map(value, prompts))))
     monkeypatch.setattr(rewards, "load_reward", lambda *a: bad)
     skipped = score_rows(folder, f"hpsv2={folders['clip']}", rows, on_error="skip")[1]
     assert "the score is nan" in skipped[2]
     skipped = score_rows(folder, f"hpsv2.1={folders['clip']}", [(" ", ["a0.png"])], on_error="skip")[1]
     assert list(skipped.values())[0].endswith("an empty prompt cannot be scored")
-
-
-def test_a_row_that_is_skipped_does_not_touch_the_others(album, folders):
-    folder, rows = album
-    spec, path = f"pickscore={folders['pick']}", folder / "scores/pickscore.jsonl"
-    score_rows(folder, spec, rows)
-    whole = read_scores(folder, spec, rows)
-    path.unlink()
-    (folder / "b0.png").write_bytes(b"no picture")
-    score_rows(folder, spec, rows, on_error="skip")
-    assert read_scores(folder, spec, rows) == {0: whole[0], 2: whole[2]}  # bit for bit
 
 
 def test_a_version_is_that_of_the_weights_whatever_their_file_is_called(tmp_path, monkeypatch):
@@ -1519,48 +1271,18 @@ def test_lines_that_are_no_scores_are_named_and_scored_again(album, folders, cap
     spec, path = f"clip={folders['clip']}", folder / "scores/clip.jsonl"
     score_rows(folder, spec, rows)
     lines, row = path.read_bytes().split(b"\n"), json.loads(path.read_bytes().split(b"\n")[1])
-    foreign = [
-        b"",
-        b"garbage",
-        b"\xff\xfe\x00",
-        b"null",
-        b"[1, 2]",
-        b'"text"',
-        b"[" * 100000,
-        b'{"version": 1}',
-        b"{" + b'"a": 1, ' * 3 + b'"b": 2}',
-        *(
-            json.dumps({**row, **change}).encode()
-            for change in (
-                {"scores": [1.0]},
-                {"scores": [1.0, float("nan")]},
-                {"scores": [1.0, float("inf")]},
-                {"scores": ["a", "b"]},
-                {"scores": [True, False]},
-                {"scores": "ab"},
-                {"scores": [[1.0], [2.0]]},
-                {"file_names": 3},
-                {"file_names": [["b0.png"], "b1.png"]},
-                {"file_names": None},
-                {"prompt": ["a"]},
-                {"scores": [None, 1.0]},
-                {"scores": None},
-                {"pictures": ["a"]},
-            )
-        ),
-    ]
-    for line in foreign:
+    changes = [{"scores": scores} for scores in ([1.0], [1.0, float("inf")], [True, False], "ab", None)]
+    changes += [{"file_names": 3}, {"file_names": [["b0.png"], "b1.png"]}, {"prompt": ["a"]}]
+    changes += [{"scores": [[1.0], [2.0]]}, {"pictures": ["a"]}]
+    foreign = [b"", b"garbage", b"\xff\xfe\x00", b"null", b"[1, 2]", b"[" * 100000, b'{"version": 1}']
+    for line in [*foreign, *(json.dumps({**row, **change}).encode() for change in changes)]:
         path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
         capsys.readouterr()
         assert sorted(read_scores(folder, spec, rows)) == [0, 2], line
         err = capsys.readouterr().err
-        assert "clip.jsonl, line 2: no row of scores; 1 such lines" in err and err.count("\n") == 1, (
-            line,
-            err,
-        )
-    assert score_rows(folder, spec, rows) == (1, {})
-    capsys.readouterr()
-    assert len(read_scores(folder, spec, rows)) == 3 and not capsys.readouterr().err  # said once, and dropped
+        assert "clip.jsonl, line 2: no row of scores; 1 such lines" in err and err.count("\n") == 1, err
+    assert score_rows(folder, spec, rows) == (1, {}) and len(read_scores(folder, spec, rows)) == 3
+    assert path.read_bytes().split(b"\n")[1] == line  # passed over, and left as it is
 
 
 def test_scores_of_prompts_with_line_separators_are_read_back(album, folders):
@@ -1576,7 +1298,7 @@ def test_two_runs_of_one_reward_on_one_folder_are_refused(album, folders):
 
     folder, rows = album
     (folder / "scores").mkdir()
-    with lock(folder / "scores/.clip.lock", "taken"):
+    with lock(folder / "scores/clip.jsonl", "taken"):
         with pytest.raises(SystemExit, match="clip.jsonl: another run is scoring there"):
             score_rows(folder, f"clip={folders['clip']}", rows)
         score_rows(folder, f"hpsv2={folders['hps']}", rows)  # another reward may
@@ -1642,16 +1364,13 @@ def test_pictures_without_a_caption_are_left_out_by_name(tmp_path, folders, caps
     assert "over 1 images" in said.out
 
 
-@pytest.mark.parametrize("kind", ["photographs", "its words, larger", "its size, other words"])
-def test_the_toy_worlds_scorers_are_no_default_for_other_pictures(tmp_path, capsys, kind):
+def test_the_toy_worlds_scorers_are_no_default_for_other_pictures(tmp_path, capsys):
     """They judge 32 x 32 pixels and the sentences of the toy world."""
-    side = 32 if kind == "its size, other words" else 64
-    prompt = "a red circle" if kind == "its words, larger" else "a photo of my cat"
-    for i in range(2):
-        picture(side, side, seed=i).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(prompt)
-    for args in (["--score", tmp_path], ["--image", tmp_path / "0.png", "--prompt", prompt]):
-        fails(rewards.main, args, str(tmp_path), "not of the toy world", "name --rewards", capsys=capsys)
+    for side, prompt in ((64, "a photo of my cat"), (64, "a red circle"), (32, "a photo of my cat")):
+        picture(side, side).save(tmp_path / "0.png")
+        (tmp_path / "0.txt").write_text(prompt)
+        for args in (["--score", tmp_path], ["--image", tmp_path / "0.png", "--prompt", prompt]):
+            fails(rewards.main, args, str(tmp_path), "not of the toy world", "name --rewards", capsys=capsys)
     assert not (tmp_path / "scores").exists()
 
 
@@ -1703,27 +1422,3 @@ def test_errors_are_one_clear_line(folders, tmp_path):
     ):
         with pytest.raises(SystemExit, match=says):
             rewards.main([str(a) for a in args])
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
-def test_a_batch_has_at_least_one_image(value, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e:
-        rewards.main(["--score", str(tmp_path), "--batch_size", value])
-    assert e.value.code == 2 and "--batch_size" in capsys.readouterr().err
-
-
-def test_importing_rewards_needs_no_scorers_package():
-    """Nor do the files that it imports. Their text says so: a process of its own would take seconds."""
-    found, todo = set(), ["rewards"]
-    while todo:
-        name = todo.pop()
-        path = common.HERE / f"{name.replace('.', '/')}.py"
-        if name in found or found.add(name) or not path.is_file():
-            continue
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                todo.append(node.module)
-    assert {"torch", "transformers", "scorers", "lists", "common"} <= found  # it looks where it should
-    assert not found & {"ImageReward", "clip", "timm", "open_clip", "toy", "synpic", "rankdpo", "pipelines"}

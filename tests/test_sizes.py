@@ -1,7 +1,4 @@
-"""Lists of several sizes in one run: refused before anything is encoded, or trained on in buckets.
-
-pytest -q tests/test_sizes.py
-"""
+"""Lists of several sizes in one run: refused before anything is encoded, or trained on in buckets."""
 
 import io
 import shutil
@@ -14,14 +11,14 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import fails, log_of, rows_of, together, train_args
+from conftest import copied, fails, rows_of, train, train_args
 from PIL import Image
 from safetensors.torch import load_file
 
 import rankdpo
 import synpic
 from lib import engine, memory
-from lib.lists import by_size, encoded_sizes, list_pixels, look_at_pictures
+from lib.lists import encoded_sizes, list_pixels, look_at_pictures
 from lib.pictures import IMAGE_FORMATS, look_at, read_pixels
 
 WIDTHS = (32, 32, 48, 32, 48, 32, 48, 32, 48, 32)  # of the ten lists; 48 x 32 pixels is the rarer size
@@ -30,7 +27,7 @@ SIZES = [(32, width) for width in WIDTHS]
 
 def resized(lists, folder, sizes):
     """A copy of the lists in which the images of list n have sizes[n] (height, width)."""
-    shutil.copytree(lists, folder, ignore=shutil.ignore_patterns(".cache"))
+    copied(lists, folder)
     for row, (h, w) in zip(rows_of(folder), sizes):
         for name in row["file_names"]:
             Image.open(folder / name).resize((w, h)).save(folder / name)
@@ -46,9 +43,7 @@ OPTIONS = "--steps 5 --lr 1e-3 --beta 10 --precision fp64 --holdout .4 --eval_ev
 
 
 def run(data, tiny, out, *more, processes=1):
-    args = train_args(data, tiny, out, *OPTIONS.split(), *more)
-    together(rankdpo.main, args, processes) if processes > 1 else rankdpo.main(args)
-    return log_of(out)
+    return train(data, tiny, out, OPTIONS, *more, processes=processes)
 
 
 def curve(log):
@@ -61,7 +56,7 @@ def curve(log):
 
 @pytest.fixture(scope="module")
 def whole(mixed, tiny, tmp_path_factory):
-    """(log, folder, [(held out?, h, w) of each batch], [(h, w) that memory and samples were planned for])"""
+    """(log, folder, [(held out?, h, w) of each batch], sizes that memory and samples were planned for)"""
     out, shapes, chosen = tmp_path_factory.mktemp("whole"), [], []
     load, choose, prepare = rankdpo.load_batch, memory.choose, engine.prepare_samples
 
@@ -72,29 +67,12 @@ def whole(mixed, tiny, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankdpo, "load_batch", loaded)
-        patch.setattr(
-            memory, "choose", lambda *args: chosen.append(args[3]["latents"].shape[2:]) or choose(*args)
-        )
-        patch.setattr(
-            engine, "prepare_samples", lambda *a: chosen.append(a[4]["latents"].shape[2:]) or prepare(*a)
-        )
+        of_memory = lambda *args: chosen.append(args[3]["latents"].shape[2:]) or choose(*args)
+        of_samples = lambda *args: chosen.append(args[3]) or prepare(*args)
+        patch.setattr(memory, "choose", of_memory)
+        patch.setattr(engine, "prepare_samples", of_samples)
         log = run(mixed, tiny, out, "--device_batch_size", 3)
     return log, out, shapes, chosen
-
-
-# ----------------------------------------------------------------------------- the order of the lists
-
-
-def test_with_one_size_the_lists_come_as_they_did_without_buckets():
-    """Position p of the run holds list p % L of epoch p // L, for any number of processes."""
-    cfg = rankdpo.Config(seed=3, steps=7, global_batch_size=8, device_batch_size=3)
-    train_lists = [0, 2, 3, 5, 7, 8, 9, 11, 12, 13]
-    epoch = lambda e: np.random.default_rng([3, e]).permutation(train_lists)
-    before = [(p, int(epoch(p // 10)[p % 10])) for p in range(56)]
-    order = rankdpo.draw_order(cfg, by_size([(32, 32)] * 14, train_lists))
-    passes = [rankdpo.micro_batches(cfg, order, step) for step in range(7)]
-    assert [pair for step in passes for batch in step for pair in batch] == before
-    assert [len(batch) for batch in passes[0]] == [3, 3, 2]
 
 
 def test_processes_share_a_step(monkeypatch):
@@ -126,14 +104,12 @@ def test_each_step_has_one_size_and_all_lists_are_visited_equally_often():
     assert of_first[:50].tolist() != of_first[50:100].tolist()
 
 
-# ----------------------------------------------------------------------------- one curve
-
-
 def test_a_batch_has_one_size_and_memory_is_chosen_for_the_largest(whole):
     log, _, shapes, chosen = whole
     assert set(shapes) == {(held_out, 8, w) for held_out in (True, False) for w in (8, 12)}
-    assert chosen == [(8, 12), (8, 8)]
+    assert chosen == [(8, 12), (32, 32)]  # latents, pixels
     assert log[0]["held_out"] == 4 and log[0]["lists"] == 6
+    assert ["held_out_accuracy" in row for row in log[1:]] == [False, True, False, True, False]
 
 
 def test_the_curve_is_the_same_on_two_processes(mixed, tiny, tmp_path, whole):
@@ -158,13 +134,8 @@ def test_lists_are_conditioned_on_their_own_size(mixed, whole):
     for n, (h, w) in enumerate(SIZES):
         (folder,) = (mixed / ".cache").iterdir()
         item = load_file(folder / f"{n:07d}.safetensors")
-        assert item["time_ids"].tolist() == [h, w, 0, 0, h, w] and item["latents"].shape[2:] == (
-            h // 4,
-            w // 4,
-        )
-
-
-# ----------------------------------------------------------------------------- before anything is encoded
+        assert item["time_ids"].tolist() == [h, w, 0, 0, h, w]
+        assert item["latents"].shape[2:] == (h // 4, w // 4)
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_encoded(lists, tiny, tmp_path, capsys):
@@ -193,8 +164,6 @@ def test_what_resolution_crops_is_said_once(mixed, lists, capsys):
     assert capsys.readouterr().out == ""
 
 
-# ----------------------------------------------------------------------------- turned pictures
-
 TURNED = ("PNG", "JPEG", "WEBP", "TIFF", "AVIF")  # that can hold EXIF
 
 
@@ -217,9 +186,8 @@ def test_a_lying_picture_is_imported_and_measured_as_it_is_read(tmp_path):
     upright.save(pair[0], "JPEG")
     upright.transpose(Image.Transpose.ROTATE_90).save(pair[1], "JPEG", exif=exif)
     labels = dict(label_0=1.0, label_1=0.0, caption="a red circle")
-    pandas.DataFrame([dict(jpg_0=pair[0].getvalue(), jpg_1=pair[1].getvalue(), **labels)]).to_parquet(
-        tmp_path / "a.parquet"
-    )
+    row = dict(jpg_0=pair[0].getvalue(), jpg_1=pair[1].getvalue(), **labels)
+    pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
     out = tmp_path / "data"
     synpic.main(["--stages", "import", "--from", str(tmp_path / "a.parquet"), "--out", str(out)])
     rows, cfg = rows_of(out), rankdpo.Config(data=str(out))

@@ -1,7 +1,4 @@
-"""The study's runner on a tiny model: the order of its runs, a line each, resuming, the report.
-
-pytest -q tests/test_study.py
-"""
+"""The study's runner on a tiny model: the order of its runs, a line each, resuming, the report."""
 
 import json
 
@@ -17,14 +14,12 @@ from toy.world import CATEGORIES, grammar, held_out, render
 def test_no_study_prompt_is_trained_on_and_categories_count_alike():
     rows, trained = study.study_prompts(), set((study.TOY / "prompts.txt").read_text().splitlines())
     assert not trained & {row["prompt"] for row in rows}
-    assert {t: sum(r["tag"] == t for r in rows) for t in CATEGORIES} == dict.fromkeys(
-        CATEGORIES, len(rows) // 6
-    )
+    counts = {t: sum(r["tag"] == t for r in rows) for t in CATEGORIES}
+    assert counts == dict.fromkeys(CATEGORIES, len(rows) // 6)
     noises = {(r["prompt"], r["seed"] + n) for r in rows for n in range(study.NOISES)}
     assert len(noises) == len(rows) * study.NOISES  # no picture stands for two
-    assert (
-        max(r["seed"] for r in rows) - min(r["seed"] for r in rows) + study.NOISES <= 100
-    )  # nor of two seeds
+    seeds = [r["seed"] for r in rows]
+    assert max(seeds) - min(seeds) + study.NOISES <= 100  # nor of two seeds
     assert {r["prompt"] for r in study.choice_prompts()} <= trained
     assert not any(held_out(r["prompt"]) for r in study.choice_prompts())
 
@@ -90,9 +85,8 @@ def test_the_best_settings_of_one_seed_get_more_and_a_row_all_of_its_seeds(monke
 @pytest.fixture()
 def small(lists, tiny, tmp_path, monkeypatch):
     """Options of a study of one row on tiny models: six prompts, one setting, one seed."""
-    rows = [
-        dict(tag=t, prompt=next(p for p, s in grammar().items() if s["tag"] == t), seed=1) for t in CATEGORIES
-    ]
+    prompts = {spec["tag"]: prompt for prompt, spec in grammar().items()}
+    rows = [dict(tag=tag, prompt=prompts[tag], seed=1) for tag in CATEGORIES]
     monkeypatch.setattr(study, "study_prompts", lambda: rows)
     monkeypatch.setattr(study, "choice_prompts", lambda: rows)
     monkeypatch.setattr(study, "BASE", tiny / "sdxl")
@@ -100,9 +94,8 @@ def small(lists, tiny, tmp_path, monkeypatch):
     (tmp_path / "study.md").write_text(f"above\n{study.MARK}\nold\n")
     monkeypatch.setattr(study, "SEEDS", (1, 2))
     monkeypatch.setattr(study, "POINTS", 2)
-    monkeypatch.setattr(
-        study, "ROWS", {"base": study.Row(""), "gain": study.Row("--loss gain", ("--lr 1e-4",))}
-    )
+    gain = study.Row("--loss gain", ("--lr 1e-4",))
+    monkeypatch.setattr(study, "ROWS", {"base": study.Row(""), "gain": gain})
     monkeypatch.setattr(study, "CONTRASTS", (("gain", "base"),))
     out = ["--data", lists, "--out", tmp_path / "out", "--results", tmp_path / "study.jsonl"]
     return [str(a) for a in ("--only", "gain", "--steps", 2, "--lists", 4, *out)], tmp_path

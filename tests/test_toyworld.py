@@ -1,7 +1,4 @@
-"""The toy world: grammar, renderer, exact checker, and what is shipped in toy/.
-
-pytest -q tests/test_toyworld.py
-"""
+"""The toy world: grammar, renderer, exact checker, and what is shipped in toy/."""
 
 import json
 
@@ -112,11 +109,6 @@ def test_training_and_heldout_prompts_are_disjoint():
         assert {grammar()[p]["tag"] for p in prompts} == set(CATEGORIES)
 
 
-def test_renders_are_determined_by_the_seed():
-    a, b = (np.asarray(render("three crosses", np.random.default_rng(9))) for _ in range(2))
-    assert (a == b).all() and a.shape == (32, 32, 3)
-
-
 def test_the_tokenizer_knows_every_word():
     tok = build.make_tokenizer()
     assert all(len(tok(w).input_ids) == 3 for w in WORDS)
@@ -155,14 +147,10 @@ def test_the_vae_is_no_ceiling():
 def test_shipped_generators_and_rewards_know_the_world():
     """Each generator draws most single objects; each reward mostly puts a picture above its slip."""
     prompts = [p for p, s in grammar().items() if s["tag"] == "single_object"]
-    kinds = {
-        "sdxl": "StableDiffusionXLPipeline",
-        "sd3": "StableDiffusion3Pipeline",
-        "sd15": "StableDiffusionPipeline",
-    }
+    kinds = dict(sdxl="XL", sd3="3", sd15="")
     for model in {m["name"]: m for m in map(parse_model, TOY_MODELS)}.values():
         pipe = load_pipeline(model["path"])
-        assert type(pipe).__name__ == kinds[model["name"]]
+        assert type(pipe).__name__ == f"StableDiffusion{kinds[model['name']]}Pipeline"
         results = generate(pipe, prompts, [noise_seed(p, "", 0) for p in prompts], model)
         right = [check(p, image) for p, (image, _) in zip(prompts, results)]
         assert np.mean(right) >= 0.5, model["name"]

@@ -33,11 +33,11 @@ sys.path.insert(0, str(TOY.parent))
 
 import losses
 import rankdpo
+from evaluate import markdown, plot_frontier
 from lib import common, store, tables
 from lib.common import fail, option
 from lib.pipelines import SUITS, generate_each, load_pipeline, noise_seed
 from lib.stats import category_mean, entropy, holm
-from lib.tables import markdown
 from rewards import TOY_REWARDS, load_reward, reward_name
 from toy.world import CATEGORIES, GROUND, check, find_objects, grammar, prompts_of
 
@@ -447,24 +447,19 @@ def reward_table(chosen, names, key):
     return markdown([{"wins": "mean of four", "best": "best of four"}[key], *names], rows)
 
 
-def draw_frontier(lines, chosen, path):
-    """docs/study.png: accuracy against diversity, a line a row through the models of its chosen setting."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (key, title) in zip(axes, dict(distance="distance", bits="bits of free colours").items()):
+def draw_frontier(chosen, path):
+    """docs/study.png: accuracy against diversity, a line for each row through the models of its setting."""
+    panels = {"distance": {}, "bits": {}}
+    for key, runs_of in panels.items():
         for name, (_, _, runs) in chosen.items():
-            steps = list(runs[0]["at"])
-            mean = lambda step, value: np.mean(list(at_point(runs, step, value).values()))
-            x = [mean(step, lambda found: found[key]) for step in steps]
-            y = [mean(step, study_accuracy) for step in steps]
-            axis.plot(x, y, marker="o", ms=4, label=f"{name} ({len(runs)})")
-            axis.annotate(steps[-1], (x[-1], y[-1]), fontsize=7)
-        axis.set_xlabel(title)
-    axes[0].set_ylabel("accuracy, exact checker")
-    axes[0].legend(fontsize=7)
-    store.publish(path, lambda tmp: figure.savefig(tmp, dpi=100))
+            points = []
+            for step in runs[0]["at"]:
+                mean = lambda value: np.mean(list(at_point(runs, step, value).values()))
+                points.append(dict(x=mean(lambda found: found[key]), y=mean(study_accuracy)))
+            points[-1]["label"] = f"{name} ({len(runs)} seeds)"
+            runs_of[name] = points
+    titles = {"CLIP distance among seeds": panels["distance"], "bits of free colours": panels["bits"]}
+    plot_frontier(path, titles, "accuracy, exact checker")
 
 
 MARK = "<!-- what follows is written by `python toy/study.py --report` -->"
@@ -483,7 +478,7 @@ def report(cfg):
         text += "".join(reward_table(rows, names, key) for key in ("wins", "best") if rows)
     missing = [name for name in ROWS if name not in chosen]
     text += f"Not run: {', '.join(missing)}.\n" if missing else ""
-    draw_frontier(lines, core, PAGE.with_suffix(".png"))
+    draw_frontier(core, PAGE.with_suffix(".png"))
     head = (PAGE.read_text() if PAGE.is_file() else "").partition(MARK)[0]
     store.write_text(PAGE, f"{head}{MARK}\n\n{text.rstrip()}\n")
     print(text)

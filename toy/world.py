@@ -44,6 +44,11 @@ def knows(folder, rows):
     return small and all(prompt in grammar() for prompt, _ in rows)
 
 
+def checker(folder, rows):
+    """check(), where the rows of metadata.jsonl are of this world, else None."""
+    return check if knows(folder, [(row["prompt"], row["file_names"]) for row in rows]) else None
+
+
 # ----------------------------------------------------------------------------- prompts
 
 
@@ -219,6 +224,24 @@ def check(prompt, image):
         along, across = along_and_across(ax - bx, ay - by, *RELATIONS[spec["relation"]])
         return along > across
     return True
+
+
+def free_colours(prompt, image):
+    """(C,) the share of each colour among the objects of a picture; 0 where the prompt names a colour. Each
+    picture counts once, however many objects it shows."""
+    named = any(color for _, color in grammar()[prompt]["objects"])
+    found = [] if named else [color for _, color, _, _ in find_objects(image)]
+    return np.array([found.count(color) / max(1, len(found)) for color in COLORS])
+
+
+def free_place(prompt, image):
+    """(9,) 1 at the cell of a 3 x 3 grid, row by row, where the prompt's first object is; 0 without such an
+    object, or where the prompt names a relation. Of several such objects the topmost counts."""
+    wanted, cells = grammar()[prompt]["objects"][0][0], np.zeros(9)
+    if grammar()[prompt]["relation"] is None:
+        for y, x in sorted((y, x) for shape, _, x, y in find_objects(image) if shape == wanted)[:1]:
+            cells[3 * int(3 * y / SIZE) + int(3 * x / SIZE)] = 1
+    return cells
 
 
 def slip(spec, rng):
