@@ -213,6 +213,9 @@ def process_rank():
     """(rank, world size) as torchrun sets them; (0, 1) without torchrun."""
     given = {n: os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if n in os.environ}
     rank, world = given.get("RANK", "0"), given.get("WORLD_SIZE", "1")
+    if "RANK" not in given and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun's alone
+        mend = "let srun start torchrun (docs/slurm), or unset SLURM_STEP_NUM_TASKS"
+        raise SystemExit(f"srun started several processes that do not know of each other; {mend}")
     if not all(map(str.isdecimal, given.values())) or int(rank) >= int(world):
         found = " ".join(f"{name}={value}" for name, value in given.items())
         raise SystemExit(f"{found}: not what torchrun sets; unset them, or start with torchrun")

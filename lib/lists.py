@@ -88,6 +88,9 @@ def checked_row(folder, row, lists, labelled):
             raise ValueError(f"image {e}") from None
         if plain.count(name) > 1:
             raise ValueError(f"image {f} stands {plain.count(name)} times in the list")
+    given = {key for key in ("phi", "scores", "rank") if row.get(key) is not None}
+    if ranked := lists and given == {"rank"}:  # people's order, 1 = best: one judge
+        row = {**row, "scores": {"rank": row["rank"]}}
     scores, k = {} if row.get("scores") is None else row["scores"], len(files)
     if not isinstance(scores, dict):
         raise ValueError("scores must be an object, {reward: [a number an image]}")
@@ -96,6 +99,9 @@ def checked_row(folder, row, lists, labelled):
             raise ValueError(f"scores of {name}: as many finite numbers as file_names are wanted")
     if lists and k < 2:
         raise ValueError("needs at least two file_names")
+    if ranked:
+        scores = {"rank": [-r for r in row["rank"]]}
+        row["phi"] = preference_probability(torch.tensor(scores["rank"])[:, None].double()).tolist()
     if labelled:
         phi = row.get("phi")
         if not isinstance(phi, list) or len(phi) != k:

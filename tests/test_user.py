@@ -3,6 +3,7 @@
 pytest -q tests/test_user.py
 """
 
+import json
 import os
 import re
 
@@ -14,7 +15,7 @@ from transformers import get_linear_schedule_with_warmup
 
 import losses
 import rankdpo
-from lib import store
+from lib import common, lists, store
 
 RECIPE = dict(BIN="", GPUS="8", PROMPTS="README.md", EVAL_PROMPTS="README.md")
 
@@ -91,3 +92,30 @@ def test_published_files_have_the_mode_of_the_umask(tmp_path):
     store.publish(tmp_path / "model", write)
     mode = lambda name: (tmp_path / name).stat().st_mode & 0o777
     assert mode("model/unet/model.safetensors") == mode("plain") == mode("model/.contents")
+
+
+def read_ranks(folder, rank):
+    row = {"prompt": "a", "file_names": ["1.png", "2.png", "3.png", "4.png"], "rank": rank}
+    (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    return lists.read_metadata(folder, lists=True, labelled=True)[0]
+
+
+def test_ranks_alone_are_one_judge(tmp_path):
+    row = read_ranks(tmp_path, [1, 2, 2, 4])
+    assert row["phi"] == pytest.approx([1, 1 / 3, 1 / 3, 0]) and row["scores"] == {"rank": [-1, -2, -2, -4]}
+
+
+@pytest.mark.parametrize("rank", [[1, 2, 3], [1, 2, "3", 4], 3, {}])
+def test_ranks_that_fit_no_pictures_are_refused_with_their_line(tmp_path, rank):
+    with pytest.raises(SystemExit, match="metadata.jsonl, line 1: scores of rank: as many finite numbers"):
+        read_ranks(tmp_path, rank)
+
+
+def test_a_process_that_srun_started_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="srun started several"):
+        common.process_rank()
+    for name, value in dict(RANK="1", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    assert common.process_rank() == (1, 2)
