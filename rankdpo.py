@@ -253,8 +253,7 @@ def draw_order(cfg, buckets):
 
 def micro_batches(cfg, order, step):
     """The lists of a step on this process, [[(position, list), ...], ...]: a pass each."""
-    rank, world = process_rank()
-    local = cfg.global_batch_size // world
+    rank, local = process_rank()[0], cfg.global_batch_size // process_rank()[1]
     mine = list(enumerate(order[step].tolist(), step * cfg.global_batch_size))[rank * local :][:local]
     return [mine[i : i + cfg.device_batch_size] for i in range(0, local, cfg.device_batch_size)]
 
@@ -578,21 +577,21 @@ def main(argv=None):
         if due(cfg.export_every, step):
             row["exported"] = f"model-{step + 1:06d}"
             engine.save_model(cfg, row["exported"], tuned, part, log.card() if rank == 0 else {})
+        stopping = engine.any_process(bool(stop), device)
         if rank == 0:
-            bar.set_postfix(log.write(row))
+            bar.set_postfix(log.write(row, stopping))
 
         # ---- save
-        stopping = engine.any_process(bool(stop), device)
         if stopping or due(cfg.save_every, step):
             engine.save_checkpoint(cfg, engine.training_state(cfg, networks, optimizer), recipe, step + 1)
         if stopping:
-            fail(f"stopped after {step + 1} steps; the same command goes on there", stop[0] if stop else 143)
+            mend = f"goes on there; with --export_every {step + 2} it also writes model-{step + 2:06d}"
+            fail(f"stopped after {step + 1} steps; the same command {mend}", stop[0] if stop else 143)
 
     engine.check_finite(parameters, device, "the weights are not finite and not saved; lower --lr")
     about = log.close() if rank == 0 else {}
     engine.save_model(cfg, "model", average or policy, part, about)
-    if rank == 0:
-        print(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
+    common.print_first(f"{out}: log.jsonl, curves.png, and the tuned model in model/")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""What models said of pictures, kept on disk: scores of rewards, answers of a benchmark's judge.
-
-store = Store(folder, "clip", version)             # folder/scores/clip.jsonl, one line per row
-answer_rows(store, rows, load, batch_size, "stop") # asks the model about the rows that lack an answer
-read_answers(store, rows)                          # {row index: [k answers]}
-"""
+"""What models said of pictures, kept on disk: scores of rewards, answers of a benchmark's judge."""
 
 import json
 import os

@@ -1,9 +1,4 @@
-"""What every script uses: errors, options, processes. No model, no loss, no file.
-
-fail, one_line_errors        bad input ends in one line and an exit status that is not zero
-option, parse                a dataclass becomes the command line; each range is written beside its option
-process_rank, pick_device    rank, world size and device, with or without torchrun
-"""
+"""What every script uses: errors, options, processes. No model, no loss, no file."""
 
 import argparse
 import functools
@@ -46,9 +41,8 @@ def fail(message, status=1):
         with suppress(ValueError):  # a thread may not set a signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    if "tqdm" in sys.modules:
-        for bar in list(sys.modules["tqdm"].tqdm._instances):
-            bar.close()
+    for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
+        bar.close()
     if status == 1:
         raise SystemExit(message)  # python prints it last and exits with 1
     print(message, file=sys.stderr, flush=True)

@@ -453,7 +453,7 @@ def open_report(cfg, head, start_step):
 
 
 class Log:
-    """log.jsonl: a head with all that a run depends on, then one row per step; curves.png at its end.
+    """log.jsonl: a head with all that a run depends on, then one row per step; curves.png.
     --report gets the same numbers, and the pictures of --sample_every. `flops`: of a list on one device."""
 
     def __init__(self, cfg, lists, held_out, start_step, flops, device, dtype):
@@ -471,14 +471,15 @@ class Log:
         store.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         print(f"resumed from step {start_step}" if start_step else f"{lists} lists to train on")
         self.cfg, self.head, self.flops = cfg, head, flops
-        self.began, self.start_step = time.time(), start_step
-        self.file, self.last, self.winners = open(path, "a"), {}, []
+        self.began = self.drawn = time.time()
+        self.start_step = start_step
+        self.file, self.last, self.winners, self.accuracy = open(path, "a"), {}, [], []
         self.report = open_report(cfg, kept[0], start_step)
         if cfg.sample_every and not start_step:
             self.report(0, {}, {"samples": path.with_name("samples") / "000000.png"})
 
-    def write(self, row):
-        """One line; returns what the progress bar shows."""
+    def write(self, row, stopping=False):
+        """One line; returns what the progress bar shows. curves.png is at most a minute behind."""
         steps = row["step"] + 1 - self.start_step
         per_s = steps * self.cfg.global_batch_size / (time.time() - self.began)
         row.update(lists_per_s=per_s, tflops=per_s * self.flops / 1e12)
@@ -494,14 +495,21 @@ class Log:
             tqdm.write(f"--report {self.cfg.report}: {common.one_line(e)}; log.jsonl goes on without it")
             self.report = lambda *_: None
         self.last = row
-        self.warn_of_growth(row)
+        self.warn(row)
+        if stopping or time.time() - self.drawn > 60:
+            self.draw()
         shown = {"loss": "loss", "acc": "accuracy", "winner": "best_s", "loser": "worst_s"}
         return {name: f"{row[key]:.3g}" for name, key in shown.items()}
 
-    def warn_of_growth(self, row):
+    def warn(self, row):
         """Pictures get worse where both errors grow and the loser's grows faster, although the loss falls.
-        Values below .01 vary as much from one row to the next."""
+        Values below .01 vary as much from one row to the next. Labels may also be learned by heart."""
         self.winners.append(row["best_s"])
+        self.accuracy.append(row["accuracy"])
+        known = np.mean(self.accuracy[-50:])
+        if not self.cfg.holdout and len(self.accuracy) % 50 == 0 and known > 0.98:
+            heart = f"step {row['step']}: accuracy is {known:.3f} over 50 steps, so labels are known by heart"
+            tqdm.write(f"{heart}; --holdout .1 measures on other prompts; take fewer steps or more lists")
         winner, than = row.get("held_out_best_s"), "the base's on held-out lists"
         if winner is None and row["step"] % 50 == 49:
             winner, than = np.nanmean(self.winners[-25:]), "the reference's"
@@ -514,12 +522,16 @@ class Log:
         return {"Run": self.head, "Options": asdict(self.cfg), "Last step": self.last}
 
     def close(self):
-        """Draws curves.png; returns the card."""
+        """Returns the card."""
         os.fsync(self.file.fileno())
         self.file.close()
+        self.draw()
+        return self.card()
+
+    def draw(self):
         rows = [row for _, row in tables.read_jsonl(self.file.name)][1:]
         pictures.plot_curves(rows, CURVES, Path(self.file.name).with_name("curves.png"))
-        return self.card()
+        self.drawn = time.time()
 
 
 # ----------------------------------------------------------------------------- samples

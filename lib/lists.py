@@ -1,10 +1,4 @@
-"""Ranked lists on disk: metadata.jsonl, one row per list of images; what is encoded once.
-
-rows = read_metadata(folder, lists=True)                # prompt, file_names, scores, phi
-names, rewards = stored_rewards(folder, rows, label)    # of R scores, a tensor (K, R) a list
-sizes = encoded_sizes(cfg, rows)                        # [(height, width)] of each list
-cache, missing = find_cache(cfg, rows, dtype, wanted)   # latents and text, one file per list
-"""
+"""Ranked lists on disk: metadata.jsonl, one row per list of images; what is encoded once."""
 
 import csv
 import io

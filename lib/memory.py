@@ -1,8 +1,5 @@
 """What a run takes, counted before a GPU is rented: FLOPs, bytes, hours, and the memory setting that fits.
 
-    cfg, flops = choose(cfg, ...)      # the trainer's start: the fastest setting that fits its GPUs
-    print_plan(cfg)                    # rankdpo.py --model random:sdxl --plan 24 40 8x80
-
 Nothing is computed and no weight is read: FLOPs are counted on the meta device, bytes on fake tensors.
 docs/memory.md has these figures beside those of PyTorch's own allocator.
 """

@@ -1,7 +1,4 @@
-"""Data sets of people's choices as ranked lists: Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB.
-
-import_stage(cfg)               # synpic.py --stages import: metadata.jsonl and images/ in --out
-"""
+"""Data sets of people's choices as ranked lists: Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB."""
 
 import hashlib
 import io

@@ -1,11 +1,5 @@
 """Files that are kept: replaced whole, locked, or grown line by line, where a kill may leave half a line.
 
-    publish(path, write)              # write(temporary path), then rename: a reader never sees half of it
-    write_text(path, text)
-    with appending(path, busy) as f: f.write(line)
-    own_folder(name, path, busy)      # a folder for this run alone
-    same(folder, recipe, names, mend) # what a folder was made with: begin it, go on with it, or refuse
-
 Content identifies, never a path or a date. A folder that publish wrote lists its files and their digests in
 .contents; one that holds anything else, or a changed file, is not replaced.
 """

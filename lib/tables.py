@@ -1,9 +1,4 @@
-"""Text that people and programs wrote: one reader for each format, so that each complaint is written once.
-
-read_text(path), parse_json(text), read_jsonl(path)
-read_prompts(path)              # .txt, .json, .jsonl, .csv, .tsv, .parquet, or a folder of shards
-markdown(header, rows), write_page(path, template, data)
-"""
+"""Text that people and programs wrote: one reader for each format, so that each complaint is written once."""
 
 import csv
 import json
