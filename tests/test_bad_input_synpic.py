@@ -26,47 +26,26 @@ def nothing_is_drawn(monkeypatch):
 BAD_OPTIONS = [  # (options, what the line says)
     ("--batch_size 0", "--batch_size", "at least 1"),
     ("--shard 2/2", "--shard 2/2"),
-    ("--shard 1", "--shard 1"),
-    ("--shard 1/0", "--shard 1/0"),
-    ("--shard=-1/2", "--shard -1/2"),
-    ("--label beauty", "--label beauty", "majority"),
-    ("--label single:mps", "--label single:mps", "clip"),
     ("--stages dance", "--stages", "dance"),
-    ("--stages", "--stages", "expected"),
     ("--device abacus", "abacus"),
     ("--frobnicate", "--frobnicate"),
     ("--field words", "words", "--field"),
     ("--prompts nowhere.txt", "nowhere.txt", "no such file"),
-    ("--prompts {tiny}", "no such file"),
     ("--out {tiny}/prompts.txt", "--out", "cannot be written"),
-    ("--out /proc/lists", "--out", "cannot be written"),
     ("--models sdxl", "at least two"),
     ("--models midjourney sdxl", "midjourney", "sdxl, sd3"),
-    ("--models sdxl= {good}", "sdxl"),
-    ("--models =x {good}", "=x"),
     ("--models a/b=x {good}", "letters, digits"),
     ("--models {good} {good}", "another seed"),
     ("--models {good},step=3 {other}", "step"),
-    ("--models {good},steps=0 {other}", "steps", "at least 1"),
-    ("--models {good},steps=many {other}", "many"),
     ("--models {good},steps=1,steps=2 {other}", "steps appears twice"),
-    ("--models {good},guidance=nan {other}", "guidance", "finite"),
     ("--models {good},guidance=-1 {other}", "guidance", "negative"),
     ("--models {good},resolution=100 {other}", "multiple of 8"),
-    ("--models {good},resolution=-8 {other}", "resolution", "negative"),
-    ("--models {good},seed=-1 {other}", "seed", "negative"),
-    ("--models {good},seed=1.5 {other}", "1.5"),
     ("--models {good},dtype=int8 {other}", "dtype"),
-    ("--models {good}, {other}", "no option ''"),
     ("--models {good},path={tiny}/sd3 {other}", "no option 'path'"),
     ("--models {good} b={tiny}/nothing", "nothing", "model_index.json"),
-    ("--models {good} b={tiny}/rewards/clip", "rewards/clip", "model_index.json"),
-    ("--models {good} b=no/such/thing", "no/such/thing", "model_index.json"),
     ("--models {good} b=some/one", "some/one", "hub"),
     ("--models {good} b={tiny}/sdxl+{tiny}/no_adapters", "no_adapters"),
-    ("--rewards toyworld", "evaluation only"),
     ("--rewards clip diversity", "diversity: is for evaluation only"),
-    ("--rewards beauty", "beauty"),
     ("--rewards clip={tiny}/none", "none"),
     ("--rewards clip={tiny}/rewards/clip clip={tiny}/rewards/pick", "clip", "twice"),
 ]
@@ -90,32 +69,20 @@ def test_bad_options_of_synpic(tiny, tmp_path, monkeypatch, capsys, options, say
     assert not (tmp_path / "out/recipe.json").exists() and not list(tmp_path.glob("out/**/*.png"))
 
 
-def test_a_folder_must_be_named(tiny, capsys):
-    fails(synpic.main, [*synpic_args(tiny, "out"), "--out", ""], "--out", capsys=capsys)
-
-
 BAD_EVALUATIONS = [
     ("--resolution -8", "--resolution", "negative"),
-    ("--resolution 100", "--resolution", "multiple of 8"),
     ("--models a={tiny}/sdxl", "two or more"),
-    ("--models {tiny}/sdxl {tiny}/sd15", "name=path"),
     ("--models a={tiny}/sdxl a={tiny}/sd15", "different names"),
     ("--models a={tiny}/sdxl b=", "name=path"),
     ("--models a={tiny}/sdxl b={tiny}/nothing", "nothing", "no such folder"),
-    ("--models a={tiny}/sdxl b={tiny}/rewards/clip", "rewards/clip", "model_index.json"),
     ("--models a={tiny}/sdxl b=outputs/no/run", "outputs/no/run", "rankdpo.py"),
     ("--models a={tiny}/sdxl b=some/one", "some/one", "hub"),
-    ("--models a={tiny}/sdxl b={tiny}/sdxl+{tiny}/none", "none"),
     ("--models ../a={tiny}/sdxl b={tiny}/sd15", "../a", "a name is"),
     ("--models a={tiny}/sdxl A={tiny}/sd15", "given twice"),
     ("--rewards toyworld --limit 3 --study 4", "--study 4", "there are 3 prompts"),
     ("--shard 2/2", "--shard 2/2"),
-    *(
-        (f"--models a={{tiny}}/sdxl {name}={{tiny}}/sd15", name, "is a file of the report")
-        for name in ("results.json", "report.html", "Key.json", "study")  # it would replace their folder
-    ),
+    ("--models a={tiny}/sdxl Key.json={tiny}/sd15", "Key.json", "is a file of the report"),
     ("--out {tiny}/prompts.txt", "--out", "cannot be written"),
-    ("--out /proc/evaluation", "--out", "cannot be written"),
 ]
 
 
@@ -131,22 +98,13 @@ def test_bad_options_of_evaluate(tiny, tmp_path, monkeypatch, capsys, options, s
 BAD_PROMPTS = [  # (name, content, what the line says)
     ("a.docx", "a red circle", ".txt, .json"),
     ("a.txt", "", "holds no prompt"),
-    ("b.txt", "\n \n\u2028\n", "holds no prompt"),
     ("c.txt", b"caf\xe9\n", "not UTF-8"),
     ("a.jsonl", '{"prompt": "a"}\n{torn\n', "a.jsonl, line 2"),
     ("b.jsonl", '{"prompt": 3}\n', "row 1: no text"),
-    ("c.jsonl", '"a red circle"\n', "c.jsonl, line 1"),
-    ("d.jsonl", '{"prompt": ' + DEEP + "}\n", "d.jsonl, line 1"),
     ("e.jsonl", '{"prompt": "\\ud83d"}\n', "e.jsonl, line 1"),
-    ("f.jsonl", b'{"prompt": "\xff"}\n', "f.jsonl", "not UTF-8"),
     ("a.json", "{torn", "a.json", "not JSON"),
     ("b.json", '{"prompt": "a"}', "b.json", "list"),
-    ("c.json", "[1, 2]", "row 1: no text"),
-    ("d.json", DEEP, "d.json", "deep"),
-    ("e.json", '["\\udead"]', "e.json"),
     ("a.csv", "id,words\n1,a\n", "--field"),
-    ("b.csv", b"prompt\ncaf\xe9\n", "b.csv"),
-    ("c.csv", "", "c.csv"),
     ("d.csv", 'prompt\n"torn\n', "d.csv"),
     ("a.tsv", "id\tPhrase\n1\tx\n", "--field"),
     ("a.parquet", "no", "a.parquet"),
@@ -171,15 +129,7 @@ def test_every_model_is_looked_at_before_the_first_draws(tiny, tmp_path, capsys)
     assert not (tmp_path / "out/recipe.json").exists()
 
 
-def test_settings_are_kept_once_a_model_has_loaded(tiny, tmp_path, capsys):
-    shutil.copytree(tiny / "sd15", tmp_path / "torn")
-    (tmp_path / "torn/unet/diffusion_pytorch_model.safetensors").write_bytes(b"123")
-    models = ["--models", f"b={tmp_path}/torn", f"a={tiny}/sdxl"]
-    fails(synpic.main, [*synpic_args(tiny, tmp_path / "out"), *models], "could not be loaded", capsys=capsys)
-    assert not (tmp_path / "out/recipe.json").exists()
-
-
-@pytest.mark.parametrize("content", [b"{torn", b"[]", b"3", b"\xff\xfe", b'{"models": 3}', DEEP.encode()])
+@pytest.mark.parametrize("content", [b"{torn", b"\xff\xfe", b'{"models": 3}'])
 def test_a_damaged_recipe_is_refused(lists, tiny, tmp_path, capsys, content):
     out = copied(lists, tmp_path / "out")
     (out / "recipe.json").write_bytes(content)
@@ -204,8 +154,8 @@ def test_what_can_be_made_again_is(lists, tiny, tmp_path, capsys):
     assert json.loads((out / "summary.json").read_text()) == json.loads((lists / "summary.json").read_text())
 
 
-def test_every_file_of_a_pipeline_is_part_of_what_pictures_depend_on(tiny, tmp_path):
-    """Another weight, scheduler or file of adapters under the same name and of the same size counts."""
+def test_the_content_of_a_pipeline_is_part_of_what_pictures_depend_on(tiny, tmp_path):
+    """Other adapters under the same name and of the same size count; test_pipelines.py has every part."""
     base, adapters = tmp_path / "model", tmp_path / "a.safetensors"
     shutil.copytree(tiny / "sd15", base)
     adapters.write_bytes(b"some")
@@ -215,17 +165,9 @@ def test_every_file_of_a_pipeline_is_part_of_what_pictures_depend_on(tiny, tmp_p
     draw.check_recipe(tmp_path, before, write=True)
     (base / "README.md").write_text("a model card draws nothing")
     assert recipe() == before == recipe(shutil.copytree(base, tmp_path / "moved"))
-    for file, says in (
-        (base / "scheduler/scheduler_config.json", "scheduler"),
-        (base / "unet/diffusion_pytorch_model.safetensors", "unet"),
-        (adapters, r"\+1"),
-    ):
-        kept = file.read_bytes()
-        file.write_bytes(kept[:-3] + bytes([kept[-3] ^ 1]) + kept[-2:])
-        with pytest.raises(SystemExit, match=f"made with another models sd15_0 path {says} .before '"):
-            draw.check_recipe(tmp_path, recipe())
-        file.write_bytes(kept)
-    draw.check_recipe(tmp_path, recipe())
+    adapters.write_bytes(b"same")
+    with pytest.raises(SystemExit, match=r"made with another models sd15_0 path \+1 .before '"):
+        draw.check_recipe(tmp_path, recipe())
     hub = lambda base: draw.recipe_of(cfg, rows, [dict(name="m", seed=0, path=f"{base}+{adapters}")])
     assert hub("org/one") != hub("org/other")  # the base of the same adapters
 
@@ -234,12 +176,6 @@ def test_lists_that_were_not_drawn_here_are_not_drawn_over(lists, tiny, tmp_path
     out = copied(lists, tmp_path / "out", "scores", "recipe.json")
     before = (out / "metadata.jsonl").read_bytes()
     fails(synpic.main, synpic_args(tiny, out), "holds images, but no recipe.json", capsys=capsys)
-    fails(
-        synpic.main,
-        synpic_args(tiny, out, "--stages", "score"),
-        "holds images, but no recipe.json",
-        capsys=capsys,
-    )
     assert (out / "metadata.jsonl").read_bytes() == before and not (out / "recipe.json").exists()
 
 
@@ -264,48 +200,25 @@ def test_a_path_that_exists_may_hold_a_comma_or_a_plus(tmp_path):
         assert (model["path"], model["steps"], model["seed"]) == (path, 3, 1)
 
 
-def test_a_pipe_is_no_picture(tmp_path):
-    os.mkfifo(tmp_path / "0.png")
-    assert not draw.is_png(tmp_path / "0.png")
-
-
 BAD_ROWS = [  # (what is changed in the third row, or the line that takes its place; what the line says)
     ("", "{torn", "line 3"),
-    ("", "[1]", "line 3", "not a JSON object"),
     ("", DEEP, "line 3", "deep"),
     ("", '{"prompt": "\\ud83d", "file_names": ["a"]}', "line 3"),
     ("", b"\xff", "not UTF-8"),
     ("prompt", None, "line 3", "needs prompt"),
-    ("prompt", 3, "line 3", "needs prompt"),
-    ("file_names", None, "line 3", "needs prompt"),
     ("file_names", [], "line 3", "needs prompt"),
-    ("file_names", "a.png", "line 3", "needs prompt"),
     ("file_names", ["images/00002/sdxl_0.png"], "line 3", "at least two"),
     ("file_names", ["images/00002/sdxl_0.png"] * 5, "line 3", "5 times"),
-    ("file_names", ["images/00002/sdxl_0.png", 7], "line 3", "7"),
     ("file_names", ["images/00002/sdxl_0.png", "a\0b"], "line 3", "inside the folder"),
     ("file_names", ["images/00002/sdxl_0.png", "../x.png"], "line 3", "../x.png"),
-    ("file_names", ["images/00002/sdxl_0.png", "/etc/hosts"], "line 3", "/etc/hosts"),
     ("file_names", ["images/00002/sdxl_0.png", "link.png"], "line 3", "link.png", "link out"),
-    ("file_names", ["images/00002/sdxl_0.png", "link/a.png"], "line 3", "link", "link out"),
-    ("scores", [1, 2], "line 3", "scores"),
     ("scores", {"clip": [1.0]}, "line 3", "scores of clip"),
-    ("scores", {"clip": 3}, "line 3", "scores of clip"),
     ("scores", {"clip": [1.0, 2.0, float("nan"), 1.0]}, "line 3", "finite"),
-    ("scores", {"clip": [1.0, 2.0, float("inf"), 1.0]}, "line 3", "finite"),
-    ("scores", {"clip": [10**400, 1, 2, 3]}, "line 3", "finite"),
     ("scores", {"clip": ["1", "2", "3", "4"]}, "line 3", "finite"),
-    ("scores", {"clip": [[1, 2]] * 4}, "line 3", "finite"),
-    ("scores", {"clip": [True, False, True, False]}, "line 3", "finite"),
-    ("scores", {"clip": [None] * 4}, "line 3", "finite"),
     ("scores", 0, "line 3", "scores must be an object"),
-    ("scores", {"two\nlines": 7}, "scores of two lines"),
     ("file_names", ["images/00002/sdxl_0.png", "./images/00002/sdxl_0.png"], "line 3", "2 times"),
     ("phi", None, "line 3", "needs as many phi"),
-    ("phi", [1.0], "line 3", "needs as many phi"),
-    ("phi", "abcd", "line 3", "needs as many phi"),
     ("phi", [2, 0, 0, 0], "line 3", "phi must lie in"),
-    ("phi", ["a", 0, 0, 0], "line 3", "phi must lie in"),
     ("phi", [float("nan"), 0, 0, 0], "line 3", "phi must lie in"),
     ("", '{"prompt": "a", "prompt": "b"}', "line 3", "a key stands twice"),
 ]
@@ -319,7 +232,6 @@ def linked(lists, tmp_path_factory):
     (root / "outside").mkdir()
     shutil.copy(out / "images/00000/sd3_0.png", root / "outside/a.png")
     os.symlink(root / "outside/a.png", out / "link.png")
-    os.symlink(root / "outside", out / "link")
     return out, (out / "metadata.jsonl").read_bytes().split(b"\n")
 
 
@@ -407,28 +319,3 @@ def test_an_imagefolder_is_read_or_its_metadata_is_named(lists, tmp_path, capsys
         read_metadata(folder, lists=True)
     with pytest.raises(SystemExit, match="data/train/metadata.csv"):
         read_metadata(tmp_path / "data")
-
-
-def test_a_full_disk_ends_labelling_in_one_line(lists, tiny, tmp_path, monkeypatch, capsys):
-    out = copied(lists, tmp_path / "out")
-    content = lambda: {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file() and ".lock" not in p.name}
-    before = content()
-
-    def full(*paths):
-        raise OSError(28, "No space left on device", str(paths[-1]))
-
-    monkeypatch.setattr(os, "replace", full)
-    label = ["--label", "random"]
-    fails(synpic.main, [*synpic_args(tiny, out), *label], "metadata.jsonl: No space left", capsys=capsys)
-    assert content() == before
-
-
-def test_ctrl_c_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(draw, "generate_each", interrupted)
-    fails(synpic.main, synpic_args(tiny, tmp_path / "a"), "interrupted", capsys=capsys)
-    two = ["--models", f"a={tiny}/sdxl", f"b={tiny}/sd15", "--prompts", f"{tiny}/prompts.txt"]
-    two += ["--rewards", *rewards(tiny), "--out", tmp_path / "b"]
-    fails(evaluate.main, two, "interrupted", capsys=capsys)

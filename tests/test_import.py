@@ -171,65 +171,33 @@ def test_pictures_as_datasets_saves_them(tmp_path, capsys):
     assert "row 3: picture 0 of 'c'" in said and max(map(len, said.splitlines())) < 300
 
 
-def broken_zip(path, change):
-    """A zip of 0.png and 1.png, in which `change` edits the bytes of the headers."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for n in range(2):
-            archive.writestr(f"somewhere/{n}.png", picture(n, "PNG"))
-    path.write_bytes(change(bytearray(path.read_bytes())))
-
-
-def with_field(data, place_local, place_central, value):
-    """The bytes of a zip with a field of its first member changed, in both of its headers."""
-    data[place_local] = data[data.index(b"PK\x01\x02") + place_central] = value
-    return data
-
-
-BROKEN_ZIPS = {
-    "a password": (lambda data: with_field(data, 6, 8, 1), "encrypted"),
-    "an unknown method": (lambda data: with_field(data, 8, 10, 99), "compression"),
-    "a torn member": (lambda data: data[:60] + bytes(30) + data[90:], "CRC"),
-    "a torn end": (lambda data: data[:-30], "is not in"),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN_ZIPS)
-def test_a_member_of_a_zip_that_cannot_be_read_is_named_or_left_out(kind, tmp_path, capsys):
-    change, says = BROKEN_ZIPS[kind]
+@pytest.mark.parametrize("torn", ["a member", "the end"])
+def test_a_torn_zip_is_named_or_its_pictures_left_out(torn, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "2.png").write_bytes(picture(2, "PNG"))
-    (folder / "3.png").write_bytes(picture(3, "PNG"))
-    broken_zip(folder / "pictures.zip", change)
+    for n in (2, 3):
+        (folder / f"{n}.png").write_bytes(picture(n, "PNG"))
+    with zipfile.ZipFile(folder / "pictures.zip", "w") as archive:
+        archive.writestr("somewhere/0.png", picture(0, "PNG"))
+    whole = (folder / "pictures.zip").read_bytes()
+    data = whole[:-30] if torn == "the end" else whole[:60] + bytes(30) + whole[90:]
+    (folder / "pictures.zip").write_bytes(data)
     pairs = [dict(prompt=p, path1=a, path2="3.png") for p, a in (("a", "0.png"), ("b", "2.png"))]
     (folder / "a.json").write_text(json.dumps(pairs))
     command = ["--stages", "import", "--from", folder / "a.json", "--out", tmp_path / "out"]
+    says = "is not in" if torn == "the end" else "CRC"
     fails(synpic.main, command, "row 1: picture 0 of 'a'", says)
-    assert kind != "a torn end" or "pictures.zip: cannot be read" in capsys.readouterr().out
+    assert torn == "a member" or "pictures.zip: cannot be read" in capsys.readouterr().out
     rows = imported(folder / "a.json", tmp_path / "out", "--on_error", "skip")
     assert [row["prompt"] for row in rows] == ["b"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_picture_that_is_too_large_is_not_read(packed, tmp_path, monkeypatch):
+def test_a_picture_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(people, "LARGEST", 100)
     (tmp_path / "a.json").write_text('[{"prompt": "a", "path1": "0.png", "path2": "1.png"}]')
-    if packed:
-        broken_zip(tmp_path / "a.zip", lambda data: data)
-    else:
-        (tmp_path / "0.png").write_bytes(picture(0, "PNG"))
+    (tmp_path / "0.png").write_bytes(picture(0, "PNG"))
     command = ["--stages", "import", "--from", tmp_path / "a.json", "--out", tmp_path / "out"]
     fails(synpic.main, command, "larger")
-
-
-def test_two_prompts_under_one_prompt_id_are_no_list(tmp_path, capsys):
-    rows = []
-    for n, (name, prompt) in enumerate((("p1", "a"), ("p1", "b"), ("p2", "c"), ("p2", "c"))):
-        rows.append(dict(image_path=f"{n}.webp", prompt_id=name, prompt=prompt, rank=n))
-        (tmp_path / f"{n}.webp").write_bytes(picture(n, "WEBP"))
-    pandas.DataFrame(rows).to_parquet(source := tmp_path / "a.parquet")
-    assert [row["prompt"] for row in imported(source, tmp_path / "out")] == ["c"]
-    assert "2 without a choice" in capsys.readouterr().out
 
 
 def test_an_import_that_fails_or_finds_nothing_leaves_its_folder_free(tmp_path, capsys):
@@ -243,13 +211,6 @@ def test_an_import_that_fails_or_finds_nothing_leaves_its_folder_free(tmp_path, 
     good = pickapic(tmp_path / "good.parquet", CHOICES[:1])
     assert len(imported(good, out)) == 1
     fails(synpic.main, [*command, bad], "another imported", capsys=capsys)
-
-
-def test_splits_are_not_mixed(tmp_path):
-    for split in ("train", "test"):
-        pickapic(tmp_path / f"data/{split}-00000-of-00001.parquet", CHOICES[:1])
-    command = ["--stages", "import", "--from", tmp_path, "--out", tmp_path / "out"]
-    fails(synpic.main, command, "shards of test, train")
 
 
 def test_torn_pictures_stop_the_import_or_are_counted(tmp_path, capsys):
@@ -267,15 +228,10 @@ def test_torn_pictures_stop_the_import_or_are_counted(tmp_path, capsys):
 
 
 FILES = {  # name, what it holds: what the message says
-    ("a.json", "[{]"): "not JSON",
     ("a.json", '{"prompt": "a"}'): "not a list of objects",
-    ("a.json", "[]"): "no fields",
     ("a.json", '[{"prompt": "a", "path1": "0.png"}]'): "has prompt, path1, which is no known format",
     ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "../b.png"}]'): "row 1: picture 1",
     ("a.json", '[{"prompt": "a", "file_path": ["a", "b"], "human_preference": [1]}]'): "not the fields",
-    ("a.json", '[{"prompt": "a", "image_path": ["a", "b"], "rank": [1, NaN]}]'): "row 1: not the fields",
-    ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "b"}, {"prompt": 1}]'): "row 1: picture 1",
-    ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "/etc/hosts"}]'): "inside the folder",
     ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "b/../../0.png"}]'): "inside the folder",
     ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "link.png"}]'): "a link out of the folder",
     ("a.json", '[{"prompt": "a", "path1": "0.png", "path2": "pipe.png"}]'): "pipe.png is not in",

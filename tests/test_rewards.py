@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import rewards
 from lib import common, scorers
 from lib.pictures import open_image, read_image
-from lib.scorers import Scorer, crop, letterbox, warn_cut
+from lib.scorers import Scorer, warn_cut
 from rewards import load_reward, read_scores, score_rows
 from toy import build, world
 
@@ -243,17 +243,13 @@ def test_parity_of_pickscore_with_the_diagonal_of_clipmodels_logits(english, cli
 def test_pickscore_cosine_is_pickscore_in_the_papers_unit(english):
     """BalancedDPO's Table III sums rewards: as PickScore is defined, 100 times the cosine, it is the sum."""
     root, models, _ = english
-    scaled, plain = (score_odd(load_reward(f"{name}={root / 'hf'}")) for name in PICKSCORES)
+    scaled, plain = (score_odd(load_reward(f"pickscore{of}={root / 'hf'}")) for of in ("", "-cosine"))
     assert torch.allclose(plain * models["hf"].logit_scale.exp(), scaled, atol=1e-5)
     assert plain.abs().max() <= 1 < scaled.abs().max() and plain.std() > 1e-3
 
 
-PICKSCORES = ("pickscore", "pickscore-cosine")
-
-
-def test_one_model_has_one_tokenizer_and_one_preprocessing_as_folder_and_as_file(english, monkeypatch):
-    """A file is the published architecture, whatever lies beside it; here a small one stands in for
-    ViT-H-14."""
+def test_a_model_scores_the_same_as_folder_and_as_file(english, monkeypatch, tmp_path):
+    """A file is the published architecture, whatever lies beside it: here a small one."""
     from transformers import CLIPConfig
 
     root, models, config = english
@@ -266,6 +262,9 @@ def test_one_model_has_one_tokenizer_and_one_preprocessing_as_folder_and_as_file
     ):
         by_folder = score_odd(load_reward(f"{name}={root / folder}"))
         assert torch.equal(by_folder, score_odd(load_reward(f"{name}={root / folder / file}")))
+    torch.save({"state_dict": load_file(root / "open/open_clip_model.safetensors")}, tmp_path / "hps.pt")
+    by_folder = score_odd(load_reward(f"hpsv2={root / 'open'}"))  # as HPSv2's own file is
+    assert torch.equal(by_folder, score_odd(load_reward(f"hpsv2={tmp_path / 'hps.pt'}")))
     assert CLIPConfig(**scorers.VIT_H).text_config.vocab_size == 49408
 
 
@@ -462,14 +461,6 @@ def test_parity_of_mps_with_a_slow_loop_whatever_the_batch(
     assert torch.allclose(alone, scores[:4], atol=1e-4)  # the largest similarity is each pair's own
 
 
-def test_mps_turns_by_the_stored_frequencies(english, tmp_path):
-    _, state = mps_folder(english, tmp_path)
-    plain = load_reward(f"mps={tmp_path}")(IMAGES, TEXTS)
-    frequencies = {k: v for k, v in state.items() if k.endswith("inv_freq")}
-    save_file({**state, **{k: v * 0.5 for k, v in frequencies.items()}}, tmp_path / "model.safetensors")
-    assert not torch.allclose(load_reward(f"mps={tmp_path}")(IMAGES, TEXTS), plain, atol=1e-4)
-
-
 # ----------------------------------------------------------------------------- parity: VQAScore
 
 
@@ -555,6 +546,7 @@ def test_parity_of_vqascore_with_the_loss_of_t5_one_pair_at_a_time(vqa, table, n
     same(table, name, (ours, pixels), ids, (score_odd(scorer), reference), 1e-6)
     half = score_odd(load_reward(f"{name}-bf16={folder}"))
     assert torch.allclose(half, reference, rtol=0.1) and not torch.equal(half, reference)
+    assert not torch.equal(half, half.bfloat16().float())  # the logits are rounded, the score is not
 
 
 def test_vqascore_drops_surplus_words_and_takes_the_tower_of_the_checkpoint(tmp_path):
@@ -565,45 +557,6 @@ def test_vqascore_drops_surplus_words_and_takes_the_tower_of_the_checkpoint(tmp_
     reference = vqa_reference(tok, t5, tower, projector, IMAGES, TEXTS)
     ours = load_reward(f"vqascore={tmp_path}")(IMAGES, TEXTS)
     assert torch.allclose(ours, reference, atol=1e-6) and not torch.allclose(ours, with_surplus, atol=1e-6)
-
-
-def test_a_pad_in_a_prompt_is_masked_as_in_vqascores_own_code(tmp_path):
-    """attention_mask = input_ids.ne(pad_token_id) there, wherever the word stands."""
-    tok, t5, tower, projector, _ = vqa_folder(tmp_path)
-    image, prompt = IMAGES[1], "a red <pad> circle"
-    left, right = vqa_ids(tok, prompt)
-    assert tok.pad_token_id in right[0]
-    with torch.no_grad():
-        patches = tower(llava_pixels(image, 32)[None], output_hidden_states=True).hidden_states[-2][:, 1:]
-        embeds = torch.cat([t5.shared(left), projector(patches), t5.shared(right)], 1)
-        mask = torch.cat([torch.ones(1, embeds.shape[1] - right.shape[1]), right.ne(tok.pad_token_id)], 1)
-        labels = tok("Yes", return_tensors="pt").input_ids
-        masked, plain = ((-t5(inputs_embeds=embeds, attention_mask=m, labels=labels).loss).exp()
-                         for m in (mask.long(), torch.ones_like(mask).long()))  # fmt: skip
-    scores = load_reward(f"vqascore={tmp_path}")([image, image], [prompt, "a longer prompt of some words"])
-    assert torch.allclose(scores[0], masked, atol=1e-6) and not torch.allclose(masked, plain, atol=1e-6)
-
-
-def test_vqascore_bf16_is_the_original_under_autocast_whose_cross_entropy_is_fp32(tmp_path):
-    """The weights and the logits are bf16, the loss and the score are not rounded."""
-    tok, t5, tower, projector, _ = vqa_folder(tmp_path)
-    images, prompts = [i for i, _ in PAIRS], [p for _, p in PAIRS]
-    t5, tower, projector = (m.bfloat16() for m in (t5, tower, projector))
-    original = []
-    for image, prompt in PAIRS:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            x = llava_pixels(image, 32)[None].bfloat16()
-            patches = tower(x, output_hidden_states=True).hidden_states[-2][:, 1:]
-            left, right = (t5.shared(ids) for ids in vqa_ids(tok, prompt))
-            embeds = torch.cat([left, projector(patches), right], 1)
-            labels = tok("Yes", return_tensors="pt").input_ids
-            logits = t5(inputs_embeds=embeds, labels=labels).logits
-            original.append((-torch.nn.CrossEntropyLoss()(logits[0], labels[0])).exp())
-    original = torch.stack(original)
-    assert logits.dtype == torch.bfloat16 and original.dtype == torch.float32
-    scores = load_reward(f"vqascore-bf16={tmp_path}")(images, prompts, batch_size=1)
-    assert torch.allclose(scores, original, rtol=0.02)
-    assert not torch.equal(scores, scores.bfloat16().float())  # the score has more than 8 bits
 
 
 # ----------------------------------------------------------------------------- parity: aesthetic
@@ -642,15 +595,6 @@ def test_parity_of_aesthetic_with_the_mlp_layer_by_layer(tmp_path, table):
 
 
 # ----------------------------------------------------------------------------- what is loaded
-
-
-def test_an_hps_checkpoint_file_loads_by_its_state_dict(english, tmp_path, monkeypatch):
-    """HPSv2's file is {"state_dict": ...} for ViT-H-14; a small architecture stands in for that name here."""
-    root, _, config = english
-    torch.save({"state_dict": load_file(root / "open/open_clip_model.safetensors")}, tmp_path / "hps.pt")
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
-    from_file = load_reward(f"hpsv2.1={tmp_path / 'hps.pt'}")(IMAGES, TEXTS)
-    assert torch.allclose(from_file, load_reward(f"hpsv2.1={root / 'open'}")(IMAGES, TEXTS), atol=1e-6)
 
 
 def test_the_published_sizes_are_those_of_the_papers():
@@ -733,10 +677,7 @@ def test_a_checkpoint_that_is_not_whole_or_not_the_model_is_refused_by_name(ever
         assert "\n" not in str(e.value)
 
 
-DAMAGE = {"gone": None, "half": lambda whole: whole[: len(whole) // 2], "braces": lambda whole: b"{}"}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", ["gone", "half"])
 @pytest.mark.parametrize("name", LAST)
 def test_a_damaged_folder_is_refused_by_name_or_scores_the_same(
     every, scores_of_every, tmp_path, monkeypatch, name, damage
@@ -747,7 +688,7 @@ def test_a_damaged_folder_is_refused_by_name_or_scores_the_same(
         if damage == "gone":
             (folder / file.name).unlink()
         else:
-            (folder / file.name).write_bytes(DAMAGE[damage](file.read_bytes()))
+            (folder / file.name).write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         try:
             scores = load_reward(f"{name}={folder}")(IMAGES, TEXTS)
         except SystemExit as e:
@@ -778,38 +719,21 @@ def test_a_file_that_is_torn_or_gone_of_several_is_named(tmp_path):
         assert "\n" not in str(e.value) and parts[0] not in str(e.value)
 
 
-def test_half_a_vision_tower_is_refused(tmp_path):
-    *_, state = vqa_folder(tmp_path, tower_inside=True)
-    gone = next(k for k in state if k.startswith("vision_tower.") and "layers.2" in k)
-    save_weights(tmp_path / "pytorch_model.bin", {k: v for k, v in state.items() if k != gone})
-    with pytest.raises(SystemExit, match="missing keys.*vision_tower"):
-        load_reward(f"vqascore={tmp_path}")
+def test_a_file_of_junk_is_refused_by_name(tmp_path):
+    for file in ("junk.pt", "junk.safetensors"):
+        for junk in (b"", b"PK\x03\x04junk", b"\x80\x02]q\x00."):
+            (tmp_path / file).write_bytes(junk)
+            with pytest.raises(SystemExit, match=f"reward hpsv2=.*could not be loaded.*{file}") as e:
+                load_reward(f"hpsv2={tmp_path / file}")
+            assert "\n" not in str(e.value) and len(str(e.value)) < 600
+    torch.save({"a": 1}, tmp_path / "junk.pt")
+    with pytest.raises(SystemExit, match="junk.pt: holds no state dict"):
+        load_reward(f"hpsv2={tmp_path / 'junk.pt'}")
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_file_of_junk_is_refused_by_name(tmp_path, suffix):
-    path = tmp_path / f"junk{suffix}"
-    for junk in (b"", b"PK\x03\x04junk", b"\x80\x02]q\x00."):
-        path.write_bytes(junk)
-        for name in ("clip", "hpsv2.1", "imagereward", "pickscore", "mps", "aesthetic"):
-            with pytest.raises(SystemExit, match=f"reward {name}=.*could not be loaded.*{path}") as e:
-                load_reward(f"{name}={path}")
-            message = str(e.value).partition("could not be loaded")[2]
-            assert "\n" not in message and len(message) < 600
-            assert "no readable weights" in message or "state dict" in message
-
-
-@pytest.mark.parametrize("name", ["clip", "vqascore", "aesthetic"])
-def test_loading_shows_no_bars_and_no_warnings_of_libraries(every, capfd, name):
-    load_reward(f"{name}={every / name}")
+def test_loading_shows_no_bars_and_no_warnings_of_libraries(every, capfd):
+    load_reward(f"vqascore={every}/vqascore")
     assert capfd.readouterr() == ("", "")
-
-
-def test_what_is_no_state_dict_is_refused(tmp_path):
-    for n, thing in enumerate((torch.zeros(3), [torch.zeros(3)], {}, {"a": 1}, {"state_dict": [1]})):
-        torch.save(thing, tmp_path / f"{n}.pt")
-        with pytest.raises(SystemExit, match=f"{n}.pt: holds no state dict"):
-            load_reward(f"hpsv2={tmp_path / f'{n}.pt'}")
 
 
 def test_what_is_named_is_what_is_loaded(folders, tmp_path):
@@ -878,16 +802,6 @@ def test_a_weights_file_brings_no_tokenizer(every, tmp_path, monkeypatch):
             load_reward(f"{name}={tmp_path / name}.pt")
 
 
-def test_clips_own_vocabulary_is_never_read_from_a_folder(english, clip_words, tmp_path):
-    """PickScore and MPS need no file of a tokenizer; a foreign one beside the weights is not looked at."""
-    folder = shutil.copytree(english[0] / "hf", tmp_path / "hf")
-    plain = load_reward(f"pickscore={folder}")(IMAGES, TEXTS)
-    build.make_tokenizer().save_pretrained(folder)
-    assert torch.equal(load_reward(f"pickscore={folder}")(IMAGES, TEXTS), plain)
-    ids = scorers.tokenize(scorers.clip_tokenizer("", 49408), ODD, 77, "test")[0]
-    assert torch.equal(ids, clip_words(ODD))
-
-
 def test_batches_do_not_change_scores(folders):
     images, texts = [picture(seed=s) for s in range(40)], (TEXTS * 14)[:40]
     score = load_reward(f"clip={folders['clip']}")
@@ -897,47 +811,14 @@ def test_batches_do_not_change_scores(folders):
 
 # ----------------------------------------------------------------------------- preprocessing
 
-SIZES = [(40, 40), (64, 24), (24, 64), (32, 32), (200, 1), (33, 47), (35, 32), (32, 37), (300, 299)]
-
-
-def test_each_preprocessing_resizes_and_crops_as_its_original_by_hand(folders):
-    """An odd margin is rounded half to even by torchvision, down by transformers."""
-    pick = load_reward(f"pickscore={folders['pick']}")
-    for size in SIZES:
-        image = picture(*size)
-        assert torch.allclose(crop(32)(image), cropped(image, lambda margin: round(margin / 2)), atol=1e-6)
-        assert torch.allclose(pick.prepare(image), cropped(image, lambda margin: margin // 2), atol=1e-5)
-        assert torch.allclose(processor()(image), pick.prepare(image), atol=1e-6)
-        assert torch.allclose(letterbox(32)(image), hpsv2_pixels(image, 32), atol=1e-5)
-
-
-def cropped(image, half, size=32):
-    """Shorter side to `size` by PIL bicubic, centre crop, normalise."""
-    w, h = image.size
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    left, top = half(w - size), half(h - size)
-    image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - scorers.MEAN) / scorers.STD
-
-
-def test_every_image_mode_scores_as_its_rgb_version_where_the_original_converts_first(folders):
-    scores = [load_reward(f"hpsv2={folders['hps']}"), load_reward(f"pickscore={folders['pick']}")]
-    for mode in ("L", "RGBA", "P", "1", "CMYK", "LA"):
-        image = see_through(mode) if mode in ("RGBA", "LA") else picture(mode=mode)
-        for score in scores:
-            assert torch.equal(score([image], ["a circle"]), score([image.convert("RGB")], ["a circle"]))
-        first, after = crop(16)(image), crop(16)(image.convert("RGB"))  # the others resize first
-        assert torch.equal(first, after) == (mode == "L")
-
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, folders):
     grey = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint16)
     Image.fromarray(grey * 257).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png"))[..., 0], grey)
     eight = Image.fromarray(grey.astype(np.uint8))
-    for name, folder in (("clip", "clip"), ("hpsv2", "hps"), ("pickscore", "pick")):
-        score = load_reward(f"{name}={folders[folder]}")
-        assert torch.equal(score([tmp_path / "deep.png"], ["a circle"]), score([eight], ["a circle"]))
+    score = load_reward(f"clip={folders['clip']}")
+    assert torch.equal(score([tmp_path / "deep.png"], ["a circle"]), score([eight], ["a circle"]))
 
 
 def test_long_prompts_are_cut_and_said_so_once(folders, capsys):
@@ -1020,10 +901,7 @@ def test_the_function_of_the_documentation_scores_a_folder(album, monkeypatch, c
     assert f"{-sizes[0][0]:.4f}" in capsys.readouterr().out
 
 
-OWN = """import os
-
-import numpy as np
-import torch
+OWN = """import torch
 
 seen = []
 
@@ -1038,32 +916,6 @@ def broken(images, prompts):
     return [1 / (h - h) for h in halves]
 
 
-def leaves(images, prompts):
-    raise SystemExit(0)
-
-
-class Stop(BaseException):
-    pass
-
-
-def stops(images, prompts):
-    raise Stop("enough")
-
-
-def one(images):
-    return 1.0
-
-
-def takes_all(images, prompts):
-    os.chdir("/")
-    scores = []
-    while images:
-        image = images.pop(0)
-        scores.append(image.width + len(prompts.pop(0)))
-        image.thumbnail((1, 1))
-    return scores
-
-
 def nothing(images, prompts):
     return [1, float("nan")]
 """
@@ -1076,15 +928,9 @@ def test_a_function_of_ones_own_gets_rgb_images_and_its_errors_are_told_with_its
     score = load_reward(f"own={file}:wide")
     assert score(pictures, ["a", "bcd"]).tolist() == [51, 64] and score.name == "own"
     assert rewards.user_function("own", str(file), "wide").__globals__["seen"] == [["RGB", "RGB"]]
-    for function, says in (
-        ("broken", ", line 16: ZeroDivisionError: "),
-        ("leaves", ", line 20: SystemExit: 0"),
-        ("stops", ", line 28: Stop: enough"),
-        ("one", r": TypeError: one\(\) takes 1 positional argument but 2 were given"),
-    ):
-        with pytest.raises(SystemExit, match=f"^reward own: {file}{says}") as e:
-            load_reward(f"own={file}:{function}")(pictures, TEXTS[:2])
-        assert "\n" not in str(e.value)
+    with pytest.raises(SystemExit, match=f"^reward own: {file}, line 13: ZeroDivisionError: ") as e:
+        load_reward(f"own={file}:broken")(pictures, TEXTS[:2])
+    assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="own: pair 1: the score is nan"):
         load_reward(f"own={file}:nothing")(pictures, TEXTS[:2])
 
@@ -1103,58 +949,23 @@ def test_a_function_returns_a_list_tuple_array_or_tensor_and_nothing_else():
             rewards.as_numbers(found, 2)
 
 
-def test_a_function_gets_copies_and_the_working_folder_stays(album, monkeypatch):
-    """It empties its lists, shrinks its pictures and leaves the folder, while threads read what comes next; a
-    picture that cannot be read is stood in for by another of its batch."""
-    folder, rows = album
-    (folder / "own.py").write_text(OWN)
-    (folder / "a0.png").write_bytes(b"no picture")
-    monkeypatch.chdir(folder.parent)
-    lists = [(prompt, files) for prompt, files in rows for _ in range(8)]
-    spec = f"own={folder.name}/own.py:takes_all"
-    done, skipped = score_rows(folder.name, spec, lists, batch_size=2, on_error="skip")
-    assert Path.cwd() == folder.parent and sorted(skipped) == list(range(8))
-    scores = read_scores(folder, spec, rows)
-    assert scores == {1: [40 + len("two squares")] * 2, 2: [40 + len("a cross")] * 2}
-    score, images, prompts = load_reward(spec), [picture(50, 20), folder / "b0.png"], ["a", "bc"]
-    assert score(images, prompts).tolist() == [51, 42] and images[0].size == (50, 20) and len(prompts) == 2
-
-
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
         ("own={}/gone.py:f", "reward own: .*gone.py: no such file"),
         ("own={}/good.py:f", "reward own: .*good.py defines no function f"),
-        ("own={}/good.py:seen", "reward own: .*good.py defines no function seen"),
         ("own={}/syntax.py:f", "reward own: .*syntax.py, line 2: SyntaxError: "),
-        ("own={}/import.py:f", "reward own: .*import.py, line 3: ModuleNotFoundError: .*no_such_module"),
-        ("own={}/exit.py:f", "reward own: .*exit.py, line 1: SystemExit: 3"),
         ("clip={}/good.py:wide", "clip means something else already"),
-        ("human={}/good.py:wide", "human means something else already; call yours by another name"),
-        ("geneval={}/good.py:wide", "geneval means something else already; call yours by another name"),
         ("a/b={}/good.py:wide", "must be a word, not 'a/b'"),
-        ("={}/good.py:wide", "must be a word, not ''"),
         ("own={}/good.py", "unknown reward .*name=FILE.py:function"),
-        ("own={}/good.py:", "unknown reward .*name=FILE.py:function"),
     ],
 )
 def test_a_function_that_cannot_be_had_ends_at_the_start(tmp_path, spec, says):
-    for name, code in (
-        ("good", OWN),
-        ("syntax", "def f(images, prompts):\n    return ["),
-        ("import", "\n\nimport no_such_module"),
-        ("exit", "raise SystemExit(3)"),
-    ):
-        (tmp_path / f"{name}.py").write_text(code)
+    (tmp_path / "good.py").write_text(OWN)
+    (tmp_path / "syntax.py").write_text("def f(images, prompts):\n    return [")
     with pytest.raises(SystemExit, match=says) as e:
         rewards.check_rewards([spec.format(tmp_path)])
     assert "\n" not in str(e.value)
-
-
-def test_a_colon_in_the_name_of_a_folder_is_no_function(folders, tmp_path):
-    for name in ("C:folder", "a.py:b"):
-        folder = shutil.copytree(folders["clip"], tmp_path / name)
-        assert load_reward(f"clip={folder}")(IMAGES, TEXTS).shape == (3,)
 
 
 @pytest.fixture
@@ -1257,13 +1068,6 @@ def test_a_picture_that_was_replaced_is_scored_again(album, folders, capsys):
     assert score_rows(folder, spec, rows) == (1, {})
     after = read_scores(folder, spec, rows)
     assert after[0] == before[0] and after[1] != before[1] and after[2] == before[2]
-    # one pixel of a picture without noise: a PNG of the same size
-    flat = Image.new("RGB", (40, 40), (1, 2, 3))
-    flat.save(folder / "b0.png", compress_level=0)
-    score_rows(folder, spec, rows)
-    flat.putpixel((20, 20), (1, 2, 4))
-    flat.save(folder / "b0.png", compress_level=0)
-    assert sorted(read_scores(folder, spec, rows)) == [0, 2]
 
 
 def test_lines_that_are_no_scores_are_named_and_scored_again(album, folders, capsys):
@@ -1271,10 +1075,8 @@ def test_lines_that_are_no_scores_are_named_and_scored_again(album, folders, cap
     spec, path = f"clip={folders['clip']}", folder / "scores/clip.jsonl"
     score_rows(folder, spec, rows)
     lines, row = path.read_bytes().split(b"\n"), json.loads(path.read_bytes().split(b"\n")[1])
-    changes = [{"scores": scores} for scores in ([1.0], [1.0, float("inf")], [True, False], "ab", None)]
-    changes += [{"file_names": 3}, {"file_names": [["b0.png"], "b1.png"]}, {"prompt": ["a"]}]
-    changes += [{"scores": [[1.0], [2.0]]}, {"pictures": ["a"]}]
-    foreign = [b"", b"garbage", b"\xff\xfe\x00", b"null", b"[1, 2]", b"[" * 100000, b'{"version": 1}']
+    changes = [{"scores": [1.0]}, {"scores": [1.0, float("inf")]}, {"file_names": 3}, {"pictures": ["a"]}]
+    foreign = [b"garbage", b"\xff\xfe\x00", b"[1, 2]"]
     for line in [*foreign, *(json.dumps({**row, **change}).encode() for change in changes)]:
         path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
         capsys.readouterr()
@@ -1285,44 +1087,6 @@ def test_lines_that_are_no_scores_are_named_and_scored_again(album, folders, cap
     assert path.read_bytes().split(b"\n")[1] == line  # passed over, and left as it is
 
 
-def test_scores_of_prompts_with_line_separators_are_read_back(album, folders):
-    folder, _ = album
-    rows = [("a\u2028circle", ["a0.png"]), ("a\x85cross", ["b0.png"]), ("\ud800 half", ["c0.png"])]
-    spec = f"hpsv2={folders['hps']}"
-    assert "surrogates not allowed" in score_rows(folder, spec, rows, on_error="skip")[1][2]
-    assert sorted(read_scores(folder, spec, rows)) == [0, 1]
-
-
-def test_two_runs_of_one_reward_on_one_folder_are_refused(album, folders):
-    from lib.store import lock
-
-    folder, rows = album
-    (folder / "scores").mkdir()
-    with lock(folder / "scores/clip.jsonl", "taken"):
-        with pytest.raises(SystemExit, match="clip.jsonl: another run is scoring there"):
-            score_rows(folder, f"clip={folders['clip']}", rows)
-        score_rows(folder, f"hpsv2={folders['hps']}", rows)  # another reward may
-    assert score_rows(folder, f"clip={folders['clip']}", rows) == (3, {})
-
-
-def test_a_full_disk_ends_in_one_line_that_names_the_file(album, folders, monkeypatch):
-    folder, _ = album
-    real = open
-
-    def full(path, mode="r", *more, **options):
-        path = "/dev/full" if str(path).endswith("clip.jsonl") and "a" in mode else path
-        return real(path, mode, *more, **options)
-
-    monkeypatch.setattr("builtins.open", full)
-    with pytest.raises(SystemExit, match="clip.jsonl: No space left.*goes on from what is saved") as e:
-        rewards.main(["--score", str(folder), "--rewards", f"clip={folders['clip']}", "--device", "cpu"])
-    assert "\n" not in str(e.value)
-    shutil.rmtree(folder / "scores")
-    (folder / "scores").write_text("a file")
-    with pytest.raises(SystemExit, match="scores"):
-        rewards.main(["--score", str(folder), "--rewards", f"clip={folders['clip']}", "--device", "cpu"])
-
-
 def test_a_folder_of_pictures_with_captions_is_scored(tmp_path, folders, capsys):
     for i, text in enumerate(TEXTS):
         picture(seed=i).save(tmp_path / f"{i}.png")
@@ -1331,37 +1095,13 @@ def test_a_folder_of_pictures_with_captions_is_scored(tmp_path, folders, capsys)
     rewards.main(["--score", str(tmp_path), "--rewards", *specs, "--device", "cpu"])
     assert capsys.readouterr().out.count("over 3 images") == 2
     assert len((tmp_path / "scores/pickscore.jsonl").read_text().splitlines()) == 3
+    (tmp_path / "0.txt").unlink()
+    rewards.main(["--score", str(tmp_path), "--rewards", *specs, "--device", "cpu"])
+    says = "1 of 3 pictures have no .txt caption and are left out (the first: 0.png)"
+    assert says in capsys.readouterr().err
     (tmp_path / "1.txt").write_bytes("Zürich".encode("latin-1"))
     with pytest.raises(SystemExit, match="1.txt: not UTF-8"):
         rewards.main(["--score", str(tmp_path), "--rewards", *specs, "--device", "cpu"])
-
-
-def test_linked_pictures_are_scored_and_folders_are_not_searched(tmp_path, folders):
-    """As os.walk and find list them: a link to a file is a file, wherever it leads; a link is not entered."""
-    far, near = tmp_path / "far", tmp_path / "near"
-    far.mkdir()
-    near.mkdir()
-    for i in range(2):
-        picture(seed=i).save(far / f"{i}.png")
-        (far / f"{i}.txt").write_text(TEXTS[i])
-    (near / "0.png").symlink_to(far / "0.png")
-    (near / "0.txt").write_text(TEXTS[0])
-    (near / "linked").symlink_to(far, target_is_directory=True)
-    (near / "loop").symlink_to(near, target_is_directory=True)
-    rows, spec = rewards.read_folder(near), f"clip={folders['clip']}"
-    assert rows == [(TEXTS[0], ["0.png"])]
-    score_rows(near, spec, rows)
-    assert read_scores(near, spec, rows)[0] == load_reward(spec)([far / "0.png"], TEXTS[:1]).tolist()
-
-
-def test_pictures_without_a_caption_are_left_out_by_name(tmp_path, folders, capsys):
-    for i in range(3):
-        picture(seed=i).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.txt").write_text("a circle")
-    rewards.main(["--score", str(tmp_path), "--rewards", f"clip={folders['clip']}", "--device", "cpu"])
-    said = capsys.readouterr()
-    assert "2 of 3 pictures have no .txt caption and are left out (the first: 0.png)" in said.err
-    assert "over 1 images" in said.out
 
 
 def test_the_toy_worlds_scorers_are_no_default_for_other_pictures(tmp_path, capsys):
@@ -1393,14 +1133,10 @@ def test_errors_are_one_clear_line(folders, tmp_path):
     for spec, says in (
         ("beauty", "unknown reward"),
         ("clip=nowhere", "no such file"),
-        (f"pickscore={tmp_path}", "pickscore"),
         (f"clip={tmp_path}", "model.safetensors"),
-        (f"imagereward={tmp_path}", "ImageReward.pt|model.safetensors"),
         ("clip=", "a folder or file is wanted after ="),
         (f"toyworld={tmp_path}", "it has no weights"),
         (f"vqascore={tmp_path}", "a FOLDER with config.json"),
-        (f"vqascore-bf16={folders['pick'] / 'model.safetensors'}", "a FOLDER with config.json"),
-        (f"vqascore={folders['pick']}", "tie_word_embeddings|tokenizer"),
     ):
         with pytest.raises(SystemExit, match=says) as e:
             load_reward(spec)

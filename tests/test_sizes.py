@@ -2,10 +2,7 @@
 
 import io
 import shutil
-import struct
-import zlib
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -194,17 +191,3 @@ def test_a_lying_picture_is_imported_and_measured_as_it_is_read(tmp_path):
     (size,) = encoded_sizes(cfg, look_at_pictures(out, rows))
     standing, lying = list_pixels(cfg, rows[0], size)  # (3, 32, 48) each
     assert size == (32, 48) and (standing - lying).abs().mean() < 0.1  # the same picture but for JPEG
-
-
-def test_a_turn_behind_the_pixels_is_refused(lists, tiny, tmp_path, capsys):
-    """A PNG's EXIF may stand behind its pixels, where the header does not show it."""
-    data = resized(lists, tmp_path / "data", [(32, 48)] * 10)
-    name = rows_of(data)[4]["file_names"][1]
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    png = (data / name).read_bytes()
-    end = png.rindex(b"IEND") - 4
-    (data / name).write_bytes(png[:end] + chunk + png[end:])
-    fails(rankdpo.main, train_args(data, tiny, tmp_path / "out"), Path(name).name, "header", capsys=capsys)

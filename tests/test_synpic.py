@@ -196,9 +196,6 @@ def test_changed_settings_are_refused_and_named(lists, tiny, capsys):
     check = lambda more, *says: fails(synpic.main, [*args, *more], *says, capsys=capsys)
     check(["--batch_size", "5"], "another batch_size (before 4, now 5)", "another --out")
     check(["--limit", "3"], "another prompts count (before 10, now 3)")
-    other = ["--models", *models[:3], f"{models[3]},guidance=9"]
-    check(other, "another models sd15_0 guidance (before 7.5, now 9.0)")
-    check(["--models", *models[:3]], "another models sd15_0 (before {", "now missing)")
     check(["--models", *models[:3], f"sd15={tiny}/sd3,steps=2"], "models sd15_0 path", "and 3 more")
 
 
@@ -217,10 +214,6 @@ def test_prompt_files_of_every_kind(tmp_path, capsys):
     texts = lambda name, **more: [row["prompt"] for row in tables.read_prompts(tmp_path / name, **more)]
     for kind in ("txt", "jsonl", "csv", "tsv", "parquet"):
         assert texts(f"a.{kind}") == want, kind
-    (tmp_path / "b.tsv").write_text('Prompt\tCategory\n"hello" said the cat\tX\n"a dog\tY\na cat\tZ\n')
-    assert texts("b.tsv") == ['"hello" said the cat', '"a dog', "a cat"]
-    (tmp_path / "b.csv").write_text("text,prompt\nwrong,right\n")
-    assert texts("b.csv") == ["right"]
     assert "5 rows, 2 blank or repeated ones dropped, 3 prompts kept" in capsys.readouterr().out
     assert texts("a.csv", limit=2) == want[:2]
     assert texts("a.tsv", column="Category") == ["X", "Y", "Z"]
@@ -249,12 +242,6 @@ def test_a_folder_of_shards_is_read_by_its_prompts_alone(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "data/test-00000-of-00001-5f3a.parquet")
     with pytest.raises(SystemExit, match="shards of test, train"):
         tables.read_prompts(tmp_path)
-
-
-def test_a_prompt_of_megabytes_ends_nothing(tmp_path):
-    image = Image.new("RGB", (32, 32))
-    pictures.picture_grid([("word " * 400_000, [(image, "caption")])], tmp_path / "grid.png")
-    assert pictures.read_image(tmp_path / "grid.png").width < 1000
 
 
 def test_every_label_against_hand_made_ones():
@@ -318,7 +305,6 @@ def test_labels_that_cannot_be_are_refused(lists, capsys):
     label = ["--out", lists, "--stages", "label"]
     fails(synpic.main, [*label, "--label", "voting"], "--label voting", "majority", capsys=capsys)
     fails(synpic.main, [*label, "--label", "single:mps"], "no such scores: mps", "clip", capsys=capsys)
-    fails(synpic.main, [*label, "--rewards", "clip", "mps"], "no such scores: mps", capsys=capsys)
 
 
 def test_relabelling_rewrites_phi_and_rank_only(lists, tiny, tmp_path):
@@ -361,8 +347,6 @@ def test_lists_from_elsewhere_are_scored_labelled_and_trained_on(tiny, tmp_path,
     fails(synpic.main, label, "clip.jsonl: scores of 2 versions of clip", capsys=capsys)
     synpic.main(named)
     assert rows_of(tmp_path)[0]["scores"] == before
-    write([lines[0], *(dict(line, version="x") for line in lines[1:])])  # one row by these weights alone
-    fails(synpic.main, named, "row 2: no scores of clip", capsys=capsys)
     write([dict(line, version="another") for line in [*lines, newer]])
     synpic.main(label)
     assert rows_of(tmp_path)[0]["scores"]["clip"] == [7.0, 8.0]  # scores made since are taken
@@ -377,10 +361,6 @@ def test_only_scores_that_can_be_trusted_label(lists, tiny, tmp_path, capsys):
     files = rows[0]["file_names"]
     line = dict(prompt=rows[0]["prompt"], file_names=files, scores=[1.0] * len(files))
     (out / "scores/toyworld.jsonl").write_text(json.dumps(line) + "\n")
-    synpic.main(label)
-    assert rows_of(out) == rows
-    told = [dict(row, scores={**row["scores"], "toyworld": [1.0] * 4}) for row in rows]
-    write_rows(out, told)
     synpic.main(label)
     assert rows_of(out) == rows
     Image.new("RGB", (32, 32), "red").save(out / files[0])
