@@ -384,9 +384,7 @@ def main(argv=None):
             label_stage(cfg, lists_drawn_here(cfg, rows, models))
         elif rank == 0:
             then = "; when all are done: the same command with --stages label, without --shard"
-            print(
-                f"{out}: {' and '.join(sorted(stages))} done for part {part} of {parts}{then * (parts > 1)}"
-            )
+            print(f"{out}: {' and '.join(sorted(stages))} done, part {part} of {parts}{then * (parts > 1)}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_the_rate_stays_after_the_warm_up():
         for step in range(4)
     ]
     assert np.allclose(rates("constant"), [0.5e-3, 1e-3, 1e-3, 1e-3])
-    assert np.allclose(rates("linear"), [0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert np.allclose(rates("linear"), [0.5e-3, 1e-3, 1e-3, 0.5e-3])
 
 
 def held_out(log):
