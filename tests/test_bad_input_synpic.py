@@ -217,7 +217,7 @@ BAD_ROWS = [  # (what is changed in the third row, or the line that takes its pl
     ("scores", {"clip": ["1", "2", "3", "4"]}, "line 3", "finite"),
     ("scores", 0, "line 3", "scores must be an object"),
     ("file_names", ["images/00002/sdxl_0.png", "./images/00002/sdxl_0.png"], "line 3", "2 times"),
-    ("phi", None, "line 3", "needs as many phi"),
+    ("phi", [1.0], "line 3", "needs as many phi"),
     ("phi", [2, 0, 0, 0], "line 3", "phi must lie in"),
     ("phi", [float("nan"), 0, 0, 0], "line 3", "phi must lie in"),
     ("", '{"prompt": "a", "prompt": "b"}', "line 3", "a key stands twice"),
