@@ -187,7 +187,6 @@ READERS = {
     "hpdv2": read_hpdv2,
     "pickapic": read_pickapic,
 }
-BENCHES = tuple(READERS)
 JUDGED = ("geneval", "t2i-compbench", "dpg")  # by a metric of their own; the others' tables are of rewards
 
 

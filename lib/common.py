@@ -66,11 +66,6 @@ def print_problems(problems, what):
         print(f"{len(problems)} {what}; at most 20 of them are listed above")
 
 
-def quoted(value):
-    """The first 80 characters of repr, for a message: a damaged file may hold megabytes of text."""
-    return repr(value)[:80]
-
-
 cleanup = ExitStack()  # closed when a script ends, also by an error: locks, the process group
 
 

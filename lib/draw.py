@@ -82,7 +82,7 @@ def draw_model(cfg, pipe, k, model, batches, bar):
             for (prompt, files, *_), (image, problem) in zip(batch, results):
                 path = Path(cfg.out) / files[k]
                 if problem:
-                    problems.append(f"{path}, prompt {common.quoted(prompt)}: {problem}")
+                    problems.append(f"{path}, prompt {common.one_line(repr(prompt), 80)}: {problem}")
                     path.unlink(missing_ok=True)
                 elif not is_png(path):
                     writing.append(threads.submit(store.publish, path, image.save, sync=False))

@@ -343,8 +343,8 @@ def load_checkpoint(folder, state):
         reader = dcp.HuggingFaceStorageReader(folder)
         dcp.load(contiguous, storage_reader=reader, no_dist=process_rank()[1] == 1)
     except (Exception, CheckpointException) as e:  # tensors of another model
-        reason = " ".join(str(e).split())[:200]
-        fail(f"{folder}: does not fit this run ({reason}); delete it, or start again with --resume false")
+        mend = "delete it, or start again with --resume false"
+        fail(f"{folder}: does not fit this run ({common.one_line(e)}); {mend}")
     for name, t in state.items():
         if contiguous[name] is not t:
             t.copy_(contiguous[name])
@@ -470,9 +470,8 @@ class Log:
             kept[0].setdefault("resumed", []).append({"step": start_step, **head})
         store.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         print(f"resumed from step {start_step}" if start_step else f"{lists} lists to train on")
-        self.cfg, self.head, self.flops = cfg, head, flops
+        self.cfg, self.head, self.flops, self.start_step = cfg, head, flops, start_step
         self.began = self.drawn = time.time()
-        self.start_step = start_step
         self.file, self.last, self.winners, self.accuracy = open(path, "a"), {}, [], []
         self.report = open_report(cfg, kept[0], start_step)
         if cfg.sample_every and not start_step:

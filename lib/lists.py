@@ -1,7 +1,5 @@
 """Ranked lists on disk: metadata.jsonl, one row per list of images; what is encoded once."""
 
-import csv
-import io
 import json
 import os
 from contextlib import suppress
@@ -21,7 +19,7 @@ from lib import common, tables
 from lib.common import about, fail, process_rank
 from lib.pictures import look_at, read_pixels
 from lib.store import digest, path_inside, publish, write_text
-from lib.tables import read_jsonl, read_text
+from lib.tables import read_jsonl
 from losses import majority_vote, preference_probability
 
 # ----------------------------------------------------------------------------- metadata.jsonl
@@ -37,13 +35,7 @@ def metadata_file(folder):
 
 def metadata_rows(path):
     """[(line, dict)] of a metadata file."""
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
-    lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    try:
-        return [(lines.line_num, row) for row in lines]
-    except csv.Error as e:
-        fail(f"{path}, line {lines.line_num}: {e}")
+    return read_jsonl(path) if path.suffix == ".jsonl" else list(enumerate(tables.prompt_rows(path), 2))
 
 
 def read_metadata(folder, lists=False, labelled=False):

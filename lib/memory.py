@@ -7,6 +7,7 @@ docs/memory.md has these figures beside those of PyTorch's own allocator.
 import ctypes
 import math
 import os
+import re
 import weakref
 from collections import namedtuple
 from contextlib import suppress
@@ -268,16 +269,11 @@ SCORING = {
 
 def read_cards(plan):
     """[(GPUs, GB of 1e9 bytes)] of --plan 24 8x80."""
-    cards = []
-    for text in plan:
-        gpus, _, gb = text.rpartition("x")
-        try:
-            cards.append((int(gpus or 1), float(gb)))
-        except ValueError:
-            cards.append((0, 0.0))
-        if not (cards[-1][0] > 0 and 0 < cards[-1][1] < math.inf):
-            fail(f"--plan {text}: expected the GB of a GPU, as 24, or GPUs x GB, as 8x80", 2)
-    return cards
+    cards = [re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*(?:\.\d+)?)", text) for text in plan]
+    if None in cards:
+        wrong = plan[cards.index(None)]
+        fail(f"--plan {wrong}: expected the GB of a GPU, as 24, or GPUs x GB, as 8x80", 2)
+    return [(int(card[1] or 1), float(card[2])) for card in cards]
 
 
 def largest_batch(gb, weights, image):

@@ -156,7 +156,7 @@ def imported_row(out, kind, record, folder):
         try:
             files.append(keep_picture(out, picture_bytes(picture, folder)))
         except ValueError as e:
-            raise ValueError(f"picture {n} of {common.quoted(prompt)}: {e}") from None
+            raise ValueError(f"picture {n} of {common.one_line(repr(prompt), 80)}: {e}") from None
     if len(set(files)) < len(files):
         return None  # nothing to choose between
     phi = preference_labels("phi", [torch.tensor(scores, dtype=torch.float64)[:, None]])[0]

@@ -688,8 +688,7 @@ def generate_each(pipe, prompts, seeds, settings):
         fail(f"out of GPU memory; lower --batch_size (now {len(prompts)} images)")
     except Exception as e:
         if len(prompts) == 1:
-            reason = " ".join(str(e).split())[:200]
-            return [(None, f"the generator raised {type(e).__name__}: {reason}")]
+            return [(None, f"the generator raised {type(e).__name__}: {one_line(e)}")]
         each = (generate_each(pipe, [p], [s], settings) for p, s in zip(prompts, seeds))
         return [result for one in each for result in one]
 

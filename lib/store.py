@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lib.common import cleanup, fail, process_rank, quoted
+from lib.common import cleanup, fail, one_line, process_rank
 
 # ----------------------------------------------------------------------------- digests
 
@@ -80,20 +80,15 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): file_digest(path, ENDS) for path in files}
 
 
-def written(folder):
-    """What publish wrote into a folder, {name: digest}; {} if it did not write it."""
-    return read_record(Path(folder) / CONTENTS)
-
-
 def is_whole(folder):
-    """Is all there, unchanged, that publish wrote into the folder?"""
-    wrote = written(folder)
+    """Is all there, unchanged, that publish wrote into the folder and listed in .contents?"""
+    wrote = read_record(Path(folder) / CONTENTS)
     return bool(wrote) and wrote.items() <= contents(folder).items()
 
 
 def strangers(folder):
     """The names in a folder of what publish did not write there, and of files that were changed since."""
-    wrote = written(folder)
+    wrote = read_record(Path(folder) / CONTENTS)
     return [name for name, is_now in contents(folder).items() if wrote.get(name) != is_now]
 
 
@@ -175,7 +170,7 @@ def differences(before, now, name=""):
         keys = list(dict.fromkeys([*before, *now]))
         each = [differences(before.get(key), now.get(key), f"{name} {key}".strip()) for key in keys]
         return sum(each, [])
-    missing = lambda value: "missing" if value is None else quoted(value)
+    missing = lambda value: "missing" if value is None else one_line(repr(value), 80)
     return [] if before == now else [f"{name} (before {missing(before)}, now {missing(now)})"]
 
 
@@ -230,11 +225,11 @@ def path_inside(folder, name):
     ValueError unless it is a relative path that stays in the folder, links followed."""
     text = name if isinstance(name, str) else ""
     if not text or "\0" in text or os.path.isabs(text) or ".." in text.split("/"):
-        raise ValueError(f"{quoted(name)}: must be a path inside the folder")
+        raise ValueError(f"{one_line(repr(name), 80)}: must be a path inside the folder")
     path = f"{folder}/{name}"
     real = os.path.realpath(path) if os.path.islink(path) else f"{real_folder(os.path.dirname(path))}/"
     if not real.startswith(f"{real_folder(folder)}/"):
-        raise ValueError(f"{quoted(name)}: a link out of the folder; copy what it links to")
+        raise ValueError(f"{one_line(repr(name), 80)}: a link out of the folder; copy what it links to")
     return path
 
 

@@ -82,7 +82,7 @@ def prompt_rows(path, column="", also=()):
         return [{"prompt": line} for line in read_text(path).removesuffix("\n").split("\n")]
     if kind == ".jsonl":
         return [row for _, row in read_jsonl(path)]
-    with about(f"--prompts {path}: not a readable {kind} file"):  # pandas and pyarrow have their own errors
+    with about(f"{path}: not a readable {kind} file"):  # pandas and pyarrow have their own errors
         if kind == ".json":
             rows = parse_json(read_text(path))
             if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):

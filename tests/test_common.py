@@ -69,7 +69,7 @@ def test_help_and_a_misspelt_option_need_no_torch(script, wrong, right, tmp_path
     told = run("--help")
     text = " ".join(told.stdout.split())
     assert told.returncode == 0 and right in text
-    names = {"synpic": lists.LABELS, "rankdpo": lists.LABELS, "evaluate": benchmarks.BENCHES}
+    names = {"synpic": lists.LABELS, "rankdpo": lists.LABELS, "evaluate": tuple(benchmarks.READERS)}
     assert all(name in text for name in names.get(script, ()))
     refused = run(wrong, "1")
     assert refused.returncode == 2 and f"did you mean {right}?" in refused.stderr
