@@ -452,10 +452,9 @@ def learning_rate(cfg, step):
     return cfg.lr * (cfg.steps - step) / (cfg.steps - cfg.warmup_steps)
 
 
-def check_gradient(row):
-    """End a run that learns nothing, or whose gradient is no number."""
-    step, norm = row["step"], row["grad_norm"]
-    if step == 0 and norm == 0:
+def check_gradient(step, grad_norm, norm):
+    """End a run that learns nothing, or whose gradient is no number. `norm` is grad_norm (), as a float."""
+    if step == 0 and grad_norm == 0:
         fail("step 0: the gradient is zero; do these lists prefer anything? Raise --global_batch_size")
     if not np.isfinite(norm):
         mend = "lower --lr or --beta, or try --precision fp32. The last checkpoint is kept"
@@ -567,7 +566,7 @@ def main(argv=None):
 
         # ---- record
         row = {"step": step, **summarise(metrics, grad_norm=grad_norm), "lr": optimizer.param_groups[0]["lr"]}
-        check_gradient(row)
+        check_gradient(step, grad_norm, row["grad_norm"])
         tuned = average or policy  # what will be saved
         if held_out and due(cfg.eval_every, step):
             with autocast:

@@ -193,8 +193,7 @@ def check_recipe(out, now, drawing=True, write=False):
     differ. Pictures and lists that were not drawn here are not replaced."""
     if not drawing and (before := store.read_recipe(out)):
         now = {**now, **{key: before.get(key) for key in ("batch_size", "precision")}}
-    mend = "choose another --out, or delete what this command made there before; lists from elsewhere are "
-    mend += "scored by rewards.py --score and ranked by synpic.py --stages label"
+    mend = "choose another --out; lists from elsewhere: rewards.py --score, then synpic.py --stages label"
     with store.lock(Path(out) / ".recipe.lock", wait=True):  # another part of this run may write it
         store.same(out, now, ("images", "metadata.jsonl", "[0-9]*"), mend, write)
 

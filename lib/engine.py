@@ -521,7 +521,6 @@ class Log:
         return {"Run": self.head, "Options": asdict(self.cfg), "Last step": self.last}
 
     def close(self):
-        """Returns the card."""
         os.fsync(self.file.fileno())
         self.file.close()
         self.draw()

@@ -256,14 +256,15 @@ DENOISING = ("unet", "transformer", "scheduler")  # parts of a model that encode
 
 def find_cache(cfg, rows, dtype, wanted):
     """(folder, missing): data/.cache/HASH with a file for each list, and the lists among `wanted` that it
-    lacks, of the chunks that fall to this process. The hash is of all that was encoded."""
+    lacks, of the chunks that fall to this process (of random:NAME all). The hash is of all that was
+    encoded."""
     from lib import formats  # diffusers takes seconds, which readers of lists do not need
 
     images = [[row["prompt"], [d for _, _, d in row["pictures"]]] for row in rows]
     encoders = {k: v for k, v in formats.fingerprint(cfg.model).items() if k not in DENOISING}
     cache = Path(cfg.data) / ".cache" / digest([images, encoders, cfg.resolution, str(dtype)])
     rank, world = process_rank()
-    mine = (n for n in sorted(wanted) if n // CHUNK % world == rank)
+    mine = (n for n in sorted(wanted) if cfg.model.startswith("random:") or n // CHUNK % world == rank)
     return cache, [n for n in mine if not is_list(cache, n)]
 
 

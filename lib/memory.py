@@ -221,7 +221,7 @@ def count(cfg, family, denoiser, item, K, dtype, on_gpu):
     except Exception as e:  # where nothing is computed: only sizes and kinds can be wrong
         fail(f"{cfg.model}: the parts of the pipeline do not fit together ({' '.join(str(e).split())[:200]})")
     passes = 4 * K + (pipelines.SAMPLER_STEPS + 1 if cfg.loss == "dro" else 0)  # a backward is two
-    size, cost = f"{trained / 1e6:.1f} M parameters", f"a list of {K} takes {passes * flops / 4e9:,.1f} GFLOP"
+    size, cost = f"{trained / 1e6:.1f} M parameters", f"a list of {K} takes {passes * flops / 4e12:.4g} TFLOP"
     print_first(f"{cfg.loss}: {size} are trained, computed in {dtype}; {cost}")
     images, samples = {False: 0, True: 0}, 0
     if on_gpu:

@@ -219,7 +219,7 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
     part((2, 4))  # from the checkpoint before it was lost
     assert [start["id"] for start in starts] == [starts[0]["id"]] * 2 and ends == [1, 0]
     assert starts[0]["project"] == "sweep-1" and starts[0]["name"] == "a"
-    assert starts[0]["config"]["steps"] == 200
+    assert starts[0]["config"]["steps"] == 400
     assert [row["step"] for row in said] == [0, 0, 1, 2, 2, 3]  # the first are the base's pictures
     assert [row["loss"] for row in said[1:]] == [0, 0.1, 0.2, 0.2, 0.3] and "accuracy_by_time" not in said[1]
     assert {n: row["samples"].width for n, row in enumerate(said) if "samples" in row} == {0: 1, 2: 3, 5: 5}
@@ -238,7 +238,7 @@ def test_tensorboard_gets_the_same_numbers(lists, tiny, tmp_path, monkeypatch):
     options = ("--steps", 2, "--sample_every", 2, "--sample_steps", 1, "--sample_prompts", 2)
     rows = train(lists, tiny, tmp_path, "--report", "tensorboard", *options)[1:]
     assert [said["loss", row["step"]] for row in rows] == [row["loss"] for row in rows] and closed
-    assert said["samples", 0] == said["samples", 1] == (32, 2 * 34, 3)
+    assert said["samples", 0] == said["samples", 1] == (32, 6 * 34, 3)
 
 
 def test_what_is_not_installed_is_said_before_anything_is_computed(tiny, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def test_the_plan_of_training_drawing_and_scoring(lists, capsys):
     assert 5.58 * 2 < encoding < 30  # its text encoders alone have 5.58 G parameters
     assert "hours of encoding 10 lists" in training
     sizes = {gb: int(n) for gb, n in re.findall(r"1 x (\d+) GB: --batch_size (\d+)", drawing)}
-    assert 1 <= sizes["24"] < sizes["40"] and "hours of drawing 58000 pictures on 1 GPU: " in drawing
+    assert 1 <= sizes["24"] < sizes["40"] and "hours of drawing 10 pictures on 1 GPU: " in drawing
     assert "vqascore, 45.2 GB in fp32; 24 GB: DOES NOT FIT" in scoring
     assert int(re.search(r"pickscore.*; 24 GB: --batch_size (\d+)", scoring)[1]) > 64
 
