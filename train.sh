@@ -110,7 +110,7 @@ case "$task" in
   toy)
     setup
     steps=3
-    step 1 "pictures and their ranks (all three together: about 3 minutes on 2 CPU cores)"
+    step 1 "pictures and their ranks (all three together: minutes on 2 CPU cores)"
     run "${bin}python" synpic.py
     step 2 "training, 200 steps"
     run "${bin}python" rankdpo.py --sample_every 100
