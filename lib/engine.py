@@ -380,6 +380,8 @@ def find_checkpoint(cfg, recipe):
     if store.is_whole(out / "model"):
         print(f"{out}: this run is finished, and its model is in model/; --resume false starts it again")
         return None, cfg.steps
+    if found := store.strangers(out / "model"):  # now, and not when the model is to be replaced
+        fail(f"{out}/model: holds {found[0]}, which this run did not write; {mend}")
     for path in sorted(out.glob("checkpoints/step-??????"), reverse=True):
         if store.is_whole(path):
             store.same(path, recipe, (), mend, write=False)
@@ -459,8 +461,8 @@ class Log:
     def __init__(self, cfg, lists, held_out, start_step, flops, device, dtype):
         path, head = Path(cfg.out) / "log.jsonl", dict(lists=lists, held_out=held_out, precision=str(dtype))
         head.update(world=process_rank()[1], **common.provenance(device))
-        there = start_step and path.is_file()
-        rows = [row for _, row in tables.read_jsonl(path, torn_end=True)] if there else []
+        lines = tables.read_jsonl(path, torn_end=True) if start_step and path.is_file() else []
+        rows = [row for _, row in lines]
         numbers = ["step", *(key for lines in CURVES.values() for key in lines)]
         if not all(isinstance(row.get(key, ""), int | float | None) for row in rows[1:] for key in numbers):
             fail(f"{path}: not the log of this run; move it away")

@@ -256,8 +256,7 @@ DENOISING = ("unet", "transformer", "scheduler")  # parts of a model that encode
 
 def find_cache(cfg, rows, dtype, wanted):
     """(folder, missing): data/.cache/HASH with a file for each list, and the lists among `wanted` that it
-    lacks, of the chunks that fall to this process (of random:NAME all). The hash is of all that was
-    encoded."""
+    lacks, of this process's chunks (of random:NAME all). The hash is of what is encoded."""
     from lib import formats  # diffusers takes seconds, which readers of lists do not need
 
     images = [[row["prompt"], [d for _, _, d in row["pictures"]]] for row in rows]
