@@ -381,7 +381,7 @@ def find_checkpoint(cfg, recipe):
         print(f"{out}: this run is finished, and its model is in model/; --resume false starts it again")
         return None, cfg.steps
     if found := store.strangers(out / "model"):  # now, and not when the model is to be replaced
-        fail(f"{out}/model: holds {found[0]}, which this run did not write; {mend}")
+        fail(f"{out}/model: holds {found[0]}, which was not written here; {mend}")
     for path in sorted(out.glob("checkpoints/step-??????"), reverse=True):
         if store.is_whole(path):
             store.same(path, recipe, (), mend, write=False)
