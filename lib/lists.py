@@ -34,7 +34,7 @@ def metadata_file(folder):
 
 
 def metadata_rows(path):
-    """[(line, dict)] of a metadata file."""
+    """[(line, dict)] of a metadata file; a row of csv counts as one line."""
     return read_jsonl(path) if path.suffix == ".jsonl" else list(enumerate(tables.prompt_rows(path), 2))
 
 

@@ -315,7 +315,7 @@ def test_an_imagefolder_is_read_or_its_metadata_is_named(lists, tmp_path, capsys
         ("a circle,\nred", ["sd3_0.png"]),
         ("a square", ["sd15_0.png"]),
     ]
-    with pytest.raises(SystemExit, match="metadata.csv, line 3: needs at least two file_names"):
+    with pytest.raises(SystemExit, match="metadata.csv, line 2: needs at least two file_names"):
         read_metadata(folder, lists=True)
     with pytest.raises(SystemExit, match="data/train/metadata.csv"):
         read_metadata(tmp_path / "data")
