@@ -112,7 +112,7 @@ case "$task" in
     steps=3
     step 1 "pictures and their ranks (all three together: minutes on 2 CPU cores)"
     run "${bin}python" synpic.py
-    step 2 "training, 200 steps"
+    step 2 "training, 400 steps"
     run "${bin}python" rankdpo.py --sample_every 100
     step 3 "base and tuned model on 100 held-out prompts"
     run "${bin}python" evaluate.py
