@@ -3,7 +3,7 @@
     networks = build_networks(cfg, family, module, device, dtype)  # policy, reference, sampler, average
     copy_weights(policy, reference)                                # BalancedDPO: reference <- policy
     ends_step(policy, last)                                        # FSDP2: reduce gradients, or wait
-    save_checkpoint(cfg, training_state(...), identity, step)      # for any number of processes
+    save_checkpoint(cfg, training_state(...), recipe, step)        # for any number of processes
 
 A copy of the policy is called like the policy. Of all weights each copy is a network of its own; of adapters
 each copy is a second set in the same network. One process runs plain, several shard all weights (FSDP2) and
@@ -285,9 +285,8 @@ def clip_grad_norm(parameters, largest):
 
 
 def training_state(cfg, networks, optimizer):
-    """All that the next step depends on, as one flat {name: tensor}. The step
-    determines data, noise and learning rate. The reference is part of it where it is refreshed, else every
-    run begins with it."""
+    """All that the next step depends on, as one flat {name: tensor}. The step determines data, noise and
+    learning rate. The reference is part of it where it is refreshed, else every run begins with it."""
     kept = networks if cfg.ref_refresh else networks._replace(reference=None)
     for network in filter(None, networks):
         reshard(network)  # weights are their shards
